@@ -1,0 +1,121 @@
+"""The colour-emoji font as a source: every emoji the font can draw, captioned with its Unicode name."""
+
+import functools
+import shutil
+import subprocess
+from pathlib import Path
+
+import emoji
+from PIL import Image, ImageDraw, ImageFont, features
+
+from dalle.data.source import Sample, Source, to_tensor
+from dalle.errors import UserError
+
+FONT_SIZE = 109  # the only size at which the font's bitmaps exist
+GLYPH_WIDTH, GLYPH_HEIGHT = 136, 128
+WELL_KNOWN_FONTS = (
+    "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/noto/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-emoji/NotoColorEmoji.ttf",
+    "/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf",
+)
+SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
+
+
+class EmojiSource(Source):
+    """About 3,800 pictures: the fully qualified emoji of Unicode, less those ``font`` lacks.
+
+    The glyph (136x128) is drawn on white, scaled to fill the width of the picture, and centred. The caption is the English
+    Unicode name, as in "woman running dark skin tone". Skin tones of one emoji stay together in a split.
+    """
+
+    def __init__(self, image_size: int, font: str | None = None):
+        _check_raqm()
+        self.image_size = image_size
+        self.font = find_font(font)
+        self.skipped = []
+        self._emoji: list[str] = []
+        for text, data in emoji.EMOJI_DATA.items():
+            if data["status"] > emoji.STATUS["fully_qualified"]:
+                continue  # the same emoji under a shorter spelling
+            if _has_glyph(self.font, text):
+                self._emoji.append(text)
+            else:
+                self.skipped.append((_code_points(text), "not in the font"))
+        if not self._emoji:
+            raise UserError(f"{self.font} draws no emoji: give a colour-emoji font such as NotoColorEmoji.ttf with --font PATH")
+
+    def __len__(self) -> int:
+        return len(self._emoji)
+
+    def key(self, index: int) -> str:
+        return _code_points(self._emoji[index])
+
+    def group(self, index: int) -> str:
+        return _code_points("".join(c for c in self._emoji[index] if c not in SKIN_TONES) or self._emoji[index])
+
+    def caption(self, index: int) -> str:
+        return emoji.EMOJI_DATA[self._emoji[index]]["en"].strip(":").replace("_", " ").lower()
+
+    def load(self, index: int) -> Sample:
+        picture = draw(self._emoji[index], self.font, self.image_size)
+        return Sample(to_tensor(picture), self.caption(index), self.key(index))
+
+
+def draw(text: str, font: str, image_size: int) -> Image.Image:
+    """One emoji as an RGB square of ``image_size`` pixels on white."""
+    canvas = Image.new("RGB", (GLYPH_WIDTH, GLYPH_WIDTH), "white")
+    top = (GLYPH_WIDTH - GLYPH_HEIGHT) // 2
+    ImageDraw.Draw(canvas).text((0, top), text, font=_open_font(font), embedded_color=True)
+    return canvas.resize((image_size, image_size), Image.Resampling.BOX)
+
+
+def find_font(path: str | None = None) -> str:
+    """The path of the colour-emoji font: ``path`` if given, else what fontconfig knows, else where systems keep it."""
+    if path is not None:
+        _open_font(path)
+        return path
+    for candidate in (_ask_fontconfig(), *WELL_KNOWN_FONTS):
+        if candidate and Path(candidate).is_file():
+            return candidate
+    raise UserError("no colour-emoji font found: install the system package fonts-noto-color-emoji, or give --font PATH")
+
+
+def _ask_fontconfig() -> str | None:
+    if shutil.which("fc-match") is None:
+        return None
+    query = ["fc-match", "--format=%{family}\n%{file}", "Noto Color Emoji"]
+    family, _, path = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")
+    return path if "Noto Color Emoji" in family else None  # fc-match always answers, with another font if need be
+
+
+@functools.cache
+def _open_font(path: str) -> ImageFont.FreeTypeFont:
+    try:
+        return ImageFont.truetype(path, FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+    except OSError as error:
+        raise UserError(f"{path} is not a font of {FONT_SIZE} px bitmaps ({error}): give NotoColorEmoji.ttf with --font PATH") from None
+
+
+def _has_glyph(font: str, text: str) -> bool:
+    """False for a sequence drawn as several glyphs side by side, as nothing, or as the box of a missing glyph."""
+    opened = _open_font(font)
+    if opened.getlength(text) > GLYPH_WIDTH:
+        return False
+    mask = opened.getmask(text)
+    return mask.getbbox() is not None and bytes(mask) != _missing_glyph(font)
+
+
+@functools.cache
+def _missing_glyph(font: str) -> bytes:
+    return bytes(_open_font(font).getmask("\U0010ffff"))
+
+
+def _check_raqm() -> None:
+    if not features.check("raqm"):
+        raise UserError("this Pillow lays out text without raqm and would draw emoji sequences wrong: install the system "
+                        "package libfribidi0 (for a wheel: pip install --force-reinstall pillow) or libraqm0")
+
+
+def _code_points(text: str) -> str:
+    return "-".join(f"{ord(c):x}" for c in text)

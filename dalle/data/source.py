@@ -1,0 +1,108 @@
+"""What every source of captioned pictures has in common."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dalle.errors import UserError
+
+Part = Literal["train", "heldout"]
+HELD_OUT_EVERY = 20  # one group in twenty is held out
+
+
+class Sample(NamedTuple):
+    """One captioned picture: ``image`` uint8 [3, S, S], its caption, and a name that is unique within the source."""
+
+    image: torch.Tensor
+    caption: str
+    key: str
+
+
+class UnreadablePicture(Exception):
+    """A picture that cannot be decoded; the message is the reason."""
+
+
+class Source(Sequence[Sample]):
+    """A fixed list of captioned pictures.
+
+    A subclass gives ``__len__``, ``key``, ``caption`` and ``load``; only ``load`` touches pixels.
+    ``skipped`` lists what was left out as (name, reason). It grows when a picture turns out to be unreadable during training;
+    in a DataLoader worker it is the worker's own copy that grows.
+    """
+
+    skipped: list[tuple[str, str]]
+
+    def key(self, index: int) -> str:
+        raise NotImplementedError
+
+    def caption(self, index: int) -> str:
+        raise NotImplementedError
+
+    def load(self, index: int) -> Sample:
+        """The sample itself; raises UnreadablePicture."""
+        raise NotImplementedError
+
+    def group(self, index: int) -> str:
+        """Samples of one group never end up on different sides of a split."""
+        return self.key(index)
+
+    def captions(self) -> Iterator[str]:
+        """All captions, without decoding a picture."""
+        return (self.caption(i) for i in range(len(self)))
+
+    def split(self, part: Part) -> "Source":
+        held_out = part == "heldout"
+        return Subset(self, [i for i in range(len(self)) if _is_held_out(self.group(i)) == held_out])
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample at ``index``, or the next readable one, so that one bad file does not end a training run."""
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} is outside a source of {len(self)} pictures")
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            try:
+                return self.load(candidate)
+            except UnreadablePicture as error:
+                entry = (self.key(candidate), str(error))
+                if entry not in self.skipped:
+                    self.skipped.append(entry)
+        name, reason = self.skipped[-1]
+        raise UserError(f"none of the {len(self)} pictures can be read (the last one, {name}: {reason})")
+
+
+class Subset(Source):
+    """The samples of ``source`` at ``indices``; shares its list of skipped pictures."""
+
+    def __init__(self, source: Source, indices: Sequence[int]):
+        self.source = source
+        self.indices = indices
+        self.skipped = source.skipped
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def key(self, index: int) -> str:
+        return self.source.key(self.indices[index])
+
+    def caption(self, index: int) -> str:
+        return self.source.caption(self.indices[index])
+
+    def group(self, index: int) -> str:
+        return self.source.group(self.indices[index])
+
+    def load(self, index: int) -> Sample:
+        return self.source.load(self.indices[index])
+
+
+def to_tensor(picture: Image.Image) -> torch.Tensor:
+    """An RGB picture as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def _is_held_out(group: str) -> bool:
+    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+    return int.from_bytes(digest[:8], "big") % HELD_OUT_EVERY == 0

@@ -1,0 +1,141 @@
+"""Byte-level BPE over lower-cased text, with BPE dropout (Provilkov et al. 2020) for training."""
+
+import functools
+import json
+import os
+import random
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+# Encoding one caption at a time gains nothing from the library's threads, and forking data workers after using them warns.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import tokenizers
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+
+from dalle.errors import UserError
+
+ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, so that any text can be encoded
+MAX_WORD = 64  # longer words are cut before dropout merges them: the merge loop is quadratic
+
+
+class Tokenizer:
+    """Text to ids in [0, vocab_size) and back. There are no special tokens: start and padding belong to the prior.
+
+    Text is NFC-normalised and lower-cased (Ramesh et al. 2021, App. B.1), and its whitespace collapsed to single spaces.
+    """
+
+    def __init__(self, bpe: tokenizers.Tokenizer):
+        self._bpe = bpe
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learns the merges from ``captions``; the same captions in the same order give the same tokenizer.
+
+        The vocabulary comes out smaller than ``vocab_size`` when the captions run out of pairs to merge.
+        """
+        if vocab_size < len(ALPHABET):
+            raise UserError(f"vocabulary size {vocab_size} is too small: the {len(ALPHABET)} bytes alone need {len(ALPHABET)}")
+        bpe = tokenizers.Tokenizer(models.BPE())
+        bpe.normalizer = normalizers.Sequence([
+            normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()
+        ])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same at the start as elsewhere
+        bpe.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=ALPHABET, show_progress=False)
+        bpe.train_from_iterator(captions, trainer)
+        return cls(bpe)
+
+    @property
+    def vocab_size(self) -> int:
+        return self._bpe.get_vocab_size()
+
+    def encode(self, text: str, dropout: float = 0.0, seed: int | None = None) -> list[int]:
+        """The ids of ``text``, at least one.
+
+        dropout: the probability with which a possible merge is passed over, at every merge; one text then has many
+        segmentations, and ``seed`` says which. Raises UserError for text that is not text or is empty.
+        """
+        _check_text(text)
+        if not 0.0 <= dropout <= 1.0:
+            raise ValueError(f"dropout {dropout} is not in [0, 1]")
+        if dropout == 0.0:
+            return self._bpe.encode(text, add_special_tokens=False).ids
+        draw = random.Random(seed).random
+        words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
+        pieces = (word[i : i + MAX_WORD] for word, _ in words for i in range(0, len(word), MAX_WORD))
+        return [self._bpe.token_to_id(token) for piece in pieces for token in _merge(piece, self._ranks, dropout, draw)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        outside = [i for i in ids if not 0 <= i < self.vocab_size]
+        if outside:
+            raise ValueError(f"token {outside[0]} is outside the vocabulary of {self.vocab_size}")
+        return self._bpe.decode(list(ids), skip_special_tokens=False).removeprefix(" ")
+
+    def save(self, path: str | Path) -> None:
+        """Writes a single JSON file in the format of the `tokenizers` library."""
+        Path(path).write_text(self._bpe.to_str(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Tokenizer":
+        """Reads what ``save`` wrote; raises UserError when the file is missing, damaged or another kind of tokenizer."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the tokenizer {path}: {error}") from error
+        try:
+            bpe = tokenizers.Tokenizer.from_str(text)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path} is not a tokenizer file, or is damaged: {error}") from error
+        if not _is_ours(bpe):
+            raise UserError(f"{path} is not a byte-level BPE tokenizer written by dalle: train one with Tokenizer.train")
+        return cls(bpe)
+
+    @functools.cached_property
+    def _ranks(self) -> dict[tuple[str, str], int]:
+        merges = json.loads(self._bpe.to_str())["model"]["merges"]
+        return {(left, right): rank for rank, (left, right) in enumerate(merges)}
+
+
+def _merge(word: str, ranks: dict[tuple[str, str], int], dropout: float, draw) -> list[str]:
+    """Applies the learned merges to one word, best rank first, passing over each with probability ``dropout``.
+
+    The library has this too, but takes its randomness from a generator that cannot be seeded, so training could not resume exactly.
+    """
+    tokens = list(word)
+    while True:
+        live = [
+            (ranks[pair], i)
+            for i, pair in enumerate(zip(tokens, tokens[1:], strict=False))
+            if pair in ranks and draw() >= dropout
+        ]
+        if not live:
+            return tokens
+        _, i = min(live)
+        tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
+
+
+def _check_text(text: str) -> None:
+    if not isinstance(text, str):
+        raise UserError(f"the text must be a string, not {type(text).__name__}")
+    if not text.strip():
+        raise UserError(f"the text {text!r} is empty: give at least one word")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(f"the text {text!r} is not valid Unicode: give UTF-8 text") from None
+
+
+def _is_ours(bpe: tokenizers.Tokenizer) -> bool:
+    return (
+        isinstance(bpe.model, models.BPE)
+        and bpe.model.dropout is None
+        and isinstance(bpe.pre_tokenizer, pre_tokenizers.ByteLevel)
+        and isinstance(bpe.normalizer, normalizers.Sequence)
+        and bpe.post_processor is None
+        and bpe.truncation is None
+        and bpe.padding is None
+        and not bpe.get_added_tokens_decoder()
+        and all(byte in bpe.get_vocab() for byte in ALPHABET)
+    )
