@@ -1,0 +1,250 @@
+"""The discrete variational autoencoder: pictures to a grid of codes and back (Ramesh et al. 2021, App. A)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dalle_kernels as dk
+from dalle import config as configs
+from dalle.errors import UserError
+
+ENCODER_KERNELS = (3, 3, 3, 1)  # small receptive fields next to the relaxation generalise better (App. A.1)
+DECODER_KERNELS = (1, 3, 3, 3)
+PIXEL_EPS = 0.1  # pixels are mapped to (eps, 1 - eps), where logit-Laplace is well behaved (App. A.3)
+
+
+@dataclass(frozen=True)
+class DiscreteVAEConfig:
+    """Size of a dVAE. Pooling follows every group but the last, so a code covers 2^(groups - 1) pixels a side."""
+
+    image_size: int
+    """Side of a picture in pixels."""
+    vocab: int
+    """Number of codes."""
+    widths: tuple[int, ...]
+    """Output channels of the encoder's groups, first to last; the decoder has them reversed."""
+    blocks: int = 2
+    """Residual blocks in a group."""
+    codebook_dim: int = 128
+    """Size of a code's embedding: the output channels of the decoder's first 1x1 convolution."""
+    codebook_std: float | None = None
+    """Standard deviation of the initial embeddings. None is the published fan-in rule, 1/sqrt(vocab), which needs
+    thousands of steps to find colour; 1.0 needs hundreds, so short runs use that."""
+
+    def __post_init__(self):
+        if min(self.image_size, self.vocab, self.blocks, self.codebook_dim) < 1 or not self.widths:
+            raise UserError(f"every size of a dVAE must be at least 1, not {self}")
+        if self.image_size % self.downsampling:
+            raise UserError(
+                f"image_size {self.image_size} is not a multiple of {self.downsampling}, "
+                f"the number of pixels a side that {len(self.widths)} groups fold into one code"
+            )
+        if bad := [width for width in self.widths if width < 4 or width % 4]:
+            raise UserError(f"widths must be multiples of 4 (blocks narrow to a quarter), not {bad[0]}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that share one code."""
+        return 2 ** (len(self.widths) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Codes a side."""
+        return self.image_size // self.downsampling
+
+    @classmethod
+    def preset(cls, name: str) -> DiscreteVAEConfig:
+        """A named size: "tiny" and "small" train on a CPU in minutes, "dalle" is the published one."""
+        return configs.preset(PRESETS, name)
+
+
+PRESETS = {
+    "tiny": DiscreteVAEConfig(32, 512, (32, 64, 128), blocks=1, codebook_dim=64, codebook_std=1.0),
+    "small": DiscreteVAEConfig(64, 1024, (32, 64, 128), blocks=2, codebook_dim=128, codebook_std=1.0),
+    "medium": DiscreteVAEConfig(128, 4096, (128, 256, 512, 1024), blocks=2, codebook_std=1.0),
+    "dalle": DiscreteVAEConfig(256, 8192, (256, 512, 1024, 2048), blocks=2),
+}
+
+
+class Block(nn.Module):
+    """Bottleneck residual block, `id(x) + gain * res(x)`; a ReLU before each convolution, and no normalisation."""
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float):
+        super().__init__()
+        self.gain = gain
+        self.id_path = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = (n_in, n_out // 4, n_out // 4, n_out // 4, n_out)
+        self.res_path = nn.ModuleList(
+            nn.Conv2d(a, b, k, padding=k // 2) for (a, b), k in zip(pairwise(widths), kernels, strict=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, *rest = self.res_path
+        y = first(F.relu(x))
+        for conv in rest:
+            y = conv(F.relu_(y))
+        return torch.add(self.id_path(x), y, alpha=self.gain)
+
+
+def groups(widths: list[int], blocks: int, kernels: tuple[int, ...]) -> nn.ModuleList:
+    """One group of `blocks` residual blocks for each step from a width to the next."""
+    gain = 1 / (blocks * (len(widths) - 1)) ** 2
+    return nn.ModuleList(
+        nn.Sequential(*(Block(b if i else a, b, kernels, gain) for i in range(blocks))) for a, b in pairwise(widths)
+    )
+
+
+class Encoder(nn.Module):
+    """Pictures mapped to (eps, 1 - eps), [B, 3, S, S], to float32 logits over the codes, [B, vocab, S/f, S/f]."""
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        self.input = nn.Conv2d(3, config.widths[0], 7, padding=3)
+        self.groups = groups([config.widths[0], *config.widths], config.blocks, ENCODER_KERNELS)
+        self.output = nn.Conv2d(config.widths[-1], config.vocab, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        for i, group in enumerate(self.groups):
+            x = group(F.max_pool2d(x, 2) if i else x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.output(F.relu(x).to(self.output.weight.dtype))
+
+
+class Decoder(nn.Module):
+    """Codes to the parameters of the likelihood, [B, 6, S, S]: three channels of mu, then three of ln b."""
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        self.input = nn.Conv2d(config.vocab, config.codebook_dim, 1)
+        self.groups = groups([config.codebook_dim, *reversed(config.widths)], config.blocks, DECODER_KERNELS)
+        self.output = nn.Conv2d(config.widths[0], 6, 1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """From a distribution over codes at every position, [B, vocab, h, w]."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = self.input(z)
+        return self._decode(x)
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """From codes, int64 [B, h, w]: the 1x1 convolution of their one-hot vectors is a look-up."""
+        x = F.embedding(codes, self.input.weight[:, :, 0, 0].t()) + self.input.bias
+        return self._decode(x.permute(0, 3, 1, 2))
+
+    def _decode(self, x: Tensor) -> Tensor:
+        for i, group in enumerate(self.groups):
+            x = group(F.interpolate(x, scale_factor=2, mode="nearest") if i else x)
+        return self.output(F.relu(x))
+
+
+class DiscreteVAE(nn.Module):
+    """Encoder, Gumbel-softmax relaxation and decoder.
+
+    Pictures are [B, 3, S, S], float in [0, 1] or uint8 in [0, 255]; codes are int64 [B, h, w] in [0, vocab).
+    Pictures of another side than `config.image_size` work as long as it is a multiple of `config.downsampling`.
+    """
+
+    def __init__(self, config: DiscreteVAEConfig):
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weights ~ N(0, 1/sqrt(n_in k^2)) and zero biases (App. A.1), codebook as the configuration says."""
+        for conv in self.modules():
+            if isinstance(conv, nn.Conv2d):
+                nn.init.normal_(conv.weight, std=conv.weight[0].numel() ** -0.5)
+                nn.init.zeros_(conv.bias)
+        if self.config.codebook_std is not None:
+            nn.init.normal_(self.decoder.input.weight, std=self.config.codebook_std)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Pictures to float32 logits over the codes, [B, vocab, h, w]."""
+        return self.encoder(to_range(self._pixels(images)))
+
+    def codes(self, images: Tensor) -> Tensor:
+        """Pictures to their most likely codes, int64 [B, h, w]; without noise, as the prior is trained on (App. B)."""
+        return self.encode(images).argmax(1)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes, int64 [B, h, w], to pictures, float32 [B, 3, S, S] in [0, 1]."""
+        if codes.ndim != 3 or codes.dtype != torch.int64:
+            raise UserError(f"codes must be int64 [B, h, w], not {codes.dtype} {list(codes.shape)}")
+        mu = self.decoder.from_codes(codes)[:, :3]
+        return from_range(mu.float().sigmoid())
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """Pictures to codes and back, float32 [B, 3, S, S] in [0, 1]."""
+        return self.decode(self.codes(images))
+
+    def loss(self, images: Tensor, tau: float, beta: float, seed: int | Tensor | None = None) -> dict[str, Tensor]:
+        """The relaxed bound on a batch, normalised as published (App. A.2, A.3).
+
+        Args:
+            images: pictures [B, 3, S, S].
+            tau: temperature of the relaxation, > 0.
+            beta: weight of the KL term.
+            seed: of the Gumbel noise; None draws one.
+
+        Returns:
+            "loss": (sum of NLL + beta * sum of KL) / (S * S * 3), mean over the batch, differentiable;
+            "nll": negative log-likelihood, nats per colour value, and "kl": KL to the uniform distribution from the
+            unrelaxed logits, nats per position, both detached.
+        """
+        x = to_range(self._pixels(images))
+        z, kl = dk.gumbel_softmax(self.encoder(x), tau, dim=1, seed=seed, return_kl=True)
+        nll = logit_laplace_nll(x, self.decoder(z).float()).mean()
+        kl = kl.mean()
+        values_per_position = x[0].numel() / z[0, 0].numel()
+        return {"loss": nll + beta * kl / values_per_position, "nll": nll.detach(), "kl": kl.detach()}
+
+    def _pixels(self, images: Tensor) -> Tensor:
+        factor = self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+            raise UserError(
+                f"pictures must be [B, 3, H, W] with sides a multiple of {factor}, not {list(images.shape)}"
+            )
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        return pixels.contiguous(memory_format=torch.channels_last)
+
+
+def to_range(pixels: Tensor) -> Tensor:
+    """[0, 1] to [eps, 1 - eps]."""
+    return (1 - 2 * PIXEL_EPS) * pixels + PIXEL_EPS
+
+
+def from_range(x: Tensor) -> Tensor:
+    """The inverse of `to_range`, clamped to [0, 1]."""
+    return ((x - PIXEL_EPS) / (1 - 2 * PIXEL_EPS)).clamp(0, 1)
+
+
+def logit_laplace_nll(x: Tensor, stats: Tensor) -> Tensor:
+    """Negative log-density of x in (0, 1), [B, 3, H, W], under stats [B, 6, H, W] = (mu, ln b), in nats per value.
+
+    The density is exp(-|logit(x) - mu| / b) / (2 b x (1 - x)) (App. A.3): a Laplace distribution seen through a
+    sigmoid, which unlike Laplace or Gaussian puts no mass outside the range of pixels.
+    """
+    mu, ln_b = stats.chunk(2, dim=1)
+    return (torch.logit(x) - mu).abs() * torch.exp(-ln_b) + ln_b + torch.log(2 * x * (1 - x))
+
+
+def codebook_usage(codes: Tensor, vocab: int) -> tuple[int, float]:
+    """How many codes occur in `codes` (any shape, int64), and the perplexity of their frequencies."""
+    counts = torch.bincount(codes.flatten(), minlength=vocab)
+    frequencies = counts[counts > 0] / counts.sum()
+    entropy = -(frequencies * frequencies.log()).sum().item()
+    return len(frequencies), math.exp(entropy)
+
+
+def psnr(images: Tensor, reconstructions: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pictures in [0, 1], from the error over the whole batch."""
+    mse = (images.float() - reconstructions.float()).square().mean().item()
+    return math.inf if mse == 0 else -10 * math.log10(mse)
