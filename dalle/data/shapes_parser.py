@@ -1,0 +1,73 @@
+"""Reads drawn shapes back: picture to scene, exact on drawn pictures from 32 px up and robust to a reconstruction's blur.
+
+Analysis by synthesis, cell by cell: the mean contrast to white gives the colour, the contrast along that colour a soft mask,
+and the (shape, size) whose own drawing at the mask's centroid overlaps it best is the answer.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+
+from dalle.data.shapes import COLOURS, SHAPES, SIZES, Object, Scene, cell, coverage
+
+MIN_ALPHA = 0.1  # what is fainter is noise
+MIN_AREA = 0.006  # of the picture; the smallest object, a small triangle, covers 0.0145
+CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}  # below the box's centre, in sides
+
+_INKS = 255.0 - np.array(list(COLOURS.values()), dtype=np.float64)  # contrast of each colour to white
+
+
+def parse(picture: torch.Tensor) -> Scene:
+    """The scene in a uint8 [3, S, S] picture: whatever is found in the nine cells, whether the grammar has it or not."""
+    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3 or picture.shape[1] != picture.shape[2]:
+        raise ValueError(f"a picture is uint8 [3, S, S], not {picture.dtype} {list(picture.shape)}")
+    contrast = 255.0 - picture.permute(1, 2, 0).cpu().numpy()
+    found = (_read_cell(contrast, row, column) for row, column in itertools.product(range(3), range(3)))
+    return Scene(tuple(item for item in found if item))
+
+
+def compare(scene: Scene, parsed: Scene) -> dict[str, bool]:
+    """Which attributes that the caption of ``scene`` mentions are right in the ``parsed`` picture.
+
+    colour and shape: the same set of them is there; size and position: likewise; count: as many objects;
+    relation: exactly two objects, in the right relation and with the right colour and shape each.
+    """
+    mentioned = {
+        "single": ("colour", "shape", "size", "position"),
+        "count": ("colour", "shape", "count"),
+        "relation": ("colour", "shape", "relation"),
+    }[scene.kind]
+    return {name: _attribute(scene, name) == _attribute(parsed, name) for name in mentioned}
+
+
+def _attribute(scene: Scene, name: str):
+    if name == "count":
+        return len(scene.objects)
+    if name == "relation":
+        return scene.relation, [(item.colour, item.shape) for item in scene.objects]
+    return {getattr(item, name) for item in scene.objects}
+
+
+def _read_cell(contrast: np.ndarray, row: int, column: int) -> Object | None:
+    size = len(contrast)
+    window = cell(row, column, size)
+    inside = contrast[window]
+    total = inside.sum((0, 1))
+    best = np.argmax(_INKS @ total / np.linalg.norm(_INKS, axis=1))  # nearest in direction: blur and fading keep it
+    ink = _INKS[best]
+    alpha = np.clip(inside @ ink / (ink @ ink), 0.0, 1.0)
+    alpha[alpha < MIN_ALPHA] = 0.0
+    area = alpha.sum()
+    if area < MIN_AREA * size * size:
+        return None
+    y = (np.arange(window[0].start, window[0].stop) + 0.5) @ alpha.sum(1) / area / size
+    x = (np.arange(window[1].start, window[1].stop) + 0.5) @ alpha.sum(0) / area / size
+
+    def overlap(look: tuple[str, str]) -> float:
+        side = SIZES[look[1]]
+        candidate = coverage(look[0], side, (y - CENTROIDS[look[0]] * side, x), window, size)
+        return np.minimum(alpha, candidate).sum() / np.maximum(alpha, candidate).sum()
+
+    shape, side = max(itertools.product(SHAPES, SIZES), key=overlap)
+    return Object(row, column, list(COLOURS)[best], shape, side)
