@@ -1,0 +1,133 @@
+// Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast from their rows, so gathering
+// costs nothing and only Q and O are transposed.
+#pragma once
+#include "cpu/plan.h"
+#include "cpu/sparse_attention.h"
+#include "cpu/vec.h"
+
+namespace dk::DK_ISA {
+
+constexpr int ROWS = TILE_ROWS;
+constexpr int PAIR = 2 * LANES;                    // queries per register block
+constexpr int BLOCK = LANES == 16 ? 8 : 4;         // keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
+constexpr int CHUNK = 128;                         // keys between two softmax rescalings
+constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr float LOWEST = -3.0e38f;                 // a maximum over nothing; finite, so that differences stay numbers
+
+// Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.
+template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
+  load_row(base + token * stride, out, head_dim);
+  for (int d = head_dim; d < DP; ++d) out[d] = 0.0f;
+}
+
+// The rows of a tile, transposed to [DP][ROWS] and scaled; padding rows are zero.
+template <class T, int DP>
+DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* rows, int head_dim, float scale, float* out) {
+  float row[DP];
+  for (int r = 0; r < ROWS; ++r) {
+    if (rows[r] >= 0) {
+      fetch_row<T, DP>(base, stride, rows[r], head_dim, row);
+      for (int d = 0; d < DP; ++d) out[d * ROWS + r] = row[d] * scale;
+    } else {
+      for (int d = 0; d < DP; ++d) out[d * ROWS + r] = 0.0f;
+    }
+  }
+}
+
+template <class T, int DP>
+DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, const float* row_scale, T* base, int64_t stride) {
+  float row[DP];
+  for (int r = 0; r < ROWS; ++r) {
+    if (rows[r] < 0) continue;
+    for (int d = 0; d < head_dim; ++d) row[d] = in[d * ROWS + r] * row_scale[r];
+    store_row(row, base + rows[r] * stride, head_dim);
+  }
+}
+
+// out[j][32] = sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`
+template <int DP> DK_INLINE void products(const float* a, const float* const* keys, float* out) {
+  for (int r = 0; r < ROWS; r += PAIR)
+    for (int j = 0; j < GROUP_COLUMNS; j += BLOCK) {
+      Vec acc[BLOCK][2] = {};
+      for (int d = 0; d < DP; ++d) {
+        const Vec a0 = load(a + d * ROWS + r), a1 = load(a + d * ROWS + r + LANES);
+        DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+          const float key = keys[j + i][d];
+          acc[i][0] += a0 * key;
+          acc[i][1] += a1 * key;
+        }
+      }
+      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+        store(out + (j + i) * ROWS + r, acc[i][0]);
+        store(out + (j + i) * ROWS + r + LANES, acc[i][1]);
+      }
+    }
+}
+
+// out[d][32] += sum_j w[j][32] * values[j][d], j < count
+template <int DP> DK_INLINE void accumulate(const float* w, const float* const* values, int count, float* out) {
+  for (int r = 0; r < ROWS; r += PAIR)
+    for (int d = 0; d < DP; d += BLOCK) {
+      Vec acc[BLOCK][2];
+      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+        acc[i][0] = load(out + (d + i) * ROWS + r);
+        acc[i][1] = load(out + (d + i) * ROWS + r + LANES);
+      }
+      for (int j = 0; j < count; ++j) {
+        const Vec w0 = load(w + j * ROWS + r), w1 = load(w + j * ROWS + r + LANES);
+        const float* value = values[j] + d;
+        DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+          acc[i][0] += w0 * value[i];
+          acc[i][1] += w1 * value[i];
+        }
+      }
+      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+        store(out + (d + i) * ROWS + r, acc[i][0]);
+        store(out + (d + i) * ROWS + r + LANES, acc[i][1]);
+      }
+    }
+}
+
+// K or V of one head as rows of DP floats: the tensor itself where it is float and needs no padding, else a converted copy.
+struct FloatRows {
+  const float* base;
+  int64_t stride;
+  const float* row(int32_t token) const { return base + token * stride; }
+};
+template <class T, int DP> DK_INLINE FloatRows float_rows(const T* base, int64_t stride, int64_t n, int head_dim, float* copy) {
+  if (sizeof(T) == sizeof(float) && head_dim == DP) return {reinterpret_cast<const float*>(base), stride};
+  for (int64_t i = 0; i < n; ++i) fetch_row<T, DP>(base, stride, i, head_dim, copy + i * DP);
+  return {copy, DP};
+}
+
+// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of a tile, in the plan's order. Padding slots repeat the group's first key.
+template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t tile, const Visit& visit) {
+  int32_t tokens[GROUP_COLUMNS];
+  for (int64_t e = plan.begin(tile); e < plan.begin(tile + 1); ++e) {
+    const Plan::Entry entry = plan.entry(e);
+    for (int32_t g = 0; g < entry.groups; ++g) {
+      if (entry.keys >= 0) {
+        for (int j = 0; j < GROUP_COLUMNS; ++j) tokens[j] = entry.keys + g * GROUP_COLUMNS + j;
+      } else {
+        const int32_t* gather = plan.gather(~entry.keys + g);
+        for (int j = 0; j < GROUP_COLUMNS; ++j) tokens[j] = gather[j] >= 0 ? gather[j] : gather[0];
+      }
+      visit(tokens, entry.mask >= 0 ? plan.mask(entry.mask + g) : nullptr);
+    }
+  }
+}
+
+// Picks the kernel instance for an element type and the smallest padded head dim.
+template <template <class, int> class Instance, class... A> DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {
+  auto by_dim = [&](auto element) {
+    using T = decltype(element);
+    if (head_dim <= 32) return Instance<T, 32>::call(a...);
+    if (head_dim <= 64) return Instance<T, 64>::call(a...);
+    return Instance<T, 128>::call(a...);
+  };
+  if (dtype == DType::float32) return by_dim(float{});
+  if (dtype == DType::bfloat16) return by_dim(BFloat16{});
+  return by_dim(Float16{});
+}
+
+}  // namespace dk::DK_ISA

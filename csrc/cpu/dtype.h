@@ -1,0 +1,4 @@
+#pragma once
+namespace dk {
+enum class DType { float32, bfloat16, float16 };
+}

@@ -1,0 +1,15 @@
+// What the launchers (csrc/ops) may call: one table of kernels per instruction set, on raw pointers and strides. Nothing here knows torch.
+// Kernels run independent work items; the launcher spreads the items over threads and lends each thread a workspace.
+#pragma once
+#include "cpu/sparse_attention.h"
+
+namespace dk {
+
+struct Kernels {
+  SparseAttentionKernel sparse_attention;
+  SparseAttentionBackwardKernel sparse_attention_backward;
+};
+
+const Kernels& kernels();  // of the active instruction set
+
+}  // namespace dk

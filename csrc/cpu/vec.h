@@ -1,0 +1,144 @@
+// The one place that knows the width of a vector. Kernels are written on GCC/Clang vector extensions, so the same source compiles for every
+// instruction set (and for aarch64); intrinsics stand here only where the extensions have no word for it.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define DK_INLINE inline __attribute__((always_inline))
+#define DK_UNROLL _Pragma("GCC unroll 16")
+
+namespace dk::DK_ISA {
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+typedef float Vec __attribute__((vector_size(LANES * 4)));
+typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
+typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
+constexpr float INF = __builtin_inff();
+
+DK_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+DK_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+DK_INLINE Vec splat(float x) { return x - Vec{}; }
+DK_INLINE UVec bits(Vec x) { return reinterpret_cast<UVec>(x); }
+DK_INLINE Vec floats(UVec x) { return reinterpret_cast<Vec>(x); }
+DK_INLINE IVec lane_index() {
+  IVec v;
+  for (int i = 0; i < LANES; ++i) v[i] = i;
+  return v;
+}
+
+DK_INLINE Vec max(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_max_ps(a, b);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+// lane i: bit i of `mask` ? a : b
+DK_INLINE Vec select(uint32_t mask, Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_mask_mov_ps(b, static_cast<__mmask16>(mask), a);
+#else
+  const UVec bit = (mask - UVec{}) >> reinterpret_cast<UVec>(lane_index()) & 1u;
+  return bit != 0u ? a : b;
+#endif
+}
+
+DK_INLINE float reduce_add(Vec v) {  // pairwise, so the order is fixed and the error small
+  float x[LANES];
+  store(x, v);
+  for (int w = LANES / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) x[i] += x[i + w];
+  return x[0];
+}
+DK_INLINE float reduce_max(Vec v) {
+  float m = v[0];
+  for (int i = 1; i < LANES; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7.
+DK_INLINE Vec exp2(Vec x) {
+  x = max(x, splat(-127.0f));
+  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  const Vec n = (x + magic) - magic, f = x - n;
+  Vec p = splat(1.5403530e-4f);
+  p = p * f + 1.3333558e-3f;
+  p = p * f + 9.6181291e-3f;
+  p = p * f + 5.5504109e-2f;
+  p = p * f + 2.4022651e-1f;
+  p = p * f + 6.9314718e-1f;
+  p = p * f + 1.0f;
+  const IVec e = __builtin_convertvector(n, IVec) + 127;
+  return p * floats(reinterpret_cast<UVec>(e) << 23);
+}
+
+// Denormals cost a hundred times a normal operation; this flushes them in the calling thread and restores what was set before.
+class FlushDenormals {
+ public:
+#if defined(__SSE2__)
+  FlushDenormals() : saved_(__builtin_ia32_stmxcsr()) { __builtin_ia32_ldmxcsr(saved_ | 0x8040); }
+  ~FlushDenormals() { __builtin_ia32_ldmxcsr(saved_); }
+
+ private:
+  unsigned saved_;
+#else
+  ~FlushDenormals() {}
+#endif
+};
+
+// -- element types: float, and 16-bit floats held as their bits
+struct BFloat16 {
+  uint16_t x;
+};
+struct Float16 {
+  uint16_t x;
+};
+DK_INLINE float to_float(float v) { return v; }
+DK_INLINE float to_float(BFloat16 v) {
+  const uint32_t u = static_cast<uint32_t>(v.x) << 16;
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+DK_INLINE float to_float(Float16 v) {
+  _Float16 h;
+  std::memcpy(&h, &v, 2);
+  return static_cast<float>(h);
+}
+DK_INLINE void from_float(float v, float* out) { *out = v; }
+DK_INLINE void from_float(float v, BFloat16* out) {  // round to nearest even; NaN stays NaN
+  uint32_t u;
+  std::memcpy(&u, &v, 4);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  out->x = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
+}
+DK_INLINE void from_float(float v, Float16* out) {
+  const _Float16 h = static_cast<_Float16>(v);
+  std::memcpy(out, &h, 2);
+}
+
+// n elements <-> n floats
+template <class T> DK_INLINE void load_row(const T* in, float* out, int n) {
+  for (int i = 0; i < n; ++i) out[i] = to_float(in[i]);
+}
+template <class T> DK_INLINE void store_row(const float* in, T* out, int n) {
+  for (int i = 0; i < n; ++i) from_float(in[i], out + i);
+}
+
+}  // namespace dk::DK_ISA

@@ -1,0 +1,59 @@
+"""Registers dalle_kernels::sparse_attention (schema in csrc/ops/schemas.cpp): fake kernels and autograd."""
+
+from __future__ import annotations
+
+import torch
+
+from ...plan import plan_tensor
+
+_op = torch.ops.dalle_kernels.sparse_attention.default
+_backward_op = torch.ops.dalle_kernels.sparse_attention_backward.default
+
+
+@torch.compiler.assume_constant_result
+def _plan(pattern, n, device):
+    return plan_tensor(pattern, n, torch.device(device))
+
+
+def sparse_attention(q, k, v, pattern, scale):
+    """(out, lse) of already checked tensors."""
+    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    plan = _plan(pattern, q.shape[2], str(q.device))
+    return _op(q, k, v, plan, plan, scale)
+
+
+def _rows_contiguous(x):
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+@torch.library.register_fake("dalle_kernels::sparse_attention")
+def _(q, k, v, plan, backward_plan, scale):
+    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.register_fake("dalle_kernels::sparse_attention_backward")
+def _(grad_out, q, k, v, out, lse, backward_plan, scale):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _setup_context(ctx, inputs, output):
+    q, k, v, _, backward_plan, ctx.scale = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(q, k, v, out, lse, backward_plan)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    q, k, v, out, lse, backward_plan = ctx.saved_tensors
+    grads = _backward_op(_rows_contiguous(grad_out), q, k, v, out, lse, backward_plan, ctx.scale)
+    return *grads, None, None, None
+
+
+def _no_double_backward(ctx, *grads):
+    raise NotImplementedError(
+        "sparse_attention has no double backward; use backend='reference' where second derivatives are needed"
+    )
+
+
+torch.library.register_autograd("dalle_kernels::sparse_attention", _backward, setup_context=_setup_context)
+torch.library.register_autograd("dalle_kernels::sparse_attention_backward", _no_double_backward)

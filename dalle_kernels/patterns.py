@@ -1,0 +1,247 @@
+"""Attention patterns: which query may see which key.
+
+A sequence is `text_len` text tokens followed by an image of `grid = (H, W)` tokens in raster order. Common to every pattern: no token looks ahead,
+every token sees itself, text sees the text before it, and every image token sees all text. A pattern is what image tokens see of the image: one rule
+on two image positions, written in plain arithmetic so that the same lines serve NumPy arrays, tensors and FlexAttention. Patterns are frozen,
+hashable values; equal patterns share their compiled plans.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from dataclasses import dataclass, field
+
+import torch
+
+
+def _near(distance, size, radius):
+    """Whether `distance`, on a ring of `size`, is at most `radius`."""
+    return (distance % size <= radius) | (-distance % size <= radius)
+
+
+# rule(q, k, H, W, **options) on image positions; called only where k <= q matters, so a rule need not be causal itself.
+def _row(q, k, H, W):
+    return q - k <= W
+
+
+def _column(q, k, H, W):
+    return (q - k) % W == 0
+
+
+def _conv_wrap(q, k, H, W, kernel):
+    return ((q - k) // W <= kernel // 2) & _near(q - k, W, kernel // 2)
+
+
+def _conv_clip(q, k, H, W, kernel):
+    columns = q % W - k % W
+    return (q // W - k // W <= kernel // 2) & (columns <= kernel // 2) & (-columns <= kernel // 2)
+
+
+def _conv_torus(q, k, H, W, kernel):
+    return _near(q // W - k // W, H, kernel // 2) & _near(q % W - k % W, W, kernel // 2)
+
+
+def _axial_row(q, k, H, W):
+    return q // W == k // W
+
+
+def _corner_conv(q, k, H, W, kernel, dilation):
+    rows, columns, reach = q // W - k // W, q % W - k % W, (kernel - 1) * dilation
+    return (rows <= reach) & (columns >= 0) & (columns <= reach) & (rows % dilation == 0) & (columns % dilation == 0)
+
+
+def _causal(q, k, H, W):
+    return k <= q
+
+
+_RULES = {
+    "row": _row,
+    "column": _column,
+    "conv-wrap": _conv_wrap,
+    "conv-clip": _conv_clip,
+    "conv-torus": _conv_torus,
+    "axial_row": _axial_row,
+    "corner_conv": _corner_conv,
+    "causal": _causal,
+}
+
+
+class _MaskRule:
+    """The rule of a pattern given as a matrix; compares by content."""
+
+    def __init__(self, mask: torch.Tensor):
+        self.mask = mask
+        self.digest = hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16]
+
+    def __eq__(self, other):
+        return isinstance(other, _MaskRule) and self.digest == other.digest
+
+    def __hash__(self):
+        return hash(self.digest)
+
+
+@dataclass(frozen=True)
+class AttentionPattern:
+    """A static attention pattern over `text_len + H * W` tokens. Use the constructors `row`, `column`, `conv`, `axial_row`, `corner_conv`, `causal`, `from_mask`.
+
+    Attributes:
+        name: the rule, as in the constructor.
+        text_len: number of text tokens T >= 0 in front of the image.
+        grid: image tokens as (H, W).
+        options: the rule's own parameters, as sorted (name, value) pairs.
+        transposed: whether the order that packs the pattern into few tiles is column by column.
+    """
+
+    name: str
+    text_len: int
+    grid: tuple[int, int]
+    options: tuple[tuple[str, int], ...] = ()
+    transposed: bool = False
+    _mask: _MaskRule | None = field(default=None, repr=False)
+    _order: tuple[int, ...] | None = field(default=None, repr=False)
+
+    def __post_init__(self):
+        height, width = self.grid
+        if self.text_len < 0 or height < 1 or width < 1:
+            raise ValueError(
+                f"text_len must be at least 0 and the grid at least 1x1; got text_len={self.text_len}, grid={self.grid}"
+            )
+
+    # -- constructors
+
+    @classmethod
+    def _make(cls, name, text_len, grid, transposed=False, **options):
+        try:
+            height, width = (int(size) for size in grid)
+        except (TypeError, ValueError):
+            raise ValueError(f"grid must be a pair (height, width) of whole numbers; got {grid!r}") from None
+        return cls(name, int(text_len), (height, width), tuple(sorted(options.items())), transposed)
+
+    @classmethod
+    def row(cls, text_len, grid):
+        """The previous W image tokens and itself, in raster order, wrapping over row ends (Ramesh et al. 2021, Fig. 11a)."""
+        return cls._make("row", text_len, grid)
+
+    @classmethod
+    def column(cls, text_len, grid):
+        """The same column in the rows above, and itself (Ramesh et al. 2021, Fig. 11b)."""
+        return cls._make("column", text_len, grid, transposed=True)
+
+    @classmethod
+    def conv(cls, text_len, grid, kernel=11, edge="wrap"):
+        """A causal `kernel` x `kernel` neighbourhood.
+
+        `edge` says what happens at the picture's edge: "wrap" is the paper's Fig. 11d, the same raster distances for every query; "clip" cuts the window
+        off (ruDALL-E v3); "torus" wraps rows and columns around (ruDALL-E v2).
+        """
+        _check_odd("kernel", kernel)
+        if edge not in ("wrap", "clip", "torus"):
+            raise ValueError(f"edge={edge!r} is not one of 'wrap', 'clip', 'torus'")
+        return cls._make(f"conv-{edge}", text_len, grid, kernel=kernel)
+
+    @classmethod
+    def axial_row(cls, text_len, grid):
+        """The query's own row only (DALLE-pytorch's axial_row)."""
+        return cls._make("axial_row", text_len, grid)
+
+    @classmethod
+    def corner_conv(cls, text_len, grid, kernel=5, dilation=1):
+        """A `kernel` x `kernel` window, `dilation` apart, whose lower right corner is the query (DALLE-pytorch's conv_like)."""
+        for name, value in (("kernel", kernel), ("dilation", dilation)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        return cls._make("corner_conv", text_len, grid, kernel=kernel, dilation=dilation)
+
+    @classmethod
+    def causal(cls, text_len, grid):
+        """Everything before the query: dense causal attention."""
+        return cls._make("causal", text_len, grid)
+
+    @classmethod
+    def from_mask(cls, mask, text_len=0, order=None):
+        """Any static mask.
+
+        Args:
+            mask: bool [N, N], True where query (row) may see key (column); causal, every token seeing itself.
+            text_len: how many leading tokens are text; what they see is the mask's business too.
+            order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together; raster order where omitted.
+        """
+        mask = torch.as_tensor(mask)
+        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be a bool matrix [N, N]; got {mask.dtype} {list(mask.shape)}")
+        mask = mask.cpu().contiguous().clone()
+        n = mask.shape[0]
+        if not 0 <= text_len < n:
+            raise ValueError(f"text_len must lie in [0, {n - 1}] for a mask of {n} tokens; got {text_len}")
+        ahead = torch.triu(mask, 1).nonzero()
+        if len(ahead):
+            raise ValueError(
+                f"mask looks ahead: query {ahead[0, 0]} sees key {ahead[0, 1]}; clear what lies above the diagonal (mask.tril())"
+            )
+        blind = (~mask.diagonal()).nonzero()
+        if len(blind):
+            raise ValueError(f"mask hides token {blind[0, 0]} from itself; set the diagonal to True")
+        if order is not None:
+            order = tuple(int(token) for token in order)
+            if sorted(order) != list(range(n)):
+                raise ValueError(f"order must be a permutation of the {n} tokens")
+        return cls("mask", int(text_len), (1, n - text_len), _mask=_MaskRule(mask), _order=order)
+
+    # -- what a pattern says
+
+    @property
+    def seq_len(self) -> int:
+        """Number of tokens N = text_len + H * W."""
+        return self.text_len + self.grid[0] * self.grid[1]
+
+    @property
+    def nnz(self) -> int:
+        """Number of allowed (query, key) pairs."""
+        return _count_pairs(self)
+
+    def allowed(self, q, k):
+        """Whether query positions `q` may see key positions `k`: two broadcastable integer arrays or tensors of absolute positions -> bool."""
+        if self._mask is not None:
+            return self._mask.mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else self._mask.mask.numpy()[q, k]
+        text = self.text_len
+        rule = _RULES[self.name](q - text, k - text, *self.grid, **dict(self.options))
+        return (k <= q) & ((k < text) | rule)
+
+    def rows(self, begin, end) -> torch.Tensor:
+        """Rows [begin, end) of the mask: bool [end - begin, N]."""
+        return self.allowed(torch.arange(begin, end)[:, None], torch.arange(self.seq_len)[None, :])
+
+    def dense(self) -> torch.Tensor:
+        """The whole mask, bool [N, N]; N * N bytes."""
+        return self.rows(0, self.seq_len)
+
+    @property
+    def mask_mod(self):
+        """The pattern as FlexAttention's mask_mod(b, h, q_idx, kv_idx)."""
+        return lambda b, h, q_idx, kv_idx: self.allowed(q_idx, kv_idx)
+
+    def order(self) -> torch.Tensor:
+        """The permutation of the N tokens that packs the pattern into few tiles: int64 [N]; text first, then raster or column order."""
+        if self._order is not None:
+            return torch.tensor(self._order)
+        image = torch.arange(self.text_len, self.seq_len).view(self.grid)
+        return torch.cat([torch.arange(self.text_len), (image.T if self.transposed else image).reshape(-1)])
+
+    def prepare(self, device="cpu", *, n=None):
+        """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first use; returns the pattern."""
+        from .plan import plan_tensor
+
+        plan_tensor(self, self.seq_len if n is None else n, torch.device(device))
+        return self
+
+
+def _check_odd(name, value):
+    if value < 1 or value % 2 == 0:
+        raise ValueError(f"{name} must be odd and at least 1; got {value}")
+
+
+@functools.lru_cache(maxsize=256)
+def _count_pairs(pattern):
+    n, step = pattern.seq_len, 1024
+    return sum(int(pattern.rows(begin, min(begin + step, n)).sum()) for begin in range(0, n, step))

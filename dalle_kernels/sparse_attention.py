@@ -1,0 +1,58 @@
+"""Attention over a static sparse pattern."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .patterns import AttentionPattern
+
+
+def sparse_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    pattern: AttentionPattern,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+):
+    """softmax(q kᵀ · scale) v over the pairs that `pattern` allows (Ramesh et al. 2021, App. B.1: one softmax over text and image keys together).
+
+    Args:
+        q, k, v: [B, H, N, D] with N <= pattern.seq_len; float32, bfloat16 or float16 (float64 on "reference"), one dtype and device. Any strides with a
+            contiguous last dimension are taken as they are. D from 1 to 128; 32, 64 and 128 run without padding.
+        pattern: which query sees which key; its first N tokens are used.
+        scale: factor of the scores; D ** -0.5 where omitted.
+        return_lse: also return the log-sum-exp of each query's scores.
+        backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
+
+    Returns:
+        out [B, H, N, D] in q's dtype and memory order; with `return_lse` the pair (out, lse), lse [B, H, N] float32, natural logarithm, not differentiable.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises NotImplementedError (except on "reference").
+    """
+    _check(q, k, v, pattern)
+    if scale is None:
+        scale = q.shape[-1] ** -0.5
+    out, lse = backends.choose("sparse_attention", q, backend).sparse_attention(q, k, v, pattern, float(scale))
+    return (out, lse) if return_lse else out
+
+
+def _check(q, k, v, pattern):
+    if not isinstance(pattern, AttentionPattern):
+        raise TypeError(f"pattern must be an AttentionPattern; got {type(pattern).__name__}")
+    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+        raise ValueError(
+            f"q, k and v must share one shape [B, H, N, D]; got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+        )
+    if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
+        raise TypeError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
+    if q.device != k.device or q.device != v.device:
+        raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device} and {v.device}")
+    if not 1 <= q.shape[2] <= pattern.seq_len:
+        raise ValueError(f"N must lie in [1, {pattern.seq_len}], the pattern's length; got {q.shape[2]}")
+    if q.shape[3] < 1:
+        raise ValueError(f"the head dim must be at least 1; got {q.shape[3]}")

@@ -1,0 +1,131 @@
+"""Builds the compiled part with CMake and Ninja; see CMakeLists.txt and csrc/README.md.
+
+Environment: MAX_JOBS (parallel compile jobs), DALLE_CUDA=0|1 (leave out | force the CUDA library; default: when nvcc and a
+CUDA build of torch are found), DALLE_TORCH_DIR (the folder of the torch package to compile against).
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+VERSION = "0.1.0"
+MINIMUM_TORCH = (2, 11)
+TORCH = "torch>=2.11"
+
+
+def find_torch():
+    """The folder of the torch package, without importing it: pip's isolated build sees the outer environment's by path only."""
+    if os.environ.get("DALLE_TORCH_DIR"):
+        return Path(os.environ["DALLE_TORCH_DIR"])
+    spec = importlib.util.find_spec("torch")
+    places = [Path(spec.origin).parent] if spec and spec.origin else []
+    places.append(Path(sysconfig.get_path("platlib")) / "torch")
+    return next((place for place in places if (place / "version.py").is_file()), None)
+
+
+def torch_info(folder):
+    """Version tuple and CUDA version (or None) of the torch in `folder`, read from its version.py."""
+    text = (folder / "version.py").read_text()
+    version = re.search(r"__version__ = '(\d+)\.(\d+)", text)
+    cuda = re.search(r"^cuda[^=\n]*= '([\d.]+)'", text, re.MULTILINE)
+    return (int(version[1]), int(version[2])), cuda[1] if cuda else None
+
+
+def require(condition, message):
+    if not condition:
+        sys.exit(f"dalle-kernels cannot be built: {message}")
+
+
+class CMakeBuild(build_ext):
+    """One CMake project makes every library; setuptools only asks for it once."""
+
+    def run(self):
+        torch_dir = find_torch()
+        require(torch_dir is not None, f'torch is not installed; run: pip install "{TORCH}"')
+        version, torch_cuda = torch_info(torch_dir)
+        require(
+            version >= MINIMUM_TORCH,
+            f'torch {version[0]}.{version[1]} in {torch_dir} is too old; run: pip install --upgrade "{TORCH}"',
+        )
+        cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+        require(cmake and ninja, "cmake or ninja is missing; run: pip install cmake ninja")
+        require(
+            shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
+            "no C++ compiler was found; install one (Debian, Ubuntu: apt-get install g++) or name it in CXX",
+        )
+        destination = ROOT / "dalle_kernels" if self.inplace else Path(self.build_lib).resolve() / "dalle_kernels"
+        self.build(cmake, torch_dir, self.wants_cuda(torch_cuda), destination)
+
+    @staticmethod
+    def wants_cuda(torch_cuda):
+        asked = os.environ.get("DALLE_CUDA", "auto")
+        require(asked in ("0", "1", "auto"), f"DALLE_CUDA={asked!r} is not one of 0, 1, auto")
+        if asked == "1":
+            require(shutil.which("nvcc"), "DALLE_CUDA=1 asks for the CUDA library, but nvcc is not on PATH")
+        has_sources = any((ROOT / "csrc" / "cuda").glob("*.cu"))
+        return has_sources and (asked == "1" or (asked == "auto" and bool(torch_cuda and shutil.which("nvcc"))))
+
+    def build(self, cmake, torch_dir, cuda, destination):
+        import pybind11
+
+        build_dir = Path(self.build_temp).resolve() if not self.inplace else ROOT / "build" / "inplace"
+        cache = build_dir / "CMakeCache.txt"
+        if cache.is_file():  # an isolated build leaves a cache that points at a deleted cmake
+            command = re.search(r"^CMAKE_COMMAND:INTERNAL=(.*)$", cache.read_text(), re.MULTILINE)
+            if not command or not Path(command[1]).exists():
+                shutil.rmtree(build_dir)
+        build_dir.mkdir(parents=True, exist_ok=True)
+        destination.mkdir(parents=True, exist_ok=True)
+        for stale in destination.glob("*.so"):
+            stale.unlink()
+        configure = [
+            cmake, "-G", "Ninja", "-S", str(ROOT), "-B", str(build_dir),
+            "-DCMAKE_BUILD_TYPE=Release",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
+            f"-DDALLE_TORCH_DIR={torch_dir}",
+            f"-DDALLE_CUDA={'ON' if cuda else 'OFF'}",
+            f"-DDALLE_VERSION={VERSION}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        ]  # fmt: skip
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        subprocess.run(configure, check=True)
+        subprocess.run([cmake, "--build", str(build_dir), "-j", jobs], check=True)
+
+    def get_outputs(self):
+        return [str(path) for path in (Path(self.build_lib) / "dalle_kernels").glob("*.so")]
+
+
+# pip asks for this only in an isolated build with no torch around: then, and only then, one is fetched to compile against.
+needs_torch = find_torch() is None and "setuptools.build_meta" in sys.modules
+
+setup(
+    version=VERSION,
+    packages=find_packages(include=["dalle_kernels*", "dalle*"]),
+    package_data={"dalle_kernels": ["py.typed"]},
+    ext_modules=[Extension("dalle_kernels._host", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[TORCH] if needs_torch else [],
+    install_requires=[
+        TORCH,
+        "numpy>=1.26",
+        "tokenizers>=0.20",
+        "safetensors>=0.4",
+        "huggingface_hub>=0.26",
+        "pillow>=10.1",
+        "emoji>=2.8",
+        "rich>=13",
+        "tyro>=0.9",
+        "tensorboard>=2.17",
+    ],
+)
