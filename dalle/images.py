@@ -1,0 +1,75 @@
+"""Between tensors and Pillow, and grids of pictures."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from dalle.files import replacing
+
+MARGIN = 2
+
+
+def to_uint8(pictures: Tensor) -> Tensor:
+    """Pictures as uint8: those in [0, 1] are scaled to [0, 255] and rounded, uint8 stays as it is."""
+    return pictures if pictures.dtype == torch.uint8 else (pictures.float().clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def to_pil(picture: Tensor) -> Image.Image:
+    """A picture [3, H, W], uint8 or float in [0, 1], as an RGB image."""
+    return Image.fromarray(to_uint8(picture).permute(1, 2, 0).cpu().numpy())
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as uint8 [3, H, W]."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1).contiguous()
+
+
+def square(image: Image.Image, size: int) -> Image.Image:
+    """The image upright by its EXIF data, on white, scaled by an area filter and cropped to the centre square."""
+    image = ImageOps.exif_transpose(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+    return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
+
+
+def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), scale: int = 1) -> Image.Image:
+    """Rows of equally large pictures on white, each row under its label if there are labels.
+
+    Args:
+        rows: pictures [3, H, W], uint8 or float in [0, 1].
+        labels: one for each row, or none; cut to the width of the grid.
+        scale: whole number by which pictures are enlarged.
+    """
+    height, width = (scale * side for side in rows[0][0].shape[1:])
+    font = ImageFont.load_default(size=max(10, height // 6))
+    header = sum(font.getmetrics()) + MARGIN if labels else 0
+    canvas_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
+    canvas = Image.new("RGB", (canvas_width, MARGIN + len(rows) * (header + height + MARGIN)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for i, row in enumerate(rows):
+        top = MARGIN + i * (header + height + MARGIN)
+        if labels:
+            draw.text((MARGIN, top), _fit(labels[i], font, canvas_width - 2 * MARGIN), fill="black", font=font)
+        for j, picture in enumerate(row):
+            image = to_pil(picture).resize((width, height), Image.Resampling.NEAREST)
+            canvas.paste(image, (MARGIN + j * (width + MARGIN), top + header))
+    return canvas
+
+
+def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def save(image: Image.Image, path: Path) -> None:
+    """Writes a PNG, atomically."""
+    with replacing(path) as temporary:
+        image.save(temporary, format="PNG")

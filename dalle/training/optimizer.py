@@ -1,0 +1,28 @@
+"""AdamW without decay where it does not belong, and the running average of the weights."""
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+
+def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW whose decay spares gains, biases and embeddings; the loop sets the learning rate."""
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    parameters = list(model.parameters())
+    spared = [p for p in parameters if p.ndim < 2 or id(p) in embeddings]
+    decayed = [p for p in parameters if p.ndim >= 2 and id(p) not in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=1e-8, fused=True)
+
+
+def average(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights.
+
+    In the first updates the decay is (1 + n) / (10 + n) while that is smaller, so that the random start is forgotten.
+    """
+
+    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+        n = int(count)
+        torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
+
+    return AveragedModel(model, multi_avg_fn=update).requires_grad_(False)

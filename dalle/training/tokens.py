@@ -1,0 +1,110 @@
+"""Pictures to codes, once: what the prior is trained on (Ramesh et al. 2021, App. B: argmax, without noise)."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dalle.config import read_json
+from dalle.data import Source, open_source, split
+from dalle.dvae import DiscreteVAE
+from dalle.errors import UserError
+from dalle.files import read_tensors, writable_directory, write_tensors, write_text
+from dalle.model_files import fingerprint, load_dvae
+from dalle.training.loop import Progress, choose_device
+
+PARTS = ("train", "heldout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizeConfig:
+    """Turns captioned pictures into codes with the dVAE of a model directory, and stores them there."""
+
+    out: Path
+    """Directory of the model; codes.safetensors and captions.json are written into it."""
+    data: str = "emoji"
+    """Captioned pictures: emoji, shapes, shapes:N, or a folder."""
+    font: str | None = None
+    """Colour-emoji font, if the system's is not found."""
+    batch_size: int = 64
+    """Pictures at a time."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Codes and captions of one part of the data: picture i has `codes[i]`, `captions[i]` and the name `keys[i]`."""
+
+    codes: Tensor
+    """int64 [n, rows, columns]."""
+    captions: list[str]
+    keys: list[str]
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    """Pictures left out, as (name, reason)."""
+
+
+def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | None = None) -> dict[str, Tokens]:
+    """Writes and returns the tokens of both parts, "train" and "heldout". Raises UserError."""
+    out = writable_directory(config.out)
+    dvae = load_dvae(out)
+    source = open_source(config.data, dvae.config.image_size, font=config.font)
+    mark = fingerprint(dvae)
+    dvae.to(choose_device(config.device))
+    began, total, parts = time.monotonic(), len(source), {}
+    for part in PARTS:
+        done = sum(len(tokens.captions) for tokens in parts.values())
+
+        def report(count: int, done: int = done) -> None:
+            if on_step:
+                fraction, seconds = (done + count) / total, time.monotonic() - began
+                left = seconds / fraction * (1 - fraction)
+                on_step(Progress(done + count, fraction, {}, (done + count) / seconds, left))
+
+        parts[part] = _tokenize_part(dvae, split(source, part), config.batch_size, report)
+
+    listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
+    text = json.dumps(listing, ensure_ascii=False)
+    metadata = {"dvae": mark, "captions": _digest(text), "data": config.data}
+    write_text(out / "captions.json", text)
+    # Codes are stored in 16 bits, which takes a quarter of the space; vocabularies are far below 32,768.
+    narrow = torch.int16 if dvae.config.vocab <= 2**15 else torch.int32
+    write_tensors(out / "codes.safetensors", {part: parts[part].codes.to(narrow) for part in PARTS}, metadata)
+    return parts
+
+
+def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
+    """What `tokenize` wrote. Raises UserError if it is missing, damaged, or was made with another dVAE."""
+    codes_path, captions_path = Path(directory) / "codes.safetensors", Path(directory) / "captions.json"
+    if not codes_path.exists():
+        raise UserError(f"{directory} holds no codes ({codes_path.name} is missing): run `dalle tokenize` first")
+    codes, metadata = read_tensors(codes_path)
+    if metadata.get("dvae") != fingerprint(dvae):
+        raise UserError(f"{codes_path} was made with another dVAE than the one beside it: run `dalle tokenize` again")
+    listing = read_json(captions_path)
+    if metadata.get("captions") != _digest(captions_path.read_text(encoding="utf-8")):
+        raise UserError(f"{captions_path} does not belong to {codes_path.name}: run `dalle tokenize` again")
+    return {part: Tokens(codes[part].long(), **listing[part]) for part in PARTS}
+
+
+@torch.inference_mode()
+def _tokenize_part(dvae: DiscreteVAE, source: Source, batch_size: int, report: Callable[[int], None]) -> Tokens:
+    device = next(dvae.parameters()).device
+    codes = [torch.empty(0, dvae.config.grid, dvae.config.grid, dtype=torch.int64)]
+    captions, keys = [], []
+    for first in range(0, len(source), batch_size):
+        samples = [source[i] for i in range(first, min(first + batch_size, len(source)))]
+        codes.append(dvae.codes(torch.stack([sample.image for sample in samples]).to(device)).cpu())
+        captions += [sample.caption for sample in samples]
+        keys += [sample.key for sample in samples]
+        report(len(captions))
+    return Tokens(torch.cat(codes), captions, keys, source.skipped)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

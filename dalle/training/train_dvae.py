@@ -1,0 +1,115 @@
+"""Stage one: the dVAE (Ramesh et al. 2021, App. A.2)."""
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dalle import images
+from dalle.data import open_source, split
+from dalle.dvae import DiscreteVAE, DiscreteVAEConfig, codebook_usage, logit_laplace_nll, psnr, to_range
+from dalle.model_files import save_part
+from dalle.training.feed import Pictures, step_seed
+from dalle.training.loop import OnStep, Result, TrainConfig, prepare, train
+from dalle.training.optimizer import adamw
+from dalle.training.schedules import cosine
+
+HELD_OUT = 256  # pictures an evaluation looks at
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDVAEConfig(TrainConfig):
+    """Trains the dVAE on pictures and writes dvae.json and dvae.safetensors into a model directory."""
+
+    data: str = "emoji"
+    """Pictures: emoji, shapes, shapes:N, or a folder."""
+    font: str | None = None
+    """Colour-emoji font, if the system's is not found."""
+    preset: str = "tiny"
+    """Size of the model: tiny, small, medium or dalle; it sets the side of the pictures."""
+    lr: float = 2e-3
+    """Learning rate at the start (the published one is 1e-4); falls by a cosine to 1/80 of it."""
+    beta: float | None = None
+    """Weight of the KL term after its warm-up. By default 6.6 for codes of 8x8 pixels, and in proportion for others, so
+    that KL and likelihood keep their published ratio per colour value."""
+    beta_warmup: float = 0.05
+    """Fraction of the training over which the weight of the KL term rises from 0."""
+    tau_end: float = 1 / 16
+    """Temperature of the relaxation at the end of its fall from 1."""
+    tau_fall: float = 0.75
+    """Fraction of the training over which the temperature falls."""
+
+
+class DVAETask:
+    """Losses, schedules and evaluation of the dVAE, for the shared loop."""
+
+    name = "dvae"
+    average_decay = 0.999
+    clip = math.inf
+
+    def __init__(self, config: TrainDVAEConfig):
+        self.config, self.device = config, prepare(config, self.name)
+        self.size = DiscreteVAEConfig.preset(config.preset)
+        source = open_source(config.data, self.size.image_size, font=config.font)
+        training, held_out = split(source, "train"), split(source, "heldout")
+        self.skipped = source.skipped
+        self.pictures = Pictures(training, config.batch_size, config.seed)
+        self.held_out = [held_out[i].image for i in range(min(HELD_OUT, len(held_out)))]
+        self.count = len(training)
+        self.model = DiscreteVAE(self.size).to(self.device, memory_format=torch.channels_last)
+        self.optimizer = adamw(self.model, betas=(0.9, 0.999), weight_decay=1e-4)
+        self.beta = 6.6 * 3 * self.size.downsampling**2 / 192 if config.beta is None else config.beta
+
+    def learning_rate(self, step: int, fraction: float) -> float:
+        return cosine(self.config.lr, self.config.lr / 80, fraction)
+
+    def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
+        config = self.config
+        return self.model.loss(
+            self.pictures.batch(step).to(self.device, non_blocking=True),
+            tau=cosine(1.0, config.tau_end, fraction / config.tau_fall),
+            beta=cosine(0.0, self.beta, fraction / config.beta_warmup) if config.beta_warmup else self.beta,
+            seed=step_seed(config.seed, step),
+        )
+
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        return evaluate(model, self.held_out) if self.held_out else {}
+
+    def draw_samples(self, model: nn.Module, path: Path) -> None:
+        """Pairs of rows: pictures, and below them what is left of them after the codes."""
+        shown = self.held_out[:24] or list(self.pictures.batch(0)[:24])
+        copies = model.reconstruct(torch.stack(shown).to(self.device)).cpu()
+        rows = [row for i in range(0, len(shown), 8) for row in (shown[i : i + 8], list(copies[i : i + 8]))]
+        images.save(images.grid(rows, scale=max(1, 64 // self.size.image_size)), path)
+
+    def write_model(self, model: nn.Module) -> None:
+        save_part(self.config.out, "dvae", model)
+
+
+@torch.inference_mode()
+def evaluate(model: DiscreteVAE, pictures: list[Tensor]) -> dict[str, float]:
+    """How well codes without noise carry pictures, uint8 [3, S, S]: nats per value, PSNR in dB, codes in use."""
+    codes, copies, nll = [], [], []
+    device = next(model.parameters()).device
+    for batch in torch.stack(pictures).split(64):
+        batch = batch.to(device)
+        codes.append(model.codes(batch))
+        stats = model.decoder.from_codes(codes[-1]).float()
+        nll.append(logit_laplace_nll(to_range(batch / 255), stats).mean((1, 2, 3)))
+        copies.append(model.decode(codes[-1]).cpu())
+    used, perplexity = codebook_usage(torch.cat(codes), model.config.vocab)
+    return {
+        "nll": torch.cat(nll).mean().item(),
+        "psnr": psnr(torch.stack(pictures) / 255, torch.cat(copies)),
+        "codes used": float(used),
+        "code perplexity": perplexity,
+    }
+
+
+def train_dvae(config: TrainDVAEConfig, *, on_step: OnStep | None = None) -> Result:
+    """Trains a dVAE; `on_step` receives Progress. Raises UserError for what the user can mend."""
+    task = DVAETask(config)
+    result = train(task, config, {"pictures": task.count}, on_step)
+    return replace(result, skipped=task.skipped)
