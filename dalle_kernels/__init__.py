@@ -1,8 +1,9 @@
 """Sparse attention, fused Gumbel-softmax and cached decode kernels for DALL·E 1, with the same results on every backend."""
 
 from .backends import use_backend
+from .decode import DecodeCache, decode_attention
 from .patterns import AttentionPattern
 from .sparse_attention import sparse_attention
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPattern", "sparse_attention", "use_backend"]
+__all__ = ["AttentionPattern", "DecodeCache", "decode_attention", "sparse_attention", "use_backend"]

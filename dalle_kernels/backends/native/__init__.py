@@ -54,6 +54,8 @@ class NativeBackend:
         """Why this backend cannot run `operation` on `tensor`; empty when it can."""
         if self.problem is not None:
             return (self.problem,)
+        if not hasattr(self, operation):
+            return (f"it has no {operation}",)
         if tensor.device.type != self.name:
             return (f"it takes {self.name} tensors, not {tensor.device.type}",)
         if tensor.dtype not in _DTYPES:

@@ -1,5 +1,6 @@
 """The reference backend: plain PyTorch, any dtype and device, float64 included. The specification of every operation, and the oracle of every test."""
 
+from .decode_attention import decode_attention
 from .sparse_attention import sparse_attention
 
 name = "reference"
@@ -10,4 +11,4 @@ def reasons(operation, tensor):
     return ()
 
 
-__all__ = ["name", "reasons", "sparse_attention"]
+__all__ = ["decode_attention", "name", "reasons", "sparse_attention"]

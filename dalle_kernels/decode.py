@@ -1,0 +1,209 @@
+"""Generating one image token at a time against cached keys and values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from . import backends
+from .decode_schedule import compile_schedule, schedule_tensor
+from .patterns import AttentionPattern
+
+
+@torch.library.custom_op("dalle_kernels::decode_advance", mutates_args=("step",))
+def _advance(step: torch.Tensor, limit: int) -> None:
+    """step += 1. On a CPU a full grid is an error; elsewhere nothing waits for the device to find out."""
+    if step.device.type == "cpu" and step >= limit:
+        raise ValueError(_full(limit))
+    step.add_(1)
+
+
+@_advance.register_fake
+def _(step, limit):
+    return None
+
+
+def _full(limit):
+    return f"all {limit} tokens of the image have been decoded; call cache.reset() to start another"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    schedule: torch.Tensor  # packed, int32
+    prefix_k: torch.Tensor  # [P, H, T, D]
+    prefix_v: torch.Tensor
+    image_k: torch.Tensor  # [P * C, H, R, D]
+    image_v: torch.Tensor
+    start_tokens: torch.Tensor  # of the image prefix, the tokens that keep their slot
+    start_slots: torch.Tensor
+
+
+class DecodeCache:
+    """Keys and values of `prompts * candidates` sequences that are generated together, in the order p * candidates + c.
+
+    A prompt's text is stored once for all its candidates; of the image a sequence keeps only what later tokens may
+    still look at. The step is a tensor on the device, so a step's work has stable addresses and no host state, and can
+    be captured and replayed as a graph.
+
+    Args:
+        patterns: one pattern per layer, all with the same text_len and image size.
+        prompts, candidates: P and C; sequence p * C + c is candidate c of prompt p.
+        heads, head_dim: H and D.
+        dtype: of the stored keys and values; float32, bfloat16, float16 or float64.
+        device: where the cache lives; the current default where omitted.
+        start: how many image tokens are given (a picture to be completed); decoding begins after them.
+
+    Raises:
+        ValueError, TypeError: sizes below 1, `start` outside the image, patterns that disagree, or a dtype that is not
+            floating point.
+    """
+
+    def __init__(
+        self,
+        patterns: Sequence[AttentionPattern],
+        *,
+        prompts: int,
+        candidates: int,
+        heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+        start: int = 0,
+    ):
+        patterns = list(patterns)
+        _check_patterns(patterns)
+        for name, size in dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=head_dim).items():
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1; got {size}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype; got {dtype}")
+        text = patterns[0].text_len
+        self._steps = patterns[0].seq_len - text
+        if not 0 <= start < self._steps:
+            raise ValueError(
+                f"start must lie in [0, {self._steps - 1}] for an image of {self._steps} tokens; got {start}"
+            )
+        self.prompts, self.candidates, self.dtype, self.start = prompts, candidates, dtype, start
+        self._prefix_shape = torch.Size((prompts, heads, text + start, head_dim))
+        self._shape = torch.Size((prompts * candidates, heads, head_dim))
+        with torch.inference_mode(False):  # ordinary tensors, which can be written to in and out of inference mode
+            self.step = torch.full((), start, dtype=torch.int64, device=device)
+            self._layers = [self._layer(pattern) for pattern in patterns]
+        self._written = [False] * len(patterns)
+
+    def _layer(self, pattern):
+        prompts, heads, _, head_dim = self._prefix_shape
+        schedule = compile_schedule(pattern)
+        survivors = schedule.surviving(self.start)
+
+        def empty(*shape):
+            return torch.empty(shape, dtype=self.dtype, device=self.device)
+
+        prefix = prompts, heads, pattern.text_len, head_dim
+        image = self._shape[0], heads, schedule.slots, head_dim
+        return _Layer(
+            schedule_tensor(pattern, self.device),
+            empty(*prefix),
+            empty(*prefix),
+            empty(*image),
+            empty(*image),
+            torch.tensor(survivors, dtype=torch.int64, device=self.device),
+            torch.tensor(schedule.steps[survivors, 0], dtype=torch.int64, device=self.device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the cache lives."""
+        return self.step.device
+
+    @torch.no_grad()
+    def write_prefix(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Stores what precedes the first decoded token: k and v [P, H, text_len + start, D], the text's keys and values
+        once per prompt, then those of the `start` given image tokens, which all candidates of a prompt share. No
+        gradient flows through the cache."""
+        storage = self._check_layer(layer)
+        self._check_tensors(self._prefix_shape, "[prompts, heads, text_len + start, head_dim]", k=k, v=v)
+        text = storage.prefix_k.shape[2]
+        for prefix, image, x in ((storage.prefix_k, storage.image_k, k), (storage.prefix_v, storage.image_v, v)):
+            prefix.copy_(x[:, :, :text])
+            if self.start:
+                of_prompts = image.unflatten(0, (self.prompts, self.candidates))
+                of_prompts[:, :, :, storage.start_slots] = x[:, None, :, text + storage.start_tokens]
+        self._written[layer] = True
+
+    def advance(self) -> None:
+        """Goes on to the next image token; call it when every layer has attended. On a CPU, more steps than the image
+        has tokens raise ValueError."""
+        _advance(self.step, self._steps)
+
+    def reset(self) -> None:
+        """Goes back to the first step. The text stays; where `start` image tokens were given, `write_prefix` must be
+        called again."""
+        self.step.fill_(self.start)
+        if self.start:
+            self._written = [False] * len(self._layers)
+
+    def _check_layer(self, layer):
+        if not 0 <= layer < len(self._layers):
+            raise ValueError(f"layer must lie in [0, {len(self._layers) - 1}]; got {layer}")
+        return self._layers[layer]
+
+    def _check_tensors(self, shape, meaning, **tensors):
+        for name, x in tensors.items():
+            if x.shape != shape:
+                raise ValueError(f"{name} must be {meaning} = {list(shape)}; got {list(x.shape)}")
+            if x.dtype != self.dtype:
+                raise TypeError(f"{name} must have the cache's dtype {self.dtype}; got {x.dtype}")
+            if x.device != self.device:
+                raise ValueError(f"{name} must be on the cache's device {self.device}; got {x.device}")
+
+    def _check_step(self, layer, q, k, v):
+        """The layer's storage, once it is certain that the step can run."""
+        storage = self._check_layer(layer)
+        self._check_tensors(self._shape, "[prompts * candidates, heads, head_dim]", q=q, k=k, v=v)
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            raise NotImplementedError("decode_attention has no gradient; call it under torch.inference_mode()")
+        if not self._written[layer] and self._prefix_shape[2]:
+            raise ValueError(f"layer {layer} has no prefix yet; call cache.write_prefix({layer}, k, v) first")
+        # Reading the step is free on a CPU only, and never possible while tracing; the kernel checks again.
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.step) >= self._steps:
+            raise ValueError(_full(self._steps))
+        return storage
+
+
+def _check_patterns(patterns):
+    if not patterns:
+        raise ValueError("patterns must hold one pattern per layer; got none")
+    for pattern in patterns:
+        if not isinstance(pattern, AttentionPattern):
+            raise TypeError(f"patterns must be AttentionPatterns; got {type(pattern).__name__}")
+    sizes = {(pattern.text_len, pattern.seq_len) for pattern in patterns}
+    if len(sizes) > 1:
+        raise ValueError(f"patterns must share text_len and seq_len; got the pairs {sorted(sizes)}")
+
+
+def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: DecodeCache, layer: int) -> torch.Tensor:
+    """Attention of one new image token per sequence: what `sparse_attention` gives for this row of the layer's pattern,
+    with the scale D ** -0.5.
+
+    The new key and value are written into the cache first, and a token sees itself; repeating a call within a step
+    changes nothing. The bits of a sequence's result do not depend on how many prompts and candidates the cache holds.
+
+    Args:
+        q, k, v: [P * C, H, D] in the cache's dtype; any strides with a contiguous last dimension are taken as they are.
+        cache: the cache; its step says which token this is.
+        layer: which of the cache's layers.
+
+    Returns:
+        [P * C, H, D], contiguous, in the same dtype.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: shapes, dtypes or devices that are not the cache's, no such layer,
+            no prefix written yet, more steps than the image has tokens (found on a CPU only), or a gradient asked for.
+    """
+    storage = cache._check_step(layer, q, k, v)
+    run = backends.choose("decode_attention", q).decode_attention
+    prefix_and_image = storage.prefix_k, storage.prefix_v, storage.image_k, storage.image_v
+    return run(q, k, v, *prefix_and_image, storage.schedule, cache.step, q.shape[-1] ** -0.5)
