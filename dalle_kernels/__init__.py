@@ -2,8 +2,18 @@
 
 from .backends import use_backend
 from .decode import DecodeCache, decode_attention
+from .gumbel_softmax import gumbel_softmax
 from .patterns import AttentionPattern
+from .sampling import sample_tokens
 from .sparse_attention import sparse_attention
 
 __version__ = "0.1.0"
-__all__ = ["AttentionPattern", "DecodeCache", "decode_attention", "sparse_attention", "use_backend"]
+__all__ = [
+    "AttentionPattern",
+    "DecodeCache",
+    "decode_attention",
+    "gumbel_softmax",
+    "sample_tokens",
+    "sparse_attention",
+    "use_backend",
+]

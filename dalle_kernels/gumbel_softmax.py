@@ -1,0 +1,68 @@
+"""The Gumbel-softmax relaxation, with the KL to the uniform distribution in the same pass."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .philox import as_seed, fresh_seed
+
+FLOAT32_TINY = torch.finfo(torch.float32).tiny
+
+
+def check_logits(logits):
+    if not isinstance(logits, torch.Tensor):
+        raise TypeError(f"logits must be a tensor; got {type(logits).__name__}")
+    if not logits.is_floating_point():
+        raise TypeError(f"logits must have a floating-point dtype; got {logits.dtype}")
+
+
+def gumbel_softmax(
+    logits: torch.Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    seed: int | torch.Tensor | None = None,
+    return_kl: bool = False,
+    backend: str | None = None,
+):
+    """softmax((logits + g) / tau) over `dim`, g standard Gumbel noise (Jang et al. 2017; Ramesh et al. 2021, 2.1).
+
+    A drop-in for torch.nn.functional.gumbel_softmax whose noise is a function of (seed, position in the logits' shape),
+    see `dalle_kernels.philox`: nothing random is stored, and equal seeds give equal draws on every backend, whatever
+    the strides.
+
+    Args:
+        logits: unnormalised log-probabilities, any shape with at least one dimension; float32, bfloat16 or float16
+            (float64 on "reference"). -inf forbids a class: its y and its gradient are 0. Any strides; only C-contiguous
+            logits are read without a copy.
+        tau: temperature, > 0.
+        hard: return the exact one-hot of the largest noisy logit, with the gradient of the soft y (straight-through).
+        eps: accepted for compatibility, without effect.
+        dim: the dimension of the classes.
+        seed: an int or an int64 tensor of shape [] on the logits' device; None draws one from torch's generator.
+        return_kl: also return KL(softmax(logits) || uniform) over `dim`, in nats.
+        backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
+
+    Returns:
+        y in the logits' shape and dtype; with `return_kl` the pair (y, kl), kl float32 (float64 for float64 logits) in
+        the logits' shape without `dim`. Both are differentiable. A row that holds NaN or +inf, or only -inf, is NaN, as
+        in torch.softmax.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises
+            NotImplementedError (except on "reference").
+    """
+    check_logits(logits)
+    if not -logits.ndim <= dim < logits.ndim:
+        raise ValueError(f"dim must name one of the logits' {logits.ndim} dimensions; got {dim}")
+    if logits.shape[dim] == 0:
+        raise ValueError(f"dim {dim} must hold at least one class; the logits have shape {list(logits.shape)}")
+    if not FLOAT32_TINY <= tau < float("inf"):  # NaN fails too; the kernels divide in float32
+        raise ValueError(f"tau must be a positive, finite number; got {tau}")
+    seed = fresh_seed((), logits.device) if seed is None else as_seed(seed, "seed", (), logits.device)
+    chosen = backends.choose("gumbel_softmax", logits, backend)
+    y, kl = chosen.gumbel_softmax(logits, seed, float(tau), bool(hard), dim % logits.ndim, bool(return_kl))
+    return (y, kl) if return_kl else y

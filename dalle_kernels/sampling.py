@@ -1,0 +1,68 @@
+"""Drawing tokens from logits."""
+
+from __future__ import annotations
+
+import torch
+
+from . import backends
+from .gumbel_softmax import FLOAT32_TINY, check_logits
+from .philox import as_seed, fresh_seed
+
+
+@torch.no_grad()
+def sample_tokens(
+    logits: torch.Tensor,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | torch.Tensor | None = None,
+    offset: int | torch.Tensor | None = None,
+    backend: str | None = None,
+) -> torch.Tensor:
+    """One token per row, drawn from softmax(logits / temperature): the argmax of logits / temperature + Gumbel noise.
+
+    The noise of a row is a function of (seed, offset, token) only, see `dalle_kernels.philox`, so its draw does not
+    depend on the other rows of the batch.
+
+    Args:
+        logits: [R, V]; float32, bfloat16 or float16 (float64 on "reference"). -inf forbids a token.
+        temperature: > 0; top_k=1 is the greedy choice.
+        top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
+        top_p: of those, keep the fewest most likely tokens whose probability reaches top_p (at least one), and those as
+            likely as the last of them; in (0, 1], None keeps all.
+        seed: an int for all rows, or an int64 tensor [R] on the logits' device; None draws one per row from torch's
+            generator.
+        offset: an int for all rows (say, the step), or an int64 tensor [R]. Where omitted: 0, or the row's number if
+            one int seed serves all rows, so that no two rows share their noise.
+        backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
+
+    Returns:
+        Tokens, int64 [R]; not differentiable. A row that holds NaN or +inf gives the first token that is so (NaN
+        first); a row of -inf gives 0.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: before anything runs.
+    """
+    check_logits(logits)
+    if logits.ndim != 2 or logits.shape[1] == 0:
+        raise ValueError(f"logits must have shape [R, V] with at least one token; got {list(logits.shape)}")
+    if not FLOAT32_TINY <= temperature < float("inf"):
+        raise ValueError(
+            f"temperature must be a positive, finite number (top_k=1 takes the most likely token); got {temperature}"
+        )
+    if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+        raise ValueError(f"top_k must be an int of at least 1, or None to keep all tokens; got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must lie in (0, 1], or be None to keep all tokens; got {top_p}")
+    rows, device = (logits.shape[0],), logits.device
+    if offset is not None:
+        offset = as_seed(offset, "offset", rows, device)
+    elif seed is None or isinstance(seed, torch.Tensor):
+        offset = torch.zeros(rows, dtype=torch.int64, device=device)
+    else:
+        offset = torch.arange(rows[0], device=device)
+    seed = fresh_seed(rows, device) if seed is None else as_seed(seed, "seed", rows, device)
+    chosen = backends.choose("sample_tokens", logits, backend)
+    keep = min(top_k or 0, logits.shape[1]), 1.0 if top_p is None else float(top_p)
+    return chosen.sample_tokens(logits, float(temperature), *keep, seed, offset)
