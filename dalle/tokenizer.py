@@ -1,13 +1,14 @@
 """Byte-level BPE over lower-cased text, with BPE dropout (Provilkov et al. 2020) for training."""
 
 import functools
+import itertools
 import json
 import os
 import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-# Encoding one caption at a time gains nothing from the library's threads, and forking data workers after using them warns.
+# Captions are encoded one at a time, which gains nothing from the library's threads; forking after their use warns.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
@@ -22,7 +23,7 @@ MAX_WORD = 64  # longer words are cut before dropout merges them: the merge loop
 class Tokenizer:
     """Text to ids in [0, vocab_size) and back. There are no special tokens: start and padding belong to the prior.
 
-    Text is NFC-normalised and lower-cased (Ramesh et al. 2021, App. B.1), and its whitespace collapsed to single spaces.
+    Text is NFC-normalised and lower-cased (Ramesh et al. 2021, App. B.1), its whitespace collapsed to single spaces.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer):
@@ -35,12 +36,11 @@ class Tokenizer:
         The vocabulary comes out smaller than ``vocab_size`` when the captions run out of pairs to merge.
         """
         if vocab_size < len(ALPHABET):
-            raise UserError(f"vocabulary size {vocab_size} is too small: the {len(ALPHABET)} bytes alone need {len(ALPHABET)}")
+            raise UserError(f"vocabulary size {vocab_size} is too small: the bytes alone take {len(ALPHABET)}")
         bpe = tokenizers.Tokenizer(models.BPE())
-        bpe.normalizer = normalizers.Sequence([
-            normalizers.NFC(), normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()
-        ])
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same at the start as elsewhere
+        collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *collapse])
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is a word like any other
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=ALPHABET, show_progress=False)
         bpe.train_from_iterator(captions, trainer)
@@ -79,7 +79,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads what ``save`` wrote; raises UserError when the file is missing, damaged or another kind of tokenizer."""
+        """Reads what ``save`` wrote; raises UserError when the file is missing, damaged or something else."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -89,7 +89,7 @@ class Tokenizer:
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer file, or is damaged: {error}") from error
         if not _is_ours(bpe):
-            raise UserError(f"{path} is not a byte-level BPE tokenizer written by dalle: train one with Tokenizer.train")
+            raise UserError(f"{path} is another kind of tokenizer: train one with dalle")
         return cls(bpe)
 
     @functools.cached_property
@@ -101,13 +101,13 @@ class Tokenizer:
 def _merge(word: str, ranks: dict[tuple[str, str], int], dropout: float, draw) -> list[str]:
     """Applies the learned merges to one word, best rank first, passing over each with probability ``dropout``.
 
-    The library has this too, but takes its randomness from a generator that cannot be seeded, so training could not resume exactly.
+    The library has this too, but its randomness cannot be seeded, so that training could not resume exactly.
     """
     tokens = list(word)
     while True:
         live = [
             (ranks[pair], i)
-            for i, pair in enumerate(zip(tokens, tokens[1:], strict=False))
+            for i, pair in enumerate(itertools.pairwise(tokens))
             if pair in ranks and draw() >= dropout
         ]
         if not live:

@@ -13,6 +13,7 @@ from dalle.errors import UserError
 
 FONT_SIZE = 109  # the only size at which the font's bitmaps exist
 GLYPH_WIDTH, GLYPH_HEIGHT = 136, 128
+FONT_ADVICE = "install the system package fonts-noto-color-emoji, or give --font PATH to NotoColorEmoji.ttf"
 WELL_KNOWN_FONTS = (
     "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf",
     "/usr/share/fonts/noto/NotoColorEmoji.ttf",
@@ -25,8 +26,8 @@ SKIN_TONES = {chr(code) for code in range(0x1F3FB, 0x1F400)}
 class EmojiSource(Source):
     """About 3,800 pictures: the fully qualified emoji of Unicode, less those ``font`` lacks.
 
-    The glyph (136x128) is drawn on white, scaled to fill the width of the picture, and centred. The caption is the English
-    Unicode name, as in "woman running dark skin tone". Skin tones of one emoji stay together in a split.
+    The glyph (136x128) is drawn on white, scaled to fill the width of the picture, and centred. The caption is the
+    English Unicode name, as in "woman running dark skin tone". Skin tones of one emoji stay together in a split.
     """
 
     def __init__(self, image_size: int, font: str | None = None):
@@ -38,12 +39,10 @@ class EmojiSource(Source):
         for text, data in emoji.EMOJI_DATA.items():
             if data["status"] > emoji.STATUS["fully_qualified"]:
                 continue  # the same emoji under a shorter spelling
-            if _has_glyph(self.font, text):
+            if _has_glyph(text, self.font):
                 self._emoji.append(text)
             else:
                 self.skipped.append((_code_points(text), "not in the font"))
-        if not self._emoji:
-            raise UserError(f"{self.font} draws no emoji: give a colour-emoji font such as NotoColorEmoji.ttf with --font PATH")
 
     def __len__(self) -> int:
         return len(self._emoji)
@@ -64,21 +63,18 @@ class EmojiSource(Source):
 
 def draw(text: str, font: str, image_size: int) -> Image.Image:
     """One emoji as an RGB square of ``image_size`` pixels on white."""
-    canvas = Image.new("RGB", (GLYPH_WIDTH, GLYPH_WIDTH), "white")
-    top = (GLYPH_WIDTH - GLYPH_HEIGHT) // 2
-    ImageDraw.Draw(canvas).text((0, top), text, font=_open_font(font), embedded_color=True)
-    return canvas.resize((image_size, image_size), Image.Resampling.BOX)
+    return _glyph(text, font).resize((image_size, image_size), Image.Resampling.BOX)
 
 
 def find_font(path: str | None = None) -> str:
     """The path of the colour-emoji font: ``path`` if given, else what fontconfig knows, else where systems keep it."""
     if path is not None:
-        _open_font(path)
+        _check_colour(path)
         return path
     for candidate in (_ask_fontconfig(), *WELL_KNOWN_FONTS):
         if candidate and Path(candidate).is_file():
             return candidate
-    raise UserError("no colour-emoji font found: install the system package fonts-noto-color-emoji, or give --font PATH")
+    raise UserError(f"no colour-emoji font found: {FONT_ADVICE}")
 
 
 def _ask_fontconfig() -> str | None:
@@ -94,27 +90,42 @@ def _open_font(path: str) -> ImageFont.FreeTypeFont:
     try:
         return ImageFont.truetype(path, FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
     except OSError as error:
-        raise UserError(f"{path} is not a font of {FONT_SIZE} px bitmaps ({error}): give NotoColorEmoji.ttf with --font PATH") from None
+        raise UserError(f"{path} is not a font with bitmaps of {FONT_SIZE} px ({error}): {FONT_ADVICE}") from None
 
 
-def _has_glyph(font: str, text: str) -> bool:
-    """False for a sequence drawn as several glyphs side by side, as nothing, or as the box of a missing glyph."""
-    opened = _open_font(font)
-    if opened.getlength(text) > GLYPH_WIDTH:
-        return False
-    mask = opened.getmask(text)
-    return mask.getbbox() is not None and bytes(mask) != _missing_glyph(font)
+def _check_colour(path: str) -> None:
+    if not Path(path).is_file():
+        raise UserError(f"there is no font file {path}: {FONT_ADVICE}")
+    red, green, blue = _glyph("\N{GRINNING FACE}", path).split()
+    if red.tobytes() == green.tobytes() == blue.tobytes():
+        raise UserError(f"{path} draws no coloured emoji: {FONT_ADVICE}")
+
+
+def _glyph(text: str, font: str) -> Image.Image:
+    """One emoji in its own pixels, centred in a square."""
+    canvas = Image.new("RGB", (GLYPH_WIDTH, GLYPH_WIDTH), "white")
+    top = (GLYPH_WIDTH - GLYPH_HEIGHT) // 2
+    ImageDraw.Draw(canvas).text((0, top), text, font=_open_font(font), embedded_color=True)
+    return canvas
+
+
+def _has_glyph(text: str, font: str) -> bool:
+    """False for a sequence that is drawn as several glyphs side by side, as nothing, or as a placeholder."""
+    return _open_font(font).getlength(text) <= GLYPH_WIDTH and _glyph(text, font).tobytes() not in _placeholders(font)
 
 
 @functools.cache
-def _missing_glyph(font: str) -> bytes:
-    return bytes(_open_font(font).getmask("\U0010ffff"))
+def _placeholders(font: str) -> frozenset[bytes]:
+    """Nothing, the box of a code point that will never exist, and the flag of a region that does not."""
+    return frozenset(_glyph(text, font).tobytes() for text in ("", "\U0010ffff", "\U0001f1ff\U0001f1ff"))
 
 
 def _check_raqm() -> None:
     if not features.check("raqm"):
-        raise UserError("this Pillow lays out text without raqm and would draw emoji sequences wrong: install the system "
-                        "package libfribidi0 (for a wheel: pip install --force-reinstall pillow) or libraqm0")
+        raise UserError(
+            "this Pillow lacks raqm and would draw emoji sequences wrong: install the system package libfribidi0 and "
+            "a wheel of Pillow, which loads it (pip install --force-reinstall pillow), or libraqm0 for your own build"
+        )
 
 
 def _code_points(text: str) -> str:

@@ -1,10 +1,11 @@
-"""A folder of pictures, each with its caption in a text file of the same stem (cat.jpg, cat.txt), searched recursively."""
+"""A folder of pictures, searched recursively, each with its caption in a text file of the same stem."""
 
 import os
 import stat
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image, ImageOps
 
 from dalle.data.source import Sample, Source, UnreadablePicture, to_tensor
@@ -19,9 +20,10 @@ MAX_CAPTION_BYTES = 65_536
 class FolderSource(Source):
     """The captioned pictures under ``root``, in the order of their names.
 
-    Opening reads every caption and every picture's header; pixels are decoded on use, so a truncated picture is found then.
-    A picture is turned upright by its EXIF orientation, composited on white, scaled by an area filter until its short side
-    is ``image_size``, and cropped to the centre square. The whitespace in a caption is collapsed to single spaces.
+    Opening reads every caption and every picture's header; pixels are decoded on use, so a truncated picture is found
+    then. A picture is turned upright by its EXIF orientation, composited on white, scaled by an area filter until its
+    short side is ``image_size``, and cropped to the centre square. The whitespace in a caption is collapsed to single
+    spaces.
     """
 
     def __init__(self, root: str | Path, image_size: int):
@@ -37,7 +39,8 @@ class FolderSource(Source):
             except UnreadablePicture as error:
                 self.skipped.append((key, str(error)))
         stems = {os.path.splitext(key)[0] for key in pictures}
-        self.skipped += [(text, "caption without a picture") for text in texts if os.path.splitext(text)[0] not in stems]
+        lonely = [text for text in texts if os.path.splitext(text)[0] not in stems]
+        self.skipped += [(text, "caption without a picture") for text in lonely]
         if not self._items:
             raise UserError(f"{self.root} holds no captioned picture ({_what_was_found(self.skipped)}): "
                             f"it needs pictures ({', '.join(SUFFIXES)}) with captions in .txt files of the same name")
@@ -113,6 +116,8 @@ def _open(path: Path) -> Image.Image:
 
 
 def _on_white(picture: Image.Image) -> Image.Image:
+    if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip instead of scale
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if not picture.has_transparency_data:
         return picture.convert("RGB")
     rgba = picture.convert("RGBA")

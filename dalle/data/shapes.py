@@ -6,9 +6,9 @@ A scene is one to three objects on a 3x3 grid. There are three kinds, told apart
     count      "three blue squares"                      two or three equal objects in one row
     relation   "a red circle left of a green triangle"   two different objects in one row or one column
 
-What a caption does not say (which row, the size of counted or related objects, an offset of less than a pixel in 32 px)
-varies freely. Combinations of colour and shape in HELD_OUT never occur in the training part, although each colour and each
-shape does, as in ShapeWorld (Kuhnle and Copestake 2017).
+What a caption does not say (which row, the size of counted or related objects, an offset of less than a pixel in
+32 px) varies freely. Combinations of colour and shape in HELD_OUT never occur in the training part, although each
+colour and each shape does, as in ShapeWorld (Kuhnle and Copestake 2017).
 """
 
 import itertools
@@ -145,16 +145,17 @@ def cell(row: int, column: int, size: int) -> tuple[slice, slice]:
 
 
 def coverage(shape: str, side: float, centre: Offset, window: tuple[slice, slice], size: int) -> np.ndarray:
-    """How much an object covers each pixel of ``window``, float64 in [0, 1]; side and centre are fractions of the picture."""
+    """How much an object covers each pixel of ``window``, float64 in [0, 1]; lengths are fractions of the picture."""
     y, x = (
         ((np.arange(w.start * SUBPIXELS, w.stop * SUBPIXELS) + 0.5) / (size * SUBPIXELS) - c) * (2 / side)
         for w, c in zip(window, centre, strict=True)
     )
-    inside = _inside(shape, abs(x)[None, :], y[:, None])  # the bounding box is [-1, 1] x [-1, 1]; all shapes are symmetric in x
+    inside = _inside(shape, abs(x)[None, :], y[:, None])
     return inside.reshape(y.size // SUBPIXELS, SUBPIXELS, x.size // SUBPIXELS, SUBPIXELS).mean((1, 3))
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Whether points lie in a shape of bounding box [-1, 1] x [-1, 1]; x is |x|, for all shapes are symmetric."""
     if shape == "circle":
         return x * x + y * y <= 1
     if shape == "triangle":
@@ -166,7 +167,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def random_scene(rng: random.Random, part: Part, *, simple: bool = False) -> Scene:
-    """A scene of the training part (seen combinations only) or of the held-out part (at least one held-out combination)."""
+    """A scene of the training part (seen combinations only) or of the held-out part (at least one held-out)."""
     pairs = HELD_OUT if part == "heldout" else SEEN
     kind = "single" if simple else rng.choice(("single", "count", "relation"))
     look, size = rng.choice(pairs), rng.choice(tuple(SIZES))
@@ -180,7 +181,8 @@ def random_scene(rng: random.Random, part: Part, *, simple: bool = False) -> Sce
     line, (a, b) = rng.randrange(3), rng.sample(range(3), 2)
     cells = ((line, a), (line, b)) if rng.random() < 0.5 else ((a, line), (b, line))
     sizes = size, rng.choice(tuple(SIZES))
-    return Scene(tuple(sorted(Object(*cell, *pair, s) for cell, pair, s in zip(cells, (look, other), sizes, strict=True))))
+    pair = (Object(*c, *l, s) for c, l, s in zip(cells, (look, other), sizes, strict=True))
+    return Scene(tuple(sorted(pair)))
 
 
 class ShapesSource(Source):

@@ -1,9 +1,10 @@
-"""Reads drawn shapes back: picture to scene, exact on drawn pictures from 32 px up and robust to a reconstruction's blur.
+"""Reads drawn shapes back: picture to scene, exact on drawn pictures from 32 px up, robust to a reconstruction's blur.
 
-Analysis by synthesis, cell by cell: the mean contrast to white gives the colour, the contrast along that colour a soft mask,
-and the (shape, size) whose own drawing at the mask's centroid overlaps it best is the answer.
+Analysis by synthesis, cell by cell: the mean contrast to white gives the colour, the contrast along that colour a soft
+mask, and the (shape, size) whose own drawing at the mask's centroid, sharp or blurred, overlaps it best is the answer.
 """
 
+import functools
 import itertools
 
 import numpy as np
@@ -13,15 +14,17 @@ from dalle.data.shapes import COLOURS, SHAPES, SIZES, Object, Scene, cell, cover
 
 MIN_ALPHA = 0.1  # what is fainter is noise
 MIN_AREA = 0.006  # of the picture; the smallest object, a small triangle, covers 0.0145
+BLUR = 0.025  # standard deviation, as a fraction of the picture
 CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}  # below the box's centre, in sides
 
 _INKS = 255.0 - np.array(list(COLOURS.values()), dtype=np.float64)  # contrast of each colour to white
 
 
 def parse(picture: torch.Tensor) -> Scene:
-    """The scene in a uint8 [3, S, S] picture: whatever is found in the nine cells, whether the grammar has it or not."""
-    if picture.dtype != torch.uint8 or picture.ndim != 3 or picture.shape[0] != 3 or picture.shape[1] != picture.shape[2]:
-        raise ValueError(f"a picture is uint8 [3, S, S], not {picture.dtype} {list(picture.shape)}")
+    """The scene in a uint8 [3, S, S] picture: whatever the nine cells hold, whether the grammar has it or not."""
+    shape = tuple(picture.shape)
+    if picture.dtype != torch.uint8 or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
+        raise ValueError(f"a picture is uint8 [3, S, S], not {picture.dtype} {list(shape)}")
     contrast = 255.0 - picture.permute(1, 2, 0).cpu().numpy()
     found = (_read_cell(contrast, row, column) for row, column in itertools.product(range(3), range(3)))
     return Scene(tuple(item for item in found if item))
@@ -66,8 +69,21 @@ def _read_cell(contrast: np.ndarray, row: int, column: int) -> Object | None:
 
     def overlap(look: tuple[str, str]) -> float:
         side = SIZES[look[1]]
-        candidate = coverage(look[0], side, (y - CENTROIDS[look[0]] * side, x), window, size)
-        return np.minimum(alpha, candidate).sum() / np.maximum(alpha, candidate).sum()
+        sharp = coverage(look[0], side, (y - CENTROIDS[look[0]] * side, x), window, size)
+        blurred = _blur(window[0], size) @ sharp @ _blur(window[1], size)
+        return max(np.minimum(alpha, c).sum() / np.maximum(alpha, c).sum() for c in (sharp, blurred))
 
     shape, side = max(itertools.product(SHAPES, SIZES), key=overlap)
     return Object(row, column, list(COLOURS)[best], shape, side)
+
+
+def _blur(window: slice, size: int) -> np.ndarray:
+    """A Gaussian blur along one axis as a matrix, [n, n] for the n pixels of ``window``."""
+    return _blur_matrix(window.stop - window.start, BLUR * size)
+
+
+@functools.cache
+def _blur_matrix(pixels: int, sigma: float) -> np.ndarray:
+    position = np.arange(pixels)
+    kernel = np.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
+    return kernel / (sigma * np.sqrt(2 * np.pi))

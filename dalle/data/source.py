@@ -30,8 +30,8 @@ class Source(Sequence[Sample]):
     """A fixed list of captioned pictures.
 
     A subclass gives ``__len__``, ``key``, ``caption`` and ``load``; only ``load`` touches pixels.
-    ``skipped`` lists what was left out as (name, reason). It grows when a picture turns out to be unreadable during training;
-    in a DataLoader worker it is the worker's own copy that grows.
+    ``skipped`` lists what was left out as (name, reason). It grows when a picture turns out to be unreadable during
+    training; in a DataLoader worker it is the worker's own copy that grows.
     """
 
     skipped: list[tuple[str, str]]
