@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import dalle_kernels as dk
 from dalle import images
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
@@ -116,6 +117,8 @@ class Pipeline:
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if candidates < 1 or batch_size < 1:
             raise UserError(f"candidates and batch_size must be at least 1, not {candidates} and {batch_size}")
+        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
+        _check_sampling(sampling)
         text = self.prior.pack_text([self.tokenizer.encode(prompt) for prompt in prompts], truncate)
         seed = int(torch.randint(2**31, ())) if seed is None else seed
         prefix = self._prefix(complete, keep_rows)
@@ -126,15 +129,8 @@ class Pipeline:
             for start in range(0, candidates, batch_size):
                 count = min(batch_size, candidates - start)
                 seeds = torch.arange(seed + start, seed + start + count, device=self.device).repeat(len(rows))
-                codes = self.prior.generate(
-                    rows,
-                    candidates=count,
-                    seeds=seeds,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    prefix=None if prefix is None else prefix.expand(len(rows), -1),
-                )
+                given = None if prefix is None else prefix.expand(len(rows), -1)
+                codes = self.prior.generate(rows, candidates=count, seeds=seeds, prefix=given, **sampling)
                 for i, drawing in enumerate(self._draw(codes, seeds)):
                     prompt = first + i // count
                     drawings[prompt].append(Drawing(prompts[prompt], *drawing))
@@ -150,7 +146,7 @@ class Pipeline:
         pictures = self.dvae.decode(codes)
         return [(int(s), c, images.to_pil(p)) for s, c, p in zip(seeds, codes.cpu(), pictures, strict=True)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _prefix(self, complete: Image.Image | Tensor | None, keep_rows: int) -> Tensor | None:
         side = self.dvae.config.grid
         if complete is None:
@@ -165,6 +161,14 @@ class Pipeline:
         side = self.dvae.config.image_size
         picture = images.to_tensor(images.square(image, side)) if isinstance(image, Image.Image) else image
         return picture[None].to(self.device)
+
+
+def _check_sampling(sampling: dict) -> None:
+    """Before the work: what `sample_tokens` says about a single row."""
+    try:
+        dk.sample_tokens(torch.zeros(1, 1), seed=0, **sampling)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
 
 
 def _directory(model: str | os.PathLike) -> Path:

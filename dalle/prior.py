@@ -217,7 +217,6 @@ class Prior(nn.Module):
         ended = (targets == self.config.start_id).cumsum(1)
         return targets.masked_fill(ended > 1, IGNORE)
 
-    @torch.inference_mode()
     def generate(
         self,
         text: Tensor,
@@ -245,40 +244,47 @@ class Prior(nn.Module):
         Returns:
             Codes, int64 [P * C, rows, columns].
         """
-        config, device = self.config, text.device
+        config = self.config
         if candidates < 1:
             raise UserError(f"candidates must be at least 1, not {candidates}")
-        prompts, count = len(text), len(text) * candidates
+        count = len(text) * candidates
         if seeds is None:
-            seeds = torch.randint(2**62, (count,), device=device)
+            seeds = torch.randint(2**62, (count,), device=text.device)
         if seeds.shape != (count,):
             raise UserError(f"there must be {count} seeds, one per picture, not {list(seeds.shape)}")
-        prefix = text.new_empty(prompts, 0) if prefix is None else prefix
+        prefix = text.new_empty(len(text), 0) if prefix is None else prefix
         start = prefix.shape[1]
         if start >= config.image_len:
             raise UserError(f"a picture has {config.image_len} codes, so a prefix of {start} leaves nothing to draw")
 
-        cache = dk.DecodeCache(
+        codes = text.new_empty(count, config.image_len)
+        codes[:, :start] = prefix.repeat_interleave(candidates, 0)
+        with torch.inference_mode():
+            cache = self._cache(len(text), candidates, start)
+            hidden = self._run(text, prefix, cache)[:, -1].repeat_interleave(candidates, 0)
+            for i in range(start, config.image_len):
+                logits = self._logits(self.image_head, hidden)
+                codes[:, i] = dk.sample_tokens(
+                    logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=i
+                )
+                if i + 1 < config.image_len:
+                    hidden = self._step(codes[:, i], i, cache)
+        return codes.unflatten(1, config.grid)
+
+    def _cache(self, prompts: int, candidates: int, start: int) -> dk.DecodeCache:
+        weights = self.text_embedding.weight
+        device = weights.device
+        autocast = torch.is_autocast_enabled(device.type)
+        return dk.DecodeCache(
             [layer.pattern for layer in self.layers],
             prompts=prompts,
             candidates=candidates,
-            heads=config.heads,
-            head_dim=config.head_dim,
-            dtype=self._compute_dtype(device),
+            heads=self.config.heads,
+            head_dim=self.config.head_dim,
+            dtype=torch.get_autocast_dtype(device.type) if autocast else weights.dtype,
             device=device,
             start=start,
         )
-        hidden = self._run(text, prefix, cache)[:, -1].repeat_interleave(candidates, 0)
-        codes = text.new_empty(count, config.image_len)
-        codes[:, :start] = prefix.repeat_interleave(candidates, 0)
-        for i in range(start, config.image_len):
-            logits = self._logits(self.image_head, hidden)
-            codes[:, i] = dk.sample_tokens(
-                logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=i
-            )
-            if i + 1 < config.image_len:
-                hidden = self._step(codes[:, i], i, cache)
-        return codes.unflatten(1, config.grid)
 
     def _run(self, text: Tensor, codes: Tensor, cache: dk.DecodeCache | None = None) -> Tensor:
         """Hidden states of all text positions and the given codes, [B, text_len + n, width]."""
@@ -311,8 +317,3 @@ class Prior(nn.Module):
         # Logits in 16 bits shift the loss (App. D), so the heads stay in float32 under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return head(self.norm(hidden).to(head.weight.dtype)).float()
-
-    def _compute_dtype(self, device: torch.device) -> torch.dtype:
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.text_embedding.weight.dtype

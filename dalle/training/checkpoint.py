@@ -73,8 +73,13 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for name, tensor in tensors.items():
         index, slot = name.split(".")
+        parameter = parameters[int(index)]
+        if tensor.shape == parameter.shape:
+            # In the parameter's memory order (channels last), for the fused optimiser walks both side by side.
+            tensor = torch.empty_like(parameter, requires_grad=False, device="cpu").copy_(tensor)
         state.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

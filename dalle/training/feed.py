@@ -3,6 +3,7 @@
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,8 @@ def batch_indices(size: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> Tensor:
-    return torch.randperm(size, generator=torch.Generator().manual_seed(step_seed(seed, epoch)))
+    # NumPy mixes all of a sequence of seeds; PyTorch's CPU generator would use the low 32 bits of a combined one.
+    return torch.from_numpy(np.random.default_rng((seed, epoch)).permutation(size))
 
 
 def step_seed(seed: int, step: int) -> int:

@@ -1,0 +1,289 @@
+"""The prior: published sizes and schedule, loss against loops, what sees what, and generation against full re-runs."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dalle_kernels as dk
+from dalle import Prior, PriorConfig, UserError
+from dalle.prior import gelu
+
+SMALL = PriorConfig(5, 11, (3, 4), 9, layers=4, heads=2, head_dim=8, conv_kernel=3)
+
+
+def make(config=SMALL, scale=8.0):
+    """A prior whose weights are large enough for its predictions to differ."""
+    model = Prior(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * (0.02 * scale))
+    return model
+
+
+def batch(config, size):
+    captions = [torch.randint(config.text_vocab, (i % config.text_len,)).tolist() for i in range(size)]
+    return captions, torch.randint(config.image_vocab, (size, config.image_len))
+
+
+@pytest.mark.parametrize(("name", "billions"), [("dalle-2.8b", 2.83), ("dalle-5.6b", 5.55), ("dalle-12b", 12.09)])
+def test_published_sizes(name, billions):
+    with torch.device("meta"):
+        model = Prior(PriorConfig.preset(name))
+    d, layers = model.config.width, 64
+    outside = ("text_embedding", "text_position", "image_embedding", "row_embedding", "column_embedding")
+    inner = sum(
+        p.numel() for n, p in model.named_parameters() if not n.startswith((*outside, "text_head", "image_head"))
+    )
+    matrices = 12 * d * d * layers  # 3 d^2 of q, k, v, d^2 of the output, 8 d^2 of the MLP
+    biases = (3 * d + d + 4 * d + d) * layers
+    norms = 2 * 2 * d * layers + 2 * d
+    assert inner == matrices + biases + norms
+    assert round(matrices / 1e9, 2) == billions
+
+
+def test_published_width():
+    config = PriorConfig.preset("dalle-12b")
+    assert (config.width, config.text_len, config.image_len, config.image_vocab) == (3968, 256, 1024, 8192)
+
+
+def test_published_schedule():
+    row = dk.AttentionPattern.row(text_len=256, grid=(32, 32))
+    column = dk.AttentionPattern.column(text_len=256, grid=(32, 32))
+    conv = dk.AttentionPattern.conv(text_len=256, grid=(32, 32), kernel=11, edge="wrap")
+    schedule = PriorConfig.preset("dalle-12b").schedule()
+    assert schedule[:8] == [row, column, row, row, row, column, row, row]
+    assert [schedule.count(pattern) for pattern in (row, column, conv)] == [47, 16, 1]
+    assert schedule[-1] == conv and len(schedule) == 64
+
+
+def test_gelu():
+    x = torch.linspace(-9, 9, 101, dtype=torch.float64)
+    torch.testing.assert_close(gelu(x), x / (1 + torch.exp(-1.702 * x)))
+
+
+def test_initialisation(seed):
+    model = Prior(PriorConfig(8, 300, (4, 4), 300, layers=8, heads=4, head_dim=32))
+    for layer in model.layers:
+        for linear, std in (
+            (layer.qkv, 0.02),
+            (layer.mlp_in, 0.02),
+            (layer.attention_out, 0.005),
+            (layer.mlp_out, 0.005),
+        ):
+            assert linear.weight.std().item() == pytest.approx(std, rel=0.05)
+            assert not linear.bias.any()
+
+
+def test_pack_text():
+    model = Prior(SMALL)
+    text = model.pack_text([[3, 4], [], [1, 2, 0, 10]])
+    assert text.tolist() == [[11, 3, 4, 15, 16], [11, 13, 14, 15, 16], [11, 1, 2, 0, 10]]
+    with pytest.raises(UserError, match="5 tokens and the model reads at most 4"):
+        model.pack_text([[1] * 5])
+    assert model.pack_text([[1] * 5], truncate=True).tolist() == [[11, 1, 1, 1, 1]]
+    with pytest.raises(UserError, match="text id 11"):
+        model.pack_text([[11]])
+
+
+def test_loss_by_hand(seed):
+    model = make()
+    captions, codes = batch(SMALL, 5)
+    text_logits, image_logits = model(model.pack_text(captions), codes)
+    text_logits, image_logits = text_logits.double().log_softmax(-1), image_logits.double().log_softmax(-1)
+    text, image = [], []
+    for i, caption in enumerate(captions):
+        targets = [*caption, SMALL.start_id][: SMALL.text_len - 1]  # the end of text, where there is room for it
+        text += [-text_logits[i, p, target].item() for p, target in enumerate(targets)]
+        image += [-image_logits[i, p, code].item() for p, code in enumerate(codes[i].tolist())]
+    text, image = sum(text) / len(text), sum(image) / len(image)
+    found = model.loss(model.pack_text(captions), codes)
+    assert found["text"].item() == pytest.approx(text, rel=1e-5)
+    assert found["image"].item() == pytest.approx(image, rel=1e-5)
+    assert found["loss"].item() == pytest.approx(text / 8 + image * 7 / 8, rel=1e-5)
+
+
+def test_every_weight_that_is_used_gets_a_gradient(seed):
+    model = make(scale=2)
+    captions, codes = batch(SMALL, 16)
+    model.loss(model.pack_text(captions), codes)["loss"].backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+
+
+def influence(model, captions, codes, change):
+    """Which logits move, text bool [T - 1] and image bool [rows * columns], when `change` alters the input."""
+    text = model.pack_text(captions)
+    other_text, other_codes = text.clone(), codes.clone()
+    change(other_text, other_codes)
+    with torch.no_grad():
+        before, after = model(text, codes), model(other_text, other_codes)
+    return [(a != b).any(-1).any(0) for a, b in zip(before, after, strict=True)]
+
+
+def test_a_code_moves_only_later_predictions(seed):
+    model = make()
+    captions, codes = batch(SMALL, 2)
+    for i in range(SMALL.image_len):
+
+        def change(text, image, i=i):
+            image[:, i] = (image[:, i] + 1) % SMALL.image_vocab
+
+        text, image = influence(model, captions, codes, change)
+        assert not text.any() and not image[: i + 1].any()
+        if i + 1 < SMALL.image_len:
+            assert image[i + 1]
+
+
+def test_a_word_moves_later_text_and_the_whole_picture(seed):
+    model = make()
+    captions, codes = [[1, 2, 3]], torch.randint(SMALL.image_vocab, (1, SMALL.image_len))
+
+    def change(text, image):
+        text[:, 2] = 7
+
+    text, image = influence(model, captions, codes, change)
+    assert text.tolist() == [False, False, True, True] and image.all()
+
+
+def test_pads_differ_by_position_and_are_attended_to(seed):
+    model = make()
+    codes = torch.randint(SMALL.image_vocab, (1, SMALL.image_len))
+
+    def change(text, image):
+        text[:, 4] = text[:, 3]  # another position's pad
+
+    text, image = influence(model, [[1]], codes, change)
+    assert not text.any() and image.all()
+
+
+def draw_slowly(model, text, candidates, seeds, prefix=None, **how):
+    """Generation without a cache: the whole sequence runs again for every code."""
+    text = text.repeat_interleave(candidates, 0)
+    codes = text.new_empty(len(text), 0) if prefix is None else prefix.repeat_interleave(candidates, 0)
+    with torch.no_grad():
+        for i in range(codes.shape[1], model.config.image_len):
+            logits = model(text, codes)[1][:, i]
+            codes = torch.cat([codes, dk.sample_tokens(logits, seed=seeds, offset=i, **how)[:, None]], 1)
+    return codes.unflatten(1, model.config.grid)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    grid=st.tuples(st.integers(1, 5), st.integers(1, 5)).filter(lambda g: g[0] * g[1] > 1),
+    text_len=st.integers(2, 6),
+    layers=st.integers(1, 6),
+    prompts=st.integers(1, 3),
+    candidates=st.integers(1, 3),
+    number=st.integers(0, 2**31),
+)
+def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates, number):
+    torch.manual_seed(number)
+    config = PriorConfig(text_len, 11, grid, 9, layers=layers, heads=2, head_dim=8, conv_kernel=3)
+    model = make(config)
+    captions, codes = batch(config, prompts)
+    text, seeds = model.pack_text(captions), torch.randint(2**62, (prompts * candidates,))
+    start = number % config.image_len
+    for prefix in (None, codes[:, :start]):
+        for how in (dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(top_k=1), dict(top_p=0.8)):
+            found = model.generate(text, candidates=candidates, seeds=seeds, prefix=prefix, **how)
+            assert torch.equal(found, draw_slowly(model, text, candidates, seeds, prefix, **how)), (start, how)
+
+
+def test_a_prefix_is_kept(seed):
+    model = make()
+    captions, codes = batch(SMALL, 3)
+    drawn = model.generate(model.pack_text(captions), candidates=2, prefix=codes[:, :5]).flatten(1)
+    assert torch.equal(drawn[:, :5], codes[:, :5].repeat_interleave(2, 0))
+
+
+def test_draws_do_not_depend_on_the_batch(seed):
+    model = make()
+    captions, _ = batch(SMALL, 3)
+    text, seeds = model.pack_text(captions), torch.randint(2**62, (12,))
+    together = model.generate(text, candidates=4, seeds=seeds)
+    for p in range(3):
+        for c in range(4):
+            alone = model.generate(text[p : p + 1], seeds=seeds[4 * p + c : 4 * p + c + 1])
+            assert torch.equal(alone[0], together[4 * p + c])
+
+
+def test_draws_follow_the_distribution(seed):
+    """With two codes in one row, the frequencies of the four pictures match the model's probabilities (chi-square)."""
+    config = PriorConfig(3, 5, (1, 2), 2, layers=2, heads=1, head_dim=8, conv_kernel=3)
+    model = make(config)
+    text, count = model.pack_text([[1, 2]]), 4000
+    drawn = model.generate(text, candidates=count).flatten(1)
+    pictures = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    with torch.no_grad():
+        log_p = model(text.expand(4, -1), pictures)[1].log_softmax(-1)
+    expected = count * log_p.gather(2, pictures[..., None])[..., 0].sum(1).exp()
+    observed = torch.stack([(drawn == picture).all(1).sum() for picture in pictures])
+    chi_square = ((observed - expected) ** 2 / expected).sum().item()
+    assert chi_square < 24, f"three degrees of freedom: {observed} against {expected}"  # p = 2.5e-5
+
+
+def test_one_token_text_conditions_the_picture(seed):
+    """It learns by heart what picture goes with what word, and the draws show it."""
+    config = PriorConfig(3, 4, (2, 3), 8, layers=3, heads=2, head_dim=16, conv_kernel=3)
+    model = Prior(config)
+    text, codes = model.pack_text([[0], [1], [2], [3]]), torch.randint(8, (4, 6))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(120):
+        optimizer.zero_grad()
+        model.loss(text, codes)["loss"].backward()
+        optimizer.step()
+    drawn = model.generate(text, candidates=2, top_k=1).flatten(1)
+    assert torch.equal(drawn, codes.repeat_interleave(2, 0))
+
+
+def test_autocast_stays_close(seed):
+    model = make(scale=2)
+    captions, codes = batch(SMALL, 4)
+    text = model.pack_text(captions)
+    exact = model.loss(text, codes)["loss"].item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(text, codes)["loss"]
+        assert model.generate(text).shape == (4, 3, 4)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.02)
+    loss.backward()
+    assert all(math.isfinite(p.grad.sum()) for p in model.parameters() if p.grad is not None)
+
+
+def test_bfloat16_weights_generate(seed):
+    model = make().bfloat16()
+    drawn = model.generate(model.pack_text([[1, 2]]), candidates=3)
+    assert drawn.shape == (3, 3, 4) and drawn.min() >= 0 and drawn.max() < SMALL.image_vocab
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(text_len=1), "text_len >= 2"),
+        (dict(heads=0), "at least 1"),
+        (dict(conv_kernel=4), "odd"),
+        (dict(grid=(0, 3)), "at least 1"),
+    ],
+)
+def test_impossible_sizes(change, reason):
+    arguments = dict(text_len=5, text_vocab=11, grid=(3, 4), image_vocab=9, layers=4, heads=2) | change
+    with pytest.raises(UserError, match=reason):
+        PriorConfig(**arguments)
+
+
+def test_bad_input():
+    model = Prior(SMALL)
+    text = model.pack_text([[1]])
+    with pytest.raises(UserError, match="candidates must be at least 1, not 0"):
+        model.generate(text, candidates=0)
+    with pytest.raises(UserError, match="2 seeds"):
+        model.generate(text, candidates=2, seeds=torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(UserError, match="leaves nothing to draw"):
+        model.generate(text, prefix=torch.zeros(1, 12, dtype=torch.int64))
+    with pytest.raises(UserError, match="a picture has 12 codes, not 3"):
+        model.loss(text, torch.zeros(1, 3, dtype=torch.int64))
+    with pytest.raises(UserError, match="as pack_text lays it out"):
+        model.loss(text[:, :3], torch.zeros(1, 12, dtype=torch.int64))
+    with pytest.raises(UserError, match="no preset 'huge'"):
+        PriorConfig.preset("huge")

@@ -1,0 +1,336 @@
+"""Training: schedules, order of the pictures, exact resume, tokens, and every way a checkpoint can be bad."""
+
+import dataclasses
+import errno
+import math
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dalle.files
+from dalle import DiscreteVAE, DiscreteVAEConfig, PriorConfig, UserError
+from dalle.data import open_source, split
+from dalle.dvae import PRESETS as DVAE_PRESETS
+from dalle.files import load_weights, read_tensors, write_tensors, write_text
+from dalle.model_files import load_dvae, load_prior, save_part
+from dalle.prior import PRESETS as PRIOR_PRESETS
+from dalle.training import feed
+from dalle.training.feed import Pictures, batch_indices
+from dalle.training.optimizer import adamw, average
+from dalle.training.schedules import cosine, warmup
+from dalle.training.tokens import TokenizeConfig, load_tokens, tokenize
+from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
+from dalle.training.train_prior import TrainPriorConfig, train_prior
+
+DATA = "shapes-simple:40"
+
+
+@pytest.fixture(autouse=True)
+def small_presets(monkeypatch):
+    monkeypatch.setitem(DVAE_PRESETS, "test", DiscreteVAEConfig(16, 32, (8, 16, 16), blocks=1, codebook_dim=8))
+    prior = PriorConfig(24, 300, (4, 4), 32, layers=2, heads=2, head_dim=16, conv_kernel=3)
+    monkeypatch.setitem(PRIOR_PRESETS, "test", prior)
+
+
+def dvae_config(out, **change):
+    defaults = dict(data=DATA, preset="test", steps=6, batch_size=4, report_every=1, sample_every=4, threads=1)
+    return TrainDVAEConfig(out=out, **defaults | change)
+
+
+def prior_config(out, **change):
+    defaults = dict(preset="test", steps=6, batch_size=4, report_every=1, sample_every=4, threads=1)
+    return TrainPriorConfig(out=out, **defaults | change)
+
+
+@pytest.fixture
+def tokenized(tmp_path):
+    """A model directory with an untrained dVAE and the codes it makes."""
+    torch.manual_seed(0)
+    save_part(tmp_path, "dvae", DiscreteVAE(DVAE_PRESETS["test"]))
+    tokenize(TokenizeConfig(out=tmp_path, data=DATA))
+    return tmp_path
+
+
+# Schedules, order, optimiser
+
+
+def test_cosine():
+    assert [cosine(1, 3, f) for f in (-1, 0, 0.5, 1, 2)] == pytest.approx([1, 1, 2, 3, 3])
+    assert cosine(1, 1 / 16, 1 / 3) == pytest.approx(1 / 16 + 15 / 16 * 0.75)
+    assert [warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+@settings(max_examples=50, deadline=None)
+@given(size=st.integers(1, 30), batch_size=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
+def test_every_epoch_is_a_permutation(size, batch_size, seed):
+    steps = 3 * size // batch_size + 2
+    batches = [batch_indices(size, batch_size, seed, step) for step in range(steps)]
+    assert all(len(batch) == batch_size for batch in batches)
+    stream = torch.cat(batches)
+    for epoch in range(len(stream) // size):
+        assert sorted(stream[epoch * size : (epoch + 1) * size].tolist()) == list(range(size))
+
+
+def test_order_depends_on_the_seed_and_changes_by_epoch():
+    orders = [tuple(batch_indices(50, 50, seed, step).tolist()) for seed in (0, 1) for step in (0, 1)]
+    assert len(set(orders)) == 4
+
+
+def test_pictures_that_do_not_fit_in_memory_come_the_same(monkeypatch):
+    source = split(open_source(DATA, 16), "train")
+    decoded = Pictures(source, 3, seed=5)
+    monkeypatch.setattr(feed, "IN_MEMORY", 0)
+    loaded = Pictures(source, 3, seed=5)
+    for step in (0, 1, 2, 7, 3):
+        assert torch.equal(decoded.batch(step), loaded.batch(step))
+
+
+def test_decay_spares_gains_biases_and_embeddings():
+    model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 5), torch.nn.LayerNorm(5))
+    decayed, spared = adamw(model, (0.9, 0.96), 0.045).param_groups
+    assert decayed["weight_decay"] == 0.045 and [p.shape for p in decayed["params"]] == [(5, 4)]
+    assert spared["weight_decay"] == 0.0 and len(spared["params"]) == 4
+
+
+def test_average_by_hand(seed):
+    model = torch.nn.Linear(3, 2)
+    ema = average(model, 0.9)
+    expected = None
+    for n in range(40):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(2, 3))
+        ema.update_parameters(model)
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = model.weight.detach().clone() if n == 0 else decay * expected + (1 - decay) * model.weight.detach()
+    torch.testing.assert_close(ema.module.weight, expected)
+
+
+# Runs
+
+
+def run_through(train, config):
+    """Losses by step, result."""
+    losses = {}
+    result = train(config, on_step=lambda p: losses.setdefault(p.step, p.metrics.get("loss")))
+    return losses, result
+
+
+def run_with_break(train, config, at):
+    """The same, stopped by Ctrl-C after step `at` and resumed."""
+    losses = {}
+
+    def on_step(progress):
+        losses.setdefault(progress.step, progress.metrics.get("loss"))
+        if progress.step == at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert train(config, on_step=on_step).interrupted
+    assert sorted(losses) == list(range(1, at + 1))
+    rest, result = run_through(train, dataclasses.replace(config, resume=True))
+    assert min(rest) == at + 1
+    return losses | rest, result
+
+
+def assert_same_weights(a, b):
+    first, second = read_tensors(a)[0], read_tensors(b)[0]
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dvae_resumes_exactly(tmp_path):
+    losses, result = run_through(train_dvae, dvae_config(tmp_path / "a"))
+    assert sorted(losses) == [1, 2, 3, 4, 5, 6] and result.step == 6 and not result.interrupted
+    assert run_with_break(train_dvae, dvae_config(tmp_path / "b"), at=3)[0] == losses
+    assert_same_weights(tmp_path / "a/dvae.safetensors", tmp_path / "b/dvae.safetensors")
+    assert_same_weights(tmp_path / "a/dvae.run.safetensors", tmp_path / "b/dvae.run.safetensors")
+
+
+def test_prior_resumes_exactly(tokenized, tmp_path):
+    files = ("dvae.json", "dvae.safetensors", "codes.safetensors", "captions.json")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_bytes((tokenized / file).read_bytes())
+    losses, _ = run_through(train_prior, prior_config(tmp_path / "a"))
+    assert run_with_break(train_prior, prior_config(tmp_path / "b"), at=2)[0] == losses
+    assert_same_weights(tmp_path / "a/prior.safetensors", tmp_path / "b/prior.safetensors")
+
+
+def test_what_a_dvae_run_leaves(tmp_path):
+    result = train_dvae(dvae_config(tmp_path, tensorboard=True))
+    assert {"heldout nll", "heldout psnr", "heldout codes used", "heldout code perplexity"} == result.metrics.keys()
+    assert load_dvae(tmp_path).config == DVAE_PRESETS["test"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["dvae-0000004.png", "dvae-0000006.png"]
+    assert list((tmp_path / "curves").iterdir())
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+def test_what_a_prior_run_leaves(tokenized):
+    result = train_prior(prior_config(tokenized))
+    assert {"heldout loss", "heldout text", "heldout image"} == result.metrics.keys()
+    config = load_prior(tokenized).config
+    assert config.grid == (4, 4) and config.image_vocab == 32 and config.layers == 2
+    assert (tokenized / "tokenizer.json").exists() and (tokenized / "samples/prior-0000006.png").exists()
+
+
+def test_training_reduces_the_loss(tmp_path):
+    losses, _ = run_through(train_dvae, dvae_config(tmp_path, steps=60, batch_size=16, sample_every=0))
+    assert sum(losses[step] for step in range(51, 61)) / 10 < losses[1] - 0.25
+
+
+def test_a_time_budget_runs_the_schedules_to_their_end(tmp_path):
+    fractions = []
+    result = train_dvae(
+        dvae_config(tmp_path, steps=1, minutes=0.02, sample_every=0), on_step=lambda p: fractions.append(p.fraction)
+    )
+    assert result.step > 1 and fractions == sorted(fractions) and fractions[-1] == 1.0
+    assert float(read_tensors(tmp_path / "dvae.run.safetensors")[1]["elapsed"]) >= 1.2
+
+
+def test_unfinite_losses_stop_the_run_and_spare_the_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="try a smaller --lr"):
+        train_dvae(dvae_config(tmp_path, lr=1e12, steps=100, save_every=1, sample_every=0))
+    run = tmp_path / "dvae.run.safetensors"
+    assert not run.exists() or all(t.isfinite().all() for t in read_tensors(run)[0].values())
+
+
+# What can be wrong with a directory
+
+
+def test_a_run_is_not_overwritten(tmp_path):
+    train_dvae(dvae_config(tmp_path, steps=1))
+    with pytest.raises(UserError, match="add --resume to go on with it"):
+        train_dvae(dvae_config(tmp_path, steps=1))
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume: leave --resume out"):
+        train_dvae(dvae_config(tmp_path, resume=True))
+
+
+def test_another_configuration(tmp_path):
+    train_dvae(dvae_config(tmp_path, steps=1))
+    with pytest.raises(UserError, match=r"batch_size = 4, not 5.*resume with the former or start anew"):
+        train_dvae(dvae_config(tmp_path, steps=1, resume=True, batch_size=5))
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -1])
+def test_a_truncated_checkpoint(tmp_path, keep):
+    train_dvae(dvae_config(tmp_path, steps=1))
+    run = tmp_path / "dvae.run.safetensors"
+    run.write_bytes(run.read_bytes()[:keep])
+    with pytest.raises(UserError, match="damaged or not a safetensors file"):
+        train_dvae(dvae_config(tmp_path, resume=True))
+
+
+def test_a_foreign_checkpoint(tmp_path):
+    write_tensors(tmp_path / "dvae.run.safetensors", {"x": torch.zeros(2)})
+    with pytest.raises(UserError, match="not a training run of this version"):
+        train_dvae(dvae_config(tmp_path, resume=True))
+
+
+def test_an_out_that_is_a_file(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="not a directory that can be written to"):
+        train_dvae(dvae_config(tmp_path / "file"))
+
+
+def test_a_failed_write_leaves_the_previous_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    write_tensors(path, {"x": torch.ones(3)})
+
+    def full(tensors, name, metadata):
+        Path(name).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dalle.files, "save_file", full)
+    with pytest.raises(UserError, match=r"No space left on device.*intact"):
+        write_tensors(path, {"x": torch.zeros(3)})
+    assert torch.equal(read_tensors(path)[0]["x"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+def test_a_real_limit_on_file_size(tmp_path):
+    """The kernel refuses to write beyond 100 kB, as it would on a full disk."""
+    write_text(tmp_path / "w.safetensors", "previous")
+    script = (
+        "import sys, torch; from dalle import UserError; from dalle.files import write_tensors\n"
+        "try: write_tensors(sys.argv[1], {'x': torch.zeros(10**6)})\n"
+        "except UserError as error: print(error); sys.exit(2)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "w.safetensors")],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "cannot be written" in done.stdout, done.stdout + done.stderr
+    assert (tmp_path / "w.safetensors").read_text() == "previous" and len(list(tmp_path.iterdir())) == 1
+
+
+def test_weights_of_another_shape(tmp_path):
+    with pytest.raises(UserError, match=r"belongs to another configuration: bias is \[3\] there and \[2\] here"):
+        load_weights(torch.nn.Linear(4, 2), torch.nn.Linear(4, 3).state_dict(), "w.safetensors")
+    with pytest.raises(UserError, match="bias is absent there"):
+        load_weights(torch.nn.Linear(4, 2), {"weight": torch.zeros(2, 4)}, "w.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (dict(steps=0), "steps must be at least 1, not 0"),
+        (dict(batch_size=-2), "batch_size must be at least 1, not -2"),
+        (dict(minutes=0.0), "minutes must be positive"),
+        (dict(minutes=math.nan), "minutes must be positive"),
+        (dict(seed=-1), "seed must be in"),
+        (dict(threads=0), "threads must be at least 1"),
+        (dict(device="abacus"), "device 'abacus' cannot be used"),
+        (dict(preset="huge"), "no preset 'huge'"),
+    ],
+)
+def test_bad_options(tmp_path, change, reason):
+    with pytest.raises(UserError, match=reason):
+        train_dvae(dvae_config(tmp_path, **change))
+
+
+# Tokens
+
+
+def test_tokens_are_the_codes_of_the_pictures(tokenized):
+    dvae = load_dvae(tokenized)
+    source = open_source(DATA, 16)
+    for part, tokens in load_tokens(tokenized, dvae).items():
+        view = split(source, part)
+        assert tokens.captions == list(view.captions()) and len(tokens.keys) == len(view) == len(tokens.codes)
+        for i in range(0, len(view), 5):
+            assert torch.equal(tokens.codes[i], dvae.codes(view[i].image[None])[0])
+
+
+def test_codes_of_another_dvae_are_refused(tokenized):
+    torch.manual_seed(1)
+    save_part(tokenized, "dvae", DiscreteVAE(DVAE_PRESETS["test"]))
+    with pytest.raises(UserError, match="made with another dVAE"):
+        train_prior(prior_config(tokenized))
+
+
+def test_captions_that_do_not_belong_are_refused(tokenized):
+    captions = tokenized / "captions.json"
+    captions.write_text(captions.read_text().replace("red", "blue"))
+    with pytest.raises(UserError, match=r"does not belong to codes\.safetensors"):
+        train_prior(prior_config(tokenized))
+
+
+def test_stages_out_of_order(tmp_path):
+    with pytest.raises(UserError, match="holds no dvae"):
+        tokenize(TokenizeConfig(out=tmp_path, data=DATA))
+    save_part(tmp_path, "dvae", DiscreteVAE(DVAE_PRESETS["test"]))
+    with pytest.raises(UserError, match="run `dalle tokenize` first"):
+        train_prior(prior_config(tmp_path))
