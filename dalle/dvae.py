@@ -34,8 +34,7 @@ class DiscreteVAEConfig:
     codebook_dim: int = 128
     """Size of a code's embedding: the output channels of the decoder's first 1x1 convolution."""
     codebook_std: float | None = None
-    """Standard deviation of the initial embeddings. None is the published fan-in rule, 1/sqrt(vocab), which needs
-    thousands of steps to find colour; 1.0 needs hundreds, so short runs use that."""
+    """Standard deviation of the initial embeddings, by default 1/sqrt(vocab) as published; 1.0 finds colours sooner."""
 
     def __post_init__(self):
         if min(self.image_size, self.vocab, self.blocks, self.codebook_dim) < 1 or not self.widths:

@@ -38,26 +38,27 @@ def square(image: Image.Image, size: int) -> Image.Image:
 
 
 def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), scale: int = 1) -> Image.Image:
-    """Rows of equally large pictures on white, each row under its label if there are labels.
+    """Rows of equally large pictures on white, each under its label if it has one.
 
     Args:
         rows: pictures [3, H, W], uint8 or float in [0, 1].
-        labels: one for each row, or none; cut to the width of the grid.
+        labels: one for each row, empty where there is none; cut to the width of the grid.
         scale: whole number by which pictures are enlarged.
     """
     height, width = (scale * side for side in rows[0][0].shape[1:])
-    font = ImageFont.load_default(size=max(10, height // 6))
-    header = sum(font.getmetrics()) + MARGIN if labels else 0
+    labels = labels or [""] * len(rows)
+    font = ImageFont.load_default(size=min(max(10, height // 6), 20))
+    headers = [sum(font.getmetrics()) + MARGIN if label else 0 for label in labels]
     canvas_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
-    canvas = Image.new("RGB", (canvas_width, MARGIN + len(rows) * (header + height + MARGIN)), "white")
-    draw = ImageDraw.Draw(canvas)
-    for i, row in enumerate(rows):
-        top = MARGIN + i * (header + height + MARGIN)
-        if labels:
-            draw.text((MARGIN, top), _fit(labels[i], font, canvas_width - 2 * MARGIN), fill="black", font=font)
+    canvas = Image.new("RGB", (canvas_width, MARGIN + sum(headers) + len(rows) * (height + MARGIN)), "white")
+    draw, top = ImageDraw.Draw(canvas), MARGIN
+    for row, label, header in zip(rows, labels, headers, strict=True):
+        draw.text((MARGIN, top), _fit(label, font, canvas_width - 2 * MARGIN), fill="black", font=font)
+        top += header
         for j, picture in enumerate(row):
             image = to_pil(picture).resize((width, height), Image.Resampling.NEAREST)
-            canvas.paste(image, (MARGIN + j * (width + MARGIN), top + header))
+            canvas.paste(image, (MARGIN + j * (width + MARGIN), top))
+        top += height + MARGIN
     return canvas
 
 

@@ -29,11 +29,12 @@ class TrainDVAEConfig(TrainConfig):
     """Colour-emoji font, if the system's is not found."""
     preset: str = "tiny"
     """Size of the model: tiny, small, medium or dalle; it sets the side of the pictures."""
+    model: DiscreteVAEConfig | None = None
+    """The model in every detail, in place of the preset."""
     lr: float = 2e-3
     """Learning rate at the start (the published one is 1e-4); falls by a cosine to 1/80 of it."""
     beta: float | None = None
-    """Weight of the KL term after its warm-up. By default 6.6 for codes of 8x8 pixels, and in proportion for others, so
-    that KL and likelihood keep their published ratio per colour value."""
+    """Weight of the KL term after its warm-up; by default the published 6.6, scaled to the pixels of a code."""
     beta_warmup: float = 0.05
     """Fraction of the training over which the weight of the KL term rises from 0."""
     tau_end: float = 1 / 16
@@ -51,7 +52,7 @@ class DVAETask:
 
     def __init__(self, config: TrainDVAEConfig):
         self.config, self.device = config, prepare(config, self.name)
-        self.size = DiscreteVAEConfig.preset(config.preset)
+        self.size = config.model or DiscreteVAEConfig.preset(config.preset)
         source = open_source(config.data, self.size.image_size, font=config.font)
         training, held_out = split(source, "train"), split(source, "heldout")
         self.skipped = source.skipped

@@ -27,8 +27,9 @@ class TrainPriorConfig(TrainConfig):
     """Trains the prior on the codes in a model directory and writes prior.json, prior.safetensors, tokenizer.json."""
 
     preset: str = "tiny"
-    """Size of the model: tiny, small, medium, dalle-2.8b, dalle-5.6b or dalle-12b; grid and vocabularies come from the
-    dVAE and the captions."""
+    """Size of the model: tiny, small, medium, dalle-2.8b, dalle-5.6b or dalle-12b."""
+    model: PriorConfig | None = None
+    """The model in every detail, in place of the preset. Grid and image_vocab are the dVAE's, whatever is said here."""
     lr: float = 1e-3
     """Peak of the learning rate (the published one is 4.5e-4); falls by a cosine to 1/32 of it."""
     warmup: int = 100
@@ -51,9 +52,10 @@ class PriorTask:
         self.dvae = load_dvae(config.out).to(self.device)
         tokens = load_tokens(config.out, self.dvae)
         self.training, self.held_out = tokens["train"], tokens["heldout"]
-        self.tokenizer = self._tokenizer(PriorConfig.preset(config.preset))
+        wanted = config.model or PriorConfig.preset(config.preset)
+        self.tokenizer = self._tokenizer(wanted)
         self.size = replace(
-            PriorConfig.preset(config.preset),
+            wanted,
             grid=tuple(self.training.codes.shape[1:]),
             image_vocab=self.dvae.config.vocab,
             text_vocab=self.tokenizer.vocab_size,

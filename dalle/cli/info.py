@@ -1,0 +1,73 @@
+"""`dalle info`."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from dalle import config as configs
+from dalle.cli.parsing import parse
+from dalle.errors import UserError
+from dalle.model_files import load_dvae, load_prior
+from dalle.training.tokens import load_tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """Says what a model directory holds; without one, what is installed and which kernels would run here."""
+
+    model: Annotated[Path | None, tyro.conf.Positional] = None
+    """Directory of a model."""
+    json: bool = False
+    """Print JSON."""
+
+
+def main(argv: list[str]) -> int:
+    config = parse(InfoConfig, "info", argv)
+    found = _installation() if config.model is None else _model(config.model)
+    print(json.dumps(found, indent=2) if config.json else _lines(found))
+    return 0
+
+
+def _installation() -> dict:
+    from dalle_kernels import info
+
+    return info.collect()
+
+
+def _model(directory: Path) -> dict:
+    if not directory.is_dir():
+        raise UserError(f"{directory} is not a directory: give the directory of a trained model")
+    found = {}
+    if (directory / "dvae.json").exists():
+        dvae = load_dvae(directory)
+        parameters = {"encoder": _count(dvae.encoder), "decoder": _count(dvae.decoder)}
+        found["dvae"] = configs.to_dict(dvae.config) | {"grid of codes": dvae.config.grid, "parameters": parameters}
+        if (directory / "codes.safetensors").exists():
+            tokens = load_tokens(directory, dvae)
+            found["pictures as codes"] = {part: len(tokens[part].captions) for part in tokens}
+    if (directory / "prior.json").exists():
+        prior = load_prior(directory)
+        found["prior"] = configs.to_dict(prior.config) | {"parameters": _count(prior)}
+    if not found:
+        raise UserError(f"{directory} holds neither dvae.json nor prior.json: give the directory of a trained model")
+    return found
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _lines(values: dict, indent: int = 0) -> str:
+    margin, lines = "  " * indent, []
+    for key, value in values.items():
+        if isinstance(value, dict):
+            lines += [f"{margin}{key}:", _lines(value, indent + 1)]
+        elif isinstance(value, list):
+            lines.append(f"{margin}{key}: {', '.join(map(str, value))}")
+        else:
+            lines.append(f"{margin}{key}: {f'{value:,}' if type(value) is int else value}")
+    return "\n".join(lines)

@@ -1,0 +1,75 @@
+"""How far a command is: a bar on a terminal, a plain line now and then elsewhere. All on stderr."""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from dalle.training.loop import OnStep, Progress
+
+QUIET_SECONDS = 10  # between plain lines
+HELD_OUT = "heldout "
+
+
+@contextmanager
+def shown(title: str) -> Iterator[OnStep]:
+    """Gives the `on_step` that shows the progress of what runs inside."""
+    if not sys.stderr.isatty():
+        yield _Lines(title)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(24), TaskProgressColumn(), TextColumn("{task.fields[status]}")
+    with RichProgress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(title, total=1.0, status="")
+
+        def on_step(progress: Progress) -> None:
+            if line := evaluation(progress):
+                bar.console.print(line, highlight=False)
+            bar.update(task, completed=progress.fraction, status=status(progress))
+
+        yield on_step
+
+
+class _Lines:
+    def __init__(self, title: str):
+        self.title, self.last = title, -math.inf
+
+    def __call__(self, progress: Progress) -> None:
+        line = evaluation(progress)
+        if line:
+            print(f"{self.title}: {line}", file=sys.stderr, flush=True)
+        elif time.monotonic() - self.last >= QUIET_SECONDS:
+            print(f"{self.title}: {progress.fraction:4.0%}  {status(progress)}", file=sys.stderr, flush=True)
+            self.last = time.monotonic()
+
+
+def status(progress: Progress) -> str:
+    """Step, losses, speed and time left; a command without losses counts pictures."""
+    losses = [f"{name} {value:.3f}" for name, value in progress.metrics.items() if not name.startswith(HELD_OUT)]
+    speed = f"{progress.pictures_per_second:.0f} pictures/s"
+    count = f"step {progress.step}" if losses else f"{progress.step} pictures"
+    return "  ".join([count, *losses, speed, f"{duration(progress.seconds_left)} left"])
+
+
+def evaluation(progress: Progress) -> str:
+    """What an evaluation found, or nothing if there was none."""
+    found = {k.removeprefix(HELD_OUT): v for k, v in progress.metrics.items() if k.startswith(HELD_OUT)}
+    return f"step {progress.step}, held-out pictures: {metrics(found)}" if found else ""
+
+
+def metrics(values: dict[str, float]) -> str:
+    """Numbers by name, counts without decimals."""
+    return ", ".join(f"{name} {value:.{0 if name.startswith('code') else 3}f}" for name, value in values.items())
+
+
+def duration(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03 or 2:03."""
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,73 @@
+"""`dalle reconstruct`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from dalle import images
+from dalle.cli.output import picture_path
+from dalle.cli.parsing import parse
+from dalle.data.folder import read_picture
+from dalle.data.source import UnreadablePicture
+from dalle.dvae import codebook_usage, psnr
+from dalle.errors import UserError
+from dalle.model_files import load_dvae
+from dalle.training.loop import choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """Passes pictures through the dVAE of a model and back, and shows them above what is left of them."""
+
+    pictures: Annotated[
+        tuple[Path, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(metavar="PICTURE [PICTURE ...]", help_behavior_hint="(required)"),
+    ]
+    """Picture files."""
+    model: Path = Path("demo")
+    """Directory of a trained model; by default what `dalle demo` trains."""
+    out: Path = Path("reconstructions.png")
+    """The PNG to write."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+
+    def __post_init__(self):
+        if not self.pictures:
+            raise UserError("there is no picture to reconstruct: name one or more picture files")
+
+
+COLUMNS = 8
+
+
+@torch.inference_mode()
+def main(argv: list[str]) -> int:
+    config = parse(ReconstructConfig, "reconstruct", argv)
+    out = picture_path(config.out)
+    device = choose_device(config.device)
+    dvae = load_dvae(config.model).to(device)
+    originals = [_read(path, dvae.config.image_size) for path in config.pictures]
+    codes = torch.cat([dvae.codes(picture[None].to(device)) for picture in originals])
+    copies = torch.cat([dvae.decode(grid[None]) for grid in codes]).cpu()
+
+    rows = []
+    for first in range(0, len(originals), COLUMNS):
+        rows += [originals[first : first + COLUMNS], list(copies[first : first + COLUMNS])]
+    images.save(images.grid(rows, scale=max(1, 128 // dvae.config.image_size)), out)
+
+    for path, original, copy in zip(config.pictures, originals, copies, strict=True):
+        print(f"{path}: PSNR {psnr(original / 255, copy):.2f} dB")
+    used, _ = codebook_usage(codes, dvae.config.vocab)
+    whole = psnr(torch.stack(originals) / 255, copies)
+    print(f"all: PSNR {whole:.2f} dB, {used} of {dvae.config.vocab} codes used, pictures in {out}")
+    return 0
+
+
+def _read(path: Path, size: int) -> torch.Tensor:
+    try:
+        return images.to_tensor(read_picture(path, size))
+    except UnreadablePicture as error:
+        raise UserError(f"{path} cannot be read as a picture: {error}") from error
