@@ -90,7 +90,7 @@ class Result:
     interrupted: bool
     """Stopped by Ctrl-C or SIGTERM; a checkpoint was written."""
     metrics: dict[str, float]
-    """The last evaluation on held-out pictures."""
+    """The last evaluation on held-out pictures; empty if none was made."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Pictures that could not be used, as (name, reason)."""
 
@@ -146,15 +146,12 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
             losses = _update(task, config, state, fraction)
             state.step += 1
             state.elapsed = time.monotonic() - began
-            evaluation = {}
-            if config.sample_every and state.step % config.sample_every == 0:
+            fraction, evaluation = _fraction(config, state), {}
+            if fraction == 1 or (config.sample_every and state.step % config.sample_every == 0):
                 metrics = evaluation = _evaluate(task, config, state)
-            report(state, _fraction(config, state), losses, evaluation)
-            if state.step % config.save_every == 0:
+            report(state, fraction, losses, evaluation)
+            if state.step % config.save_every == 0 and fraction < 1:
                 save()
-        if not interrupted():
-            metrics = _evaluate(task, config, state)
-            report(state, 1.0, {}, metrics)
         save()
         return Result(state.step, interrupted(), metrics)
 
@@ -247,13 +244,12 @@ class _Reporter:
             self.curves.close()
 
     def __call__(self, state: State, fraction: float, losses: dict[str, Tensor], evaluation: dict[str, float]) -> None:
-        if losses:
-            self.losses.append(losses)
-        if not evaluation and state.step % self.config.report_every:
+        self.losses.append(losses)
+        if fraction < 1 and not evaluation and state.step % self.config.report_every:
             return
         count, seconds = len(self.losses), max(time.monotonic() - self.since, 1e-9)
         metrics = _means(self.losses) | evaluation
-        if not math.isfinite(metrics.get("loss", 0.0)):
+        if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss became {metrics['loss']} at step {state.step}: try a smaller --lr")
         self.since, self.losses = time.monotonic(), []
         if self.curves:
