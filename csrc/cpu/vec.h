@@ -74,7 +74,7 @@ DK_INLINE float reduce_max(Vec v) {
 
 // 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7.
 DK_INLINE Vec exp2(Vec x) {
-  x = max(x, splat(-127.0f));
+  x = max(splat(-127.0f), x);   // in this order NaN stays NaN
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec n = (x + magic) - magic, f = x - n;
   Vec p = splat(1.5403530e-4f);

@@ -46,8 +46,12 @@ class NativeBackend:
         problems = [problem for problem in (*requirements, _load(file)) if problem]
         self.problem = "; ".join(problems) or None
         if self.problem is None:
+            from .gumbel_softmax import gumbel_softmax
+            from .sample_tokens import sample_tokens
             from .sparse_attention import sparse_attention
 
+            self.gumbel_softmax = gumbel_softmax
+            self.sample_tokens = sample_tokens
             self.sparse_attention = sparse_attention
 
     def reasons(self, operation, tensor):

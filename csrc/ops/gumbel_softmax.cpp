@@ -1,0 +1,84 @@
+// gumbel_softmax, forward and backward: sees the logits as [outer, classes, inner], allocates, spreads strips over threads. Arguments were checked in
+// Python.
+#include <optional>
+#include <vector>
+
+#include "ops/common.h"
+
+namespace dk {
+
+static GumbelSoftmaxArgs arguments(const Tensor& like, const Tensor& seed, double tau, bool hard, int64_t dim) {
+  GumbelSoftmaxArgs a{};
+  a.outer = a.inner = 1;
+  for (int64_t i = 0; i < dim; ++i) a.outer *= like.size(i);
+  for (int64_t i = dim + 1; i < like.dim(); ++i) a.inner *= like.size(i);
+  a.classes = like.size(dim);
+  a.seed = *static_cast<const int64_t*>(seed.data_ptr());
+  a.tau = static_cast<float>(tau);
+  a.hard = hard;
+  a.dtype = dtype_of(like);
+  return a;
+}
+
+static void set_stats(GumbelSoftmaxArgs& a, const Tensor& kl, const Tensor& stats) {
+  a.kl = static_cast<float*>(kl.data_ptr());
+  a.max = static_cast<float*>(stats.data_ptr());
+  a.sum = a.max + a.outer * a.inner;
+}
+
+template <class Args> static void run_strips(const StripKernel<Args>& kernel, const Args& a, int64_t elements) {
+  if (elements == 0) return;
+  const int64_t strips = kernel.strips(a);
+  const int64_t piece = std::max<int64_t>(1, 16384 * strips / elements);   // short strips are taken by the dozen
+  for_each_item((strips + piece - 1) / piece, kernel.workspace(a), [&](int64_t item, float* workspace) {
+    kernel.run(a, workspace, item * piece, std::min(strips, (item + 1) * piece));
+  });
+}
+
+// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
+static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, double tau, bool hard, int64_t dim, bool return_kl) {
+  logits = torch::stable::contiguous(logits);
+  GumbelSoftmaxArgs a = arguments(logits, seed, tau, hard, dim);
+  std::vector<int64_t> shape{0}, stats_shape{0};
+  if (return_kl) {
+    shape.clear();
+    for (int64_t i = 0; i < logits.dim(); ++i)
+      if (i != dim) shape.push_back(logits.size(i));
+    stats_shape = shape;
+    stats_shape.insert(stats_shape.begin(), 2);
+  }
+  Tensor y = torch::stable::empty_like(logits);
+  Tensor kl = torch::stable::new_empty(logits, shape, torch::headeronly::ScalarType::Float);
+  Tensor stats = torch::stable::new_empty(logits, stats_shape, torch::headeronly::ScalarType::Float);
+  a.logits = logits.data_ptr(), a.y = y.data_ptr();
+  if (return_kl) set_stats(a, kl, stats);
+  run_strips(kernels().gumbel_softmax, a, logits.numel());
+  return {y, kl, stats};
+}
+
+// y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
+static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y, std::optional<Tensor> logits,
+                                      std::optional<Tensor> kl, std::optional<Tensor> stats, Tensor seed, double tau, bool hard, int64_t dim) {
+  const auto contiguous = [](std::optional<Tensor>& t) -> void* {
+    if (!t) return nullptr;
+    t = torch::stable::contiguous(*t);
+    return t->data_ptr();
+  };
+  grad_y = torch::stable::contiguous(grad_y);
+  Tensor grad_logits = torch::stable::empty_like(grad_y);
+  GumbelSoftmaxBackwardArgs a{};
+  a.forward = arguments(grad_y, seed, tau, hard, dim);
+  a.forward.logits = contiguous(logits), a.forward.y = contiguous(y);
+  if (grad_kl) set_stats(a.forward, *kl, *stats);
+  a.grad_y = grad_y.data_ptr(), a.grad_kl = static_cast<const float*>(contiguous(grad_kl));
+  a.grad_logits = grad_logits.data_ptr();
+  run_strips(kernels().gumbel_softmax_backward, a, grad_y.numel());
+  return grad_logits;
+}
+
+}  // namespace dk
+
+STABLE_TORCH_LIBRARY_IMPL(dalle_kernels, CPU, m) {
+  m.impl("gumbel_softmax", TORCH_BOX(&dk::gumbel_softmax));
+  m.impl("gumbel_softmax_backward", TORCH_BOX(&dk::gumbel_softmax_backward));
+}

@@ -1,0 +1,17 @@
+"""Registers dalle_kernels::sample_tokens (schema in csrc/ops/schemas.cpp): its fake kernel. It has no gradient."""
+
+from __future__ import annotations
+
+import torch
+
+_op = torch.ops.dalle_kernels.sample_tokens.default
+
+
+def sample_tokens(logits, temperature, top_k, top_p, seed, offset):
+    """Tokens int64 [R], of already checked arguments."""
+    return _op(logits, seed, offset, temperature, top_k, top_p)
+
+
+@torch.library.register_fake("dalle_kernels::sample_tokens")
+def _(logits, seed, offset, temperature, top_k, top_p):
+    return seed.new_empty(logits.shape[0])
