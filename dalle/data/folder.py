@@ -85,7 +85,9 @@ def _find_files(root: Path) -> tuple[list[str], dict[str, None]]:
 
 def _check_picture(path: Path) -> None:
     try:
-        _open(path).close()
+        with warnings.catch_warnings():  # here and not in _open, for threads share the filters
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS refuses those
+            _open(path).close()
     except UnreadablePicture:
         raise
     except Exception as error:
@@ -99,19 +101,16 @@ def _open(path: Path) -> Image.Image:
         raise UnreadablePicture("not a regular file")
     if status.st_size == 0:
         raise UnreadablePicture("empty file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        try:
-            picture = Image.open(path, formats=FORMATS)
-        except Image.UnidentifiedImageError as error:
-            raise UnreadablePicture(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise UnreadablePicture(f"more than {MAX_PIXELS} pixels") from error
+    try:
+        picture = Image.open(path, formats=FORMATS)
+    except Image.UnidentifiedImageError as error:
+        raise UnreadablePicture(f"not a picture in one of the formats {', '.join(FORMATS)}") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadablePicture(f"more than {MAX_PIXELS} pixels") from error
     width, height = picture.size
-    if width * height > MAX_PIXELS:
-        raise UnreadablePicture(f"{width}x{height} is more than {MAX_PIXELS} pixels")
-    if width * height == 0:
-        raise UnreadablePicture(f"no pixels ({width}x{height})")
+    if not 0 < width * height <= MAX_PIXELS:
+        picture.close()
+        raise UnreadablePicture(f"{width}x{height} is not between 1 and {MAX_PIXELS} pixels")
     return picture
 
 

@@ -93,16 +93,16 @@ class Scene:
 
 def caption(scene: Scene) -> str:
     """The scene in plain English."""
+    if scene.kind is None:
+        raise ValueError(f"{scene} is not a scene of the grammar")
     first = scene.objects[0]
     if scene.kind == "single":
         return f"a {first.size} {first.colour} {first.shape} at the {first.position}"
     if scene.kind == "count":
         plural = "es" if first.shape.endswith("s") else "s"
         return f"{('two', 'three')[len(scene.objects) - 2]} {first.colour} {first.shape}{plural}"
-    if scene.kind == "relation":
-        second = scene.objects[1]
-        return f"a {first.colour} {first.shape} {scene.relation} a {second.colour} {second.shape}"
-    raise ValueError(f"{scene} is not a scene of the grammar")
+    second = scene.objects[1]
+    return f"a {first.colour} {first.shape} {scene.relation} a {second.colour} {second.shape}"
 
 
 def all_scenes(kind: Kind) -> list[Scene]:

@@ -1,7 +1,8 @@
 """Reads drawn shapes back: picture to scene, exact on drawn pictures from 32 px up, robust to a reconstruction's blur.
 
 Analysis by synthesis, cell by cell: the mean contrast to white gives the colour, the contrast along that colour a soft
-mask, and the (shape, size) whose own drawing at the mask's centroid, sharp or blurred, overlaps it best is the answer.
+mask, and the answer is the (shape, size) whose own drawing at the mask's centroid, sharp or blurred, full or faded, is
+nearest to the mask in the least squares.
 """
 
 import functools
@@ -14,7 +15,8 @@ from dalle.data.shapes import COLOURS, SHAPES, SIZES, Object, Scene, cell, cover
 
 MIN_ALPHA = 0.1  # what is fainter is noise
 MIN_AREA = 0.006  # of the picture; the smallest object, a small triangle, covers 0.0145
-BLUR = 0.025  # standard deviation, as a fraction of the picture
+BLURS = (0.025, 0.047)  # standard deviations, as fractions of the picture
+MIN_STRENGTH = 0.5  # of a faded object
 CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}  # below the box's centre, in sides
 
 _INKS = 255.0 - np.array(list(COLOURS.values()), dtype=np.float64)  # contrast of each colour to white
@@ -67,23 +69,26 @@ def _read_cell(contrast: np.ndarray, row: int, column: int) -> Object | None:
     y = (np.arange(window[0].start, window[0].stop) + 0.5) @ alpha.sum(1) / area / size
     x = (np.arange(window[1].start, window[1].stop) + 0.5) @ alpha.sum(0) / area / size
 
-    def overlap(look: tuple[str, str]) -> float:
+    def misfit(look: tuple[str, str]) -> float:
         side = SIZES[look[1]]
         sharp = coverage(look[0], side, (y - CENTROIDS[look[0]] * side, x), window, size)
-        blurred = _blur(window[0], size) @ sharp @ _blur(window[1], size)
-        return max(np.minimum(alpha, c).sum() / np.maximum(alpha, c).sum() for c in (sharp, blurred))
+        height, width = sharp.shape
+        blurred = (_blur(height, sigma * size) @ sharp @ _blur(width, sigma * size) for sigma in BLURS)
+        return min(_residual(alpha, candidate) for candidate in (sharp, *blurred))
 
-    shape, side = max(itertools.product(SHAPES, SIZES), key=overlap)
+    shape, side = min(itertools.product(SHAPES, SIZES), key=misfit)
     return Object(row, column, list(COLOURS)[best], shape, side)
 
 
-def _blur(window: slice, size: int) -> np.ndarray:
-    """A Gaussian blur along one axis as a matrix, [n, n] for the n pixels of ``window``."""
-    return _blur_matrix(window.stop - window.start, BLUR * size)
+def _residual(alpha: np.ndarray, candidate: np.ndarray) -> float:
+    """The squared distance of two masks, the candidate faded to fit best."""
+    strength = np.clip((alpha * candidate).sum() / (candidate**2).sum(), MIN_STRENGTH, 1.0)
+    return ((alpha - strength * candidate) ** 2).sum()
 
 
 @functools.cache
-def _blur_matrix(pixels: int, sigma: float) -> np.ndarray:
+def _blur(pixels: int, sigma: float) -> np.ndarray:
+    """A Gaussian blur along one axis of a window, as a symmetric matrix [pixels, pixels]."""
     position = np.arange(pixels)
     kernel = np.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
     return kernel / (sigma * np.sqrt(2 * np.pi))

@@ -1,6 +1,7 @@
 """What every source of captioned pictures has in common."""
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
@@ -12,6 +13,7 @@ from dalle.errors import UserError
 
 Part = Literal["train", "heldout"]
 HELD_OUT_EVERY = 20  # one group in twenty is held out
+_listing = threading.Lock()  # pictures are loaded from several threads
 
 
 class Sample(NamedTuple):
@@ -68,8 +70,9 @@ class Source(Sequence[Sample]):
                 return self.load(candidate)
             except UnreadablePicture as error:
                 entry = (self.key(candidate), str(error))
-                if entry not in self.skipped:
-                    self.skipped.append(entry)
+                with _listing:
+                    if entry not in self.skipped:
+                        self.skipped.append(entry)
         name, reason = self.skipped[-1]
         raise UserError(f"none of the {len(self)} pictures can be read (the last one, {name}: {reason})")
 
