@@ -174,7 +174,10 @@ class Prior(nn.Module):
         text[:, 0] = self.config.start_id
         for row, ids in zip(text, captions, strict=True):
             if len(ids) > room and not truncate:
-                raise UserError(f"the caption has {len(ids)} tokens and the model reads at most {room}; shorten it")
+                raise UserError(
+                    f"the caption has {len(ids)} tokens and the model reads at most {room}: "
+                    "shorten it or have it cut (--truncate)"
+                )
             if bad := [i for i in ids if not 0 <= i < vocab]:
                 raise UserError(f"text id {bad[0]} is not in the vocabulary of {vocab} tokens")
             ids = torch.as_tensor(ids[:room], dtype=torch.int64)

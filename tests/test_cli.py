@@ -1,0 +1,388 @@
+"""The command line: every command end to end on a tiny model, and every bad input as one line and exit code 2."""
+
+import io
+import json
+import math
+import os
+import shlex
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageColor
+
+import dalle
+from dalle import DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
+from dalle.cli import COMMANDS, main
+from dalle.cli.generate import sheet
+from dalle.cli.progress import duration, shown
+from dalle.data import emoji
+from dalle.tokenizer import Tokenizer
+from dalle.training.loop import Progress
+
+DATA = "shapes-simple:60"
+TINY = shlex.split(
+    "--model.image-size 16 --model.vocab 32 --model.widths 8 8 16 --model.blocks 1 --model.codebook-dim 8"
+)
+TINY_PRIOR = shlex.split(
+    "--model.layers 2 --model.heads 2 --model.head-dim 16 --model.conv-kernel 3 --model.text-vocab 300"
+)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A model directory of untrained parts."""
+    torch.manual_seed(0)
+    directory = tmp_path_factory.mktemp("trained") / "model"
+    tokenizer = Tokenizer.train(["a red circle", "a blue square"], 300)
+    dvae = DiscreteVAE(DiscreteVAEConfig(16, 32, (8, 8, 16), blocks=1, codebook_dim=8, codebook_std=1.0))
+    prior = Prior(PriorConfig(10, tokenizer.vocab_size, (4, 4), 32, layers=2, heads=2, head_dim=16, conv_kernel=3))
+    Pipeline(dvae, prior, tokenizer).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, trained):
+    """The working directory, with a model, a picture and all kinds of broken things in it."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("model", "other", "truncated", "mixed", "half"):
+        shutil.copytree(trained, name)
+    settings = json.loads(Path("other/dvae.json").read_text())
+    Path("other/dvae.json").write_text(json.dumps(settings | {"vocab": 64}))
+    weights = Path("truncated/dvae.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    settings = json.loads(Path("mixed/prior.json").read_text())
+    Path("mixed/prior.json").write_text(json.dumps(settings | {"layers": "two"}))
+    Path("half/prior.json").unlink()
+    Path("nothing").mkdir()
+    Path("file.txt").write_text("hello")
+    Image.new("RGB", (20, 30), "red").save("picture.png")
+    broken_pictures(Path("broken"))
+    return tmp_path
+
+
+def broken_pictures(folder):
+    """A folder of everything that can be wrong with a picture or its caption."""
+    folder.mkdir()
+    Image.effect_noise((64, 64), 50).save(folder / "whole.png")
+    data = (folder / "whole.png").read_bytes()
+    (folder / "truncated.png").write_bytes(data[: len(data) // 2])
+    (folder / "zero.png").touch()
+    (folder / "garbage.png").write_bytes(b"not a picture")
+    (folder / "huge.png").write_bytes(png_header(100_000, 100_000))
+    (folder / "no-pixels.png").write_bytes(png_header(0, 5))
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("noise")
+    Image.new("RGB", (8, 8)).save(folder / "silent.png")
+    (folder / "lonely.txt").write_text("a caption without a picture")
+
+
+def png_header(width, height):
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def run(capsys, *argv):
+    """Exit code, stdout and stderr of a command."""
+    capsys.readouterr()
+    try:
+        code = main(argv)
+    except SystemExit as end:
+        code = end.code
+    said = capsys.readouterr()
+    return code, said.out, said.err
+
+
+# What works
+
+
+def test_from_pictures_to_pictures(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    steps = ["--steps", "4", "--batch-size", "4", "--threads", "1", "--report-every", "2"]
+    code, out, err = run(capsys, "train", "dvae", "--out", "m", "--data", DATA, *steps, *TINY)
+    assert code == 0 and "4 steps, model in m; held-out pictures: nll" in out and "psnr" in err
+    assert sorted(p.name for p in Path("m/samples").iterdir()) == ["dvae-0000004.png"]
+    code, out, err = run(capsys, "tokenize", "--out", "m", "--data", DATA)
+    assert code == 0 and "57 train, 3 heldout" in out
+    code, out, err = run(capsys, "train", "prior", "--out", "m", *steps, *TINY_PRIOR)
+    assert code == 0 and "4 steps, model in m; held-out pictures: loss" in out and "pictures/s" in err
+    options = "--model m --candidates 3 --seed 7".split()
+    code, out, err = run(capsys, "generate", "a red circle", "a blue cross", *options)
+    assert code == 0 and "6 pictures, seeds 7 to 9, in grid.png" in out and "96 image tokens" in err
+    assert Image.open("grid.png").format == "PNG"
+    code, out, err = run(capsys, "info", "m")
+    assert code == 0 and "parameters" in out and "train: 57" in out and "grid: 4, 4" in out
+
+
+def test_the_same_seed_draws_the_same_grid(capsys, here):
+    command = ["generate", "a red circle", "--model", "model", "--candidates", "4"]
+    for seed, out in ((3, "a.png"), (3, "b.png"), (4, "c.png")):
+        assert run(capsys, *command, "--seed", str(seed), "--out", out)[0] == 0
+    assert Path("a.png").read_bytes() == Path("b.png").read_bytes() != Path("c.png").read_bytes()
+
+
+def test_a_sheet_shows_every_candidate_in_order():
+    colours = ["red", "lime", "blue", "black", "yellow"]
+    picture = sheet([[Image.new("RGB", (16, 16), colour) for colour in colours]], ["a caption"])
+    step = 128 + images.MARGIN
+    tops = picture.height - 2 * step, picture.height - step
+    shown = [picture.getpixel((images.MARGIN + 64 + column * step, top + 64)) for top in tops for column in range(3)]
+    assert shown == [ImageColor.getrgb(colour) for colour in [*colours, "white"]]
+    label = picture.crop((0, 0, picture.width, tops[0]))
+    assert label.height > 10 and min(label.convert("L").tobytes()) < 50  # there is text in it
+
+
+def test_reconstruct(capsys, here, trained):
+    Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).convert("RGB").save("other picture.png")
+    pictures = ["picture.png", "other picture.png"]
+    code, out, err = run(capsys, "reconstruct", *pictures, "--model", "model", "--out", "r.png")
+    assert code == 0 and err == ""
+    assert [line.split(":")[0] for line in out.splitlines()] == [*pictures, "all"]
+    dvae = Pipeline.from_pretrained(trained).dvae
+    original = torch.stack([images.to_tensor(images.square(Image.open(path), 16)) for path in pictures]) / 255
+    error = (original - dvae.reconstruct(original)).square().mean().item()
+    assert f"all: PSNR {-10 * math.log10(error):.2f} dB" in out
+    red = Image.open("r.png").getpixel((images.MARGIN + 20, images.MARGIN + 20))
+    assert red == (255, 0, 0)  # the original is above its copy
+
+
+def test_info_without_a_model_says_what_is_installed(capsys):
+    code, out, _ = run(capsys, "info", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["torch"] == torch.__version__ and "sparse_attention" in found["operations"]
+    code, out, _ = run(capsys, "info")
+    assert code == 0 and f"torch: {torch.__version__}" in out
+
+
+def test_help_shows_every_command_and_every_default(capsys):
+    code, out, _ = run(capsys)
+    assert code == 0 and all(command in out for command in COMMANDS)
+    for command in COMMANDS:
+        code, out, _ = run(capsys, *command.split(), "--help")
+        assert code == 0 and f"usage: dalle {command}" in out
+    code, out, _ = run(capsys, "train", "dvae", "--preset", "small", "--help")
+    text = " ".join(out.replace("\u2502", " ").split())
+    assert "Pictures per update. (default: 32)" in text and "Side of a picture in pixels. (default: 64)" in text
+
+
+def test_training_goes_on_without_the_pictures_it_cannot_use(capsys, here):
+    for i in range(20):
+        Image.effect_noise((16, 16), 20 + i).save(f"broken/{i:02}.png")
+        Path(f"broken/{i:02}.txt").write_text("noise")
+    command = ["train", "dvae", "--out", "m", "--data", "broken", "--steps", "2", "--batch-size", "4", *TINY]
+    code, _, err = run(capsys, *command)
+    assert code == 0 and "7 files were skipped, all listed in m/skipped.txt" in err
+    listed = dict(line.split(": ", 1) for line in Path("m/skipped.txt").read_text().splitlines())
+    assert sorted(listed) == [
+        "garbage.png", "huge.png", "lonely.txt", "no-pixels.png", "silent.png", "truncated.png", "zero.png"
+    ]  # fmt: skip
+
+
+def test_truncate_cuts_a_prompt(capsys, here):
+    code, _, _ = run(capsys, "generate", "red " * 50, "--model", "model", "--truncate", "--candidates", "1")
+    assert code == 0 and Path("grid.png").exists()
+
+
+# What the user gets wrong
+
+GENERATE = ("generate", "a red circle", "--model", "model")
+TRAIN = ("train", "dvae", "--data", DATA, *TINY)
+TRAIN_HERE = (*TRAIN, "--out", "m")
+
+WRONG = [
+    (("paint",), "'paint'"),
+    (("train",), "'train'"),
+    (("train", "clip"), "'train clip'"),
+    # Prompts
+    (("generate", "--model", "model"), "no caption"),
+    (("generate", "", "--model", "model"), "''"),
+    (("generate", " \t\n", "--model", "model"), "empty"),
+    (("generate", "a \udcff", "--model", "model"), "not valid Unicode"),
+    (("generate", "red " * 50, "--model", "model"), ("50 tokens", "at most 9", "--truncate")),
+    # Sampling
+    ((*GENERATE, "--candidates", "0"), ("candidates", "0")),
+    ((*GENERATE, "--candidates", "-3"), ("candidates", "-3")),
+    ((*GENERATE, "--batch-size", "0"), ("batch_size", "0")),
+    ((*GENERATE, "--seed", "-1"), ("seed", "-1")),
+    ((*GENERATE, "--temperature", "0"), ("temperature", "0")),
+    ((*GENERATE, "--temperature", "nan"), ("temperature", "nan")),
+    ((*GENERATE, "--top-k", "0"), ("top_k", "0")),
+    ((*GENERATE, "--top-p", "1.5"), ("top_p", "1.5")),
+    ((*GENERATE, "--device", "toaster"), "toaster"),
+    # Output
+    ((*GENERATE, "--out", "missing/grid.png"), "missing/grid.png"),
+    ((*GENERATE, "--out", "file.txt/grid.png"), "file.txt/grid.png"),
+    ((*GENERATE, "--out", "/proc/grid.png"), "/proc/grid.png"),
+    ((*GENERATE, "--out", "nothing"), "nothing"),
+    ((*GENERATE, "--out", "folder.png"), ("folder.png", "directory")),
+    ((*GENERATE, "--out", "grid.jpeg"), ("grid.jpeg", ".png")),
+    # Models
+    (("generate", "red", "--model", "missing"), "missing"),
+    (("generate", "red", "--model", "file.txt"), "file.txt"),
+    (("generate", "red", "--model", "nothing"), ("nothing", "dvae.json")),
+    (("generate", "red", "--model", "other"), ("other/dvae.safetensors", "another configuration")),
+    (("generate", "red", "--model", "truncated"), ("truncated/dvae.safetensors", "damaged")),
+    (("generate", "red", "--model", "mixed"), ("mixed/prior.json", "'two'")),
+    (("generate", "red", "--model", "half"), ("half", "prior.json")),
+    (("info", "missing"), "missing"),
+    (("info", "file.txt"), "file.txt"),
+    (("info", "nothing"), "nothing"),
+    (("info", "truncated"), ("truncated/dvae.safetensors", "damaged")),
+    # Pictures
+    (("reconstruct", "--model", "model"), "no picture"),
+    (("reconstruct", "missing.png", "--model", "model"), "missing.png"),
+    (("reconstruct", "nothing", "--model", "model"), "nothing"),
+    *((("reconstruct", f"broken/{name}.png", "--model", "model"), f"broken/{name}.png")
+      for name in ("truncated", "zero", "garbage", "huge", "no-pixels")),
+    (("reconstruct", "picture.png", "--model", "nothing"), ("nothing", "dvae.json")),
+    (("reconstruct", "picture.png", "--model", "model", "--out", "missing/r.png"), "missing/r.png"),
+    # Data
+    (("train", "dvae", "--out", "m", "--data", "missing"), "missing"),
+    (("train", "dvae", "--out", "m", "--data", "nothing"), ("nothing", "no pictures")),
+    (("train", "dvae", "--out", "m", "--data", "file.txt"), "file.txt"),
+    (("train", "dvae", "--out", "m", "--data", "shapes:many"), "shapes:many"),
+    (("train", "dvae", "--out", "m", "--font", "missing.ttf"), "missing.ttf"),
+    (("train", "dvae", "--out", "m", "--font", "file.txt"), "file.txt"),
+    (("tokenize", "--out", "nothing"), ("nothing", "dvae.json")),
+    (("tokenize", "--out", "model", "--data", "missing"), "missing"),
+    (("train", "prior", "--out", "nothing"), ("nothing", "dvae.json")),
+    (("train", "prior", "--out", "model"), ("model", "dalle tokenize")),
+    # Training
+    ((*TRAIN_HERE, "--preset", "huge"), ("'huge'", "tiny")),
+    ((*TRAIN_HERE, "--preset=huge"), "'huge'"),
+    ((*TRAIN_HERE, "--steps", "-5"), ("steps", "-5")),
+    ((*TRAIN_HERE, "--batch-size", "0"), ("batch_size", "0")),
+    ((*TRAIN_HERE, "--minutes", "nan"), ("minutes", "nan")),
+    ((*TRAIN_HERE, "--seed", "-1"), ("seed", "-1")),
+    ((*TRAIN_HERE, "--threads", "0"), ("threads", "0")),
+    ((*TRAIN_HERE, "--device", "toaster"), "toaster"),
+    ((*TRAIN_HERE, "--model.image-size", "18"), "18"),
+    ((*TRAIN_HERE, "--model.widths", "7"), "7"),
+    ((*TRAIN, "--out", "file.txt"), "file.txt"),
+    ((*TRAIN, "--out", "/proc/model"), "/proc/model"),
+    ((*TRAIN_HERE, "--resume"), "m/dvae.run.safetensors"),
+    (("demo", "--out", "file.txt"), "file.txt"),
+    (("demo", "--out", "m", "--minutes", "-1"), ("minutes", "-1")),
+    (("demo", "--out", "m", "--font", "missing.ttf"), "missing.ttf"),
+]
+
+
+@pytest.mark.parametrize(("argv", "named"), WRONG)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, here, argv, named):
+    Path("folder.png").mkdir()
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == ""
+    assert err.startswith("dalle: ") and err.count("\n") == 1
+    for part in (named,) if isinstance(named, str) else named:
+        assert part in err
+    assert not list(here.glob("**/*.tmp")) and not Path("grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        ((*GENERATE, "--candidates", "many"), ("--candidates", "'many'")),
+        ((*GENERATE, "--colour", "red"), ("--colour",)),
+        (("train", "dvae", "--data", DATA), ("--out", "required")),
+        ((*TRAIN_HERE, "--precision", "float8"), ("--precision", "float8")),
+    ],
+)
+def test_a_misspelt_option_exits_with_2_and_points_to_the_help(capsys, here, argv, named):
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and out == "" and "--help" in err and all(part in err for part in named)
+
+
+def test_a_run_is_not_overwritten_nor_resumed_as_another(capsys, here):
+    steps = ("--steps", "2", "--batch-size", "4")
+    assert run(capsys, *TRAIN_HERE, *steps)[0] == 0
+    code, _, err = run(capsys, *TRAIN_HERE, *steps)
+    assert code == 2 and "m/dvae.run.safetensors" in err and "--resume" in err
+    code, _, err = run(capsys, *TRAIN_HERE, *steps, "--resume", "--batch-size", "8")
+    assert code == 2 and "batch_size" in err and "8" in err
+    code, _, err = run(capsys, *TRAIN_HERE, *steps, "--resume", "--model.vocab", "64")
+    assert code == 2 and "64" in err
+    path = Path("m/dvae.run.safetensors")
+    path.write_bytes(path.read_bytes()[:1000])
+    code, _, err = run(capsys, *TRAIN_HERE, *steps, "--resume")
+    assert code == 2 and "m/dvae.run.safetensors is damaged" in err and err.count("\n") == 1
+
+
+def test_without_an_emoji_font_training_says_so(capsys, here, monkeypatch):
+    monkeypatch.setattr(emoji, "_ask_fontconfig", lambda: None)
+    monkeypatch.setattr(emoji, "WELL_KNOWN_FONTS", ())
+    code, _, err = run(capsys, "train", "dvae", "--out", "m")
+    assert code == 2 and "no colour-emoji font found" in err and err.count("\n") == 1
+
+
+def test_without_raqm_training_on_emoji_says_so(capsys, here, monkeypatch):
+    monkeypatch.setattr(emoji.features, "check", lambda feature: False)
+    code, _, err = run(capsys, "train", "dvae", "--out", "m")
+    assert code == 2 and "lacks raqm" in err and err.count("\n") == 1
+
+
+def test_a_bug_shows_its_traceback():
+    script = "import sys, dalle.cli.info as info; info._installation = lambda: 1 / 0; sys.exit(info_main(['info']))"
+    script = script.replace("info_main", "__import__('dalle.cli').cli.main")
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
+
+
+# Ctrl-C and progress
+
+
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = "--steps 1000000 --batch-size 4 --threads 1 --report-every 1 --sample-every 0 --save-every 1000000"
+    command = ["train", "dvae", "--out", "my model", "--data", DATA, *options.split(), *TINY]
+    environment = os.environ | {"PYTHONPATH": str(Path(dalle.__file__).parents[1])}
+    process = [sys.executable, "-m", "dalle", *command]
+    with subprocess.Popen(process, stderr=subprocess.PIPE, text=True, env=environment) as training:
+        assert "step 1 " in training.stderr.readline()
+        training.send_signal(signal.SIGINT)
+        said = training.stderr.read()
+    assert training.returncode == 130 and "Traceback" not in said
+    again = shlex.split(said.splitlines()[-1])
+    assert again == ["dalle", *command, "--resume"]
+    stopped = int(said.split("stopped at step ")[1].split(",")[0])
+    code, out, _ = run(capsys, *again[1:], "--steps", str(stopped + 3))
+    assert code == 0 and f"{stopped + 3} steps, model in my model" in out
+
+
+def test_ctrl_c_elsewhere_is_exit_code_130(capsys, monkeypatch):
+    def interrupt():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dalle.cli.info._installation", interrupt)
+    assert run(capsys, "info") == (130, "", "dalle: interrupted\n")
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
+    with shown("training") as on_step:
+        for step in range(1, 101):
+            on_step(Progress(step, step / 100, {"loss": 1.5}, 123.4, 65.0))
+        on_step(Progress(100, 1.0, {"loss": 1.5, "heldout psnr": 20.125, "heldout codes used": 7.0}, 123.4, 0.0))
+    assert capsys.readouterr().err.splitlines() == [
+        "training:   1%  step 1  loss 1.500  123 pictures/s  1:05 left",
+        "training: step 100, held-out pictures: psnr 20.125, codes used 7",
+    ]
+
+
+def test_progress_on_a_terminal_is_a_bar(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    with shown("training") as on_step:
+        on_step(Progress(50, 0.5, {"loss": 1.5}, 123.4, 65.0))
+    assert "50%" in terminal.getvalue() and "step 50  loss 1.500  123 pictures/s  1:05 left" in terminal.getvalue()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (math.inf, "?")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
