@@ -112,7 +112,7 @@ def test_from_pictures_to_pictures(capsys, tmp_path, monkeypatch):
     assert code == 0 and "57 train, 3 heldout" in out
     code, out, err = run(capsys, "train", "prior", "--out", "m", *steps, *TINY_PRIOR)
     assert code == 0 and "4 steps, model in m; held-out pictures: loss" in out and "pictures/s" in err
-    options = "--model m --candidates 3 --seed 7".split()
+    options = ["--model", "m", "--candidates", "3", "--seed", "7"]
     code, out, err = run(capsys, "generate", "a red circle", "a blue cross", *options)
     assert code == 0 and "6 pictures, seeds 7 to 9, in grid.png" in out and "96 image tokens" in err
     assert Image.open("grid.png").format == "PNG"
