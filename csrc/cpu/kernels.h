@@ -1,6 +1,7 @@
 // What the launchers (csrc/ops) may call: one table of kernels per instruction set, on raw pointers and strides. Nothing here knows torch.
 // Kernels run independent work items; the launcher spreads the items over threads and lends each thread a workspace.
 #pragma once
+#include "cpu/decode_attention.h"
 #include "cpu/gumbel_softmax.h"
 #include "cpu/sample_tokens.h"
 #include "cpu/sparse_attention.h"
@@ -10,6 +11,7 @@ namespace dk {
 struct Kernels {
   SparseAttentionKernel sparse_attention;
   SparseAttentionBackwardKernel sparse_attention_backward;
+  DecodeAttentionKernel decode_attention;
   GumbelSoftmaxKernel gumbel_softmax;
   GumbelSoftmaxBackwardKernel gumbel_softmax_backward;
   SampleTokensKernel sample_tokens;

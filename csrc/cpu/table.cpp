@@ -5,12 +5,13 @@ namespace dk::DK_ISA {
 
 extern const SparseAttentionKernel sparse_attention;
 extern const SparseAttentionBackwardKernel sparse_attention_backward;
+extern const DecodeAttentionKernel decode_attention;
 extern const GumbelSoftmaxKernel gumbel_softmax;
 extern const GumbelSoftmaxBackwardKernel gumbel_softmax_backward;
 extern const SampleTokensKernel sample_tokens;
 
 const Kernels& table() {
-  static const Kernels kernels = {sparse_attention, sparse_attention_backward,
+  static const Kernels kernels = {sparse_attention, sparse_attention_backward, decode_attention,
                                   gumbel_softmax, gumbel_softmax_backward, sample_tokens};
   return kernels;
 }

@@ -46,10 +46,12 @@ class NativeBackend:
         problems = [problem for problem in (*requirements, _load(file)) if problem]
         self.problem = "; ".join(problems) or None
         if self.problem is None:
+            from .decode_attention import decode_attention
             from .gumbel_softmax import gumbel_softmax
             from .sample_tokens import sample_tokens
             from .sparse_attention import sparse_attention
 
+            self.decode_attention = decode_attention
             self.gumbel_softmax = gumbel_softmax
             self.sample_tokens = sample_tokens
             self.sparse_attention = sparse_attention

@@ -1,0 +1,235 @@
+// One decode step: a prompt's text keys, which its candidates share, then the image keys of each candidate.
+// The text is read for all candidates at once (a panel: lanes are candidates) or, where they are few, for each alone (lanes are keys, then head dims).
+// Both do the same operations on every number in the same order, so that a result does not depend on how many candidates there are.
+#include "cpu/attention_tile.h"
+#include "cpu/decode_attention.h"
+#include "cpu/decode_schedule.h"
+
+namespace dk::DK_ISA {
+
+constexpr int FEWEST_OF_PANEL = 4;   // candidates
+constexpr int PADDED = LANES > GROUP_COLUMNS ? LANES : GROUP_COLUMNS;   // keys are read in blocks of LANES or GROUP_COLUMNS
+
+// What the softmax over some of a sequence's keys has come to, base 2: `out` is the values' sum, weighted but not yet divided by `sum`.
+template <int DP> struct State {
+  alignas(64) float out[DP];
+  float max, sum;
+};
+
+template <int DP> struct DecodeSpace {
+  alignas(64) float qt[DP * ROWS], ot[DP * ROWS], s[CHUNK * ROWS], max[ROWS], sum[ROWS];
+  alignas(64) float q[DP], key_copies[CHUNK * DP], value_copies[CHUNK * DP];
+  State<DP> states[ROWS];
+  const float *keys[CHUNK], *values[CHUNK];
+};
+
+// Calls absorb(places, count <= CHUNK) until all places of the runs have been seen.
+template <class Absorb> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, const Absorb& absorb) {
+  int32_t places[CHUNK];
+  int count = 0;
+  for (int32_t i = 0; i < runs.count; ++i) {
+    const int32_t begin = runs.pairs[2 * i], end = begin + runs.pairs[2 * i + 1];
+    for (int32_t place = begin; place < end; ++place) {
+      places[count++] = place;
+      if (count == CHUNK) {
+        absorb(places, count);
+        count = 0;
+      }
+    }
+  }
+  if (count) absorb(places, count);
+}
+
+// Lets the last block of rows be read whole: repeats the first row behind the last.
+DK_INLINE void pad(const float** rows, int count) {
+  for (; count % PADDED; ++count) rows[count] = rows[0];
+}
+
+// What was stored is what is loaded, rounded: keeps the compiler from fusing a product and a later sum in one of the two ways only.
+DK_INLINE void settle() { asm volatile("" ::: "memory"); }
+
+// -- one sequence
+
+
+// s[j] = factor * sum_d q[d] * keys[j][d], added up in the order of products(); -inf up to the next whole vector
+template <int DP> DK_INLINE void products_of_one(const float* q, const float* const* keys, int count, float factor, float* s) {
+  for (int j = 0; j < count; j += LANES) {
+    Vec even{}, odd{};
+    for (int d = 0; d < DP; d += LANES) {
+      Vec block[LANES];
+      DK_UNROLL for (int i = 0; i < LANES; ++i) block[i] = load(keys[j + i] + d);
+      transpose(block);
+      DK_UNROLL for (int i = 0; i < LANES; i += 2) {
+        even += block[i] * q[d + i];
+        odd += block[i + 1] * q[d + i + 1];
+      }
+    }
+    store(s + j, (even + odd) * factor);
+  }
+  for (int j = count; j % LANES; ++j) s[j] = -INF;
+}
+
+// out[d] += sum_j w[j] * values[j][d], in the order of accumulate()
+template <int DP> DK_INLINE void accumulate_of_one(const float* w, const float* const* values, int count, float* out) {
+  constexpr int VECS = DP / LANES < 8 ? DP / LANES : 8;
+  for (int d = 0; d < DP; d += VECS * LANES) {
+    Vec acc[VECS];
+    DK_UNROLL for (int i = 0; i < VECS; ++i) acc[i] = load(out + d + i * LANES);
+    for (int j = 0; j < count; ++j) {
+      const float* value = values[j] + d;
+      DK_UNROLL for (int i = 0; i < VECS; ++i) acc[i] += load(value + i * LANES) * w[j];
+    }
+    DK_UNROLL for (int i = 0; i < VECS; ++i) store(out + d + i * LANES, acc[i]);
+  }
+}
+
+// Takes `count` keys into the state of a sequence; `factor` is the softmax's scale, base 2.
+template <int DP> DK_INLINE void absorb_for_one(DecodeSpace<DP>& w, int count, float factor, State<DP>& state) {
+  float* s = w.s;
+  products_of_one<DP>(w.q, w.keys, count, factor, s);
+  settle();
+  Vec top = splat(state.max), sum{};
+  for (int j = 0; j < count; j += LANES) top = max(top, load(s + j));
+  const float new_max = reduce_max(top);
+  for (int j = 0; j < count; j += LANES) {
+    const Vec p = exp2(load(s + j) - new_max);
+    sum += p;
+    store(s + j, p);
+  }
+  const float keep = exp2(splat(state.max - new_max))[0];
+  state.max = new_max;
+  state.sum *= keep;
+  for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * keep);
+  settle();
+  state.sum += reduce_add(sum);
+  accumulate_of_one<DP>(s, w.values, count, state.out);
+}
+
+// -- a panel: all candidates of the call see the same keys
+
+template <int DP> DK_INLINE void absorb_for_panel(DecodeSpace<DP>& w, int count, float factor) {
+  for (int j = 0; j < count; j += GROUP_COLUMNS) products<DP>(w.qt, w.keys + j, factor, w.s + j * ROWS);
+  for (int r = 0; r < ROWS; r += LANES) {
+    const Vec old_max = load(w.max + r);
+    Vec new_max = old_max, sums[LANES] = {};   // sums[i] is what lane i holds in absorb_for_one
+    for (int j = 0; j < count; ++j) new_max = max(new_max, load(w.s + j * ROWS + r));
+    for (int j = 0; j < count; ++j) store(w.s + j * ROWS + r, exp2(load(w.s + j * ROWS + r) - new_max));
+    for (int j = 0; j < count; j += LANES) DK_UNROLL for (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
+    const Vec keep = exp2(old_max - new_max);
+    store(w.max + r, new_max);
+    store(w.sum + r, load(w.sum + r) * keep);
+    for (int d = 0; d < DP; ++d) store(w.ot + d * ROWS + r, load(w.ot + d * ROWS + r) * keep);
+    settle();
+    store(w.sum + r, load(w.sum + r) + reduce_add(sums));
+  }
+  accumulate<DP>(w.s, w.values, count, w.ot);
+}
+
+template <class T, int DP> struct Decode {
+  static constexpr int64_t SPACE = (sizeof(DecodeSpace<DP>) + 3) / 4;
+  static float factor(const DecodeAttentionArgs& a) { return static_cast<float>(a.scale * LOG2E); }
+  static constexpr bool is_float = sizeof(T) == 4;
+
+  static int64_t copy_floats(const DecodeAttentionArgs& a) {   // of the text's keys, or values
+    return is_float && a.head_dim == DP ? 0 : DecodeSchedule(a.schedule)[DecodeSchedule::TEXT_LEN] * DP;
+  }
+
+  // Text keys for candidates [begin, end): panel or one by one; leaves their states in w.states.
+  static void text(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, const T* q, int count, FloatRows k, FloatRows v, DecodeSpace<DP>& w) {
+    const auto gather = [&](const int32_t* places, int n) {
+      for (int j = 0; j < n; ++j) {
+        w.keys[j] = k.row(places[j]);
+        w.values[j] = v.row(places[j]);
+      }
+      pad(w.keys, n);
+    };
+    for (int c = 0; c < count; ++c) {
+      std::memset(w.states[c].out, 0, sizeof(w.states[c].out));
+      w.states[c].max = LOWEST, w.states[c].sum = 0.0f;
+    }
+    if (count < FEWEST_OF_PANEL) {
+      for_each_chunk(runs, [&](const int32_t* places, int n) {
+        gather(places, n);
+        for (int c = 0; c < count; ++c) {
+          fetch_row<T, DP>(q, a.q_strides.sequence, c, a.head_dim, w.q);
+          absorb_for_one<DP>(w, n, factor(a), w.states[c]);
+        }
+      });
+      return;
+    }
+    int32_t lanes[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+      lanes[r] = r < count ? r : -1;
+      w.max[r] = LOWEST, w.sum[r] = 0.0f;
+    }
+    pack_transposed<T, DP>(q, a.q_strides.sequence, lanes, a.head_dim, w.qt);
+    std::memset(w.ot, 0, sizeof(w.ot));
+    for_each_chunk(runs, [&](const int32_t* places, int n) {
+      gather(places, n);
+      absorb_for_panel<DP>(w, n, factor(a));
+    });
+    for (int c = 0; c < count; ++c) {
+      for (int d = 0; d < DP; ++d) w.states[c].out[d] = w.ot[d * ROWS + c];
+      w.states[c].max = w.max[c], w.states[c].sum = w.sum[c];
+    }
+  }
+
+
+  static const float* image_row(const T* row, int64_t head_dim, float* copy) {
+    if (is_float && head_dim == DP) return reinterpret_cast<const float*>(row);
+    fetch_row<T, DP>(row, 0, 0, head_dim, copy);
+    return copy;
+  }
+
+  static void call(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t head, int64_t begin, int64_t end) {
+    const FlushDenormals guard;
+    const DecodeSchedule schedule(a.schedule);
+    const int64_t dim = a.head_dim, text_len = schedule[DecodeSchedule::TEXT_LEN], slots = schedule[DecodeSchedule::SLOTS];
+    const int64_t first = prompt * a.candidates + begin;
+    const auto at = [&](const void* p, SequenceStrides s) { return static_cast<const T*>(p) + first * s.sequence + head * s.head; };
+    const T *q = at(a.q, a.q_strides), *new_k = at(a.k, a.k_strides), *new_v = at(a.v, a.v_strides);
+    auto& w = *reinterpret_cast<DecodeSpace<DP>*>(workspace);
+
+    float* copy = workspace + SPACE;
+    const int64_t prefix = (prompt * a.heads + head) * text_len * dim;
+    const FloatRows k = float_rows<T, DP>(static_cast<const T*>(a.prefix_k) + prefix, dim, text_len, dim, copy);
+    const FloatRows v = float_rows<T, DP>(static_cast<const T*>(a.prefix_v) + prefix, dim, text_len, dim, copy + copy_floats(a));
+    text(a, schedule.text(a.step), q, end - begin, k, v, w);
+
+    for (int64_t c = 0; c < end - begin; ++c) {
+      const int64_t row = (first + c) * a.heads + head;
+      T *image_k = static_cast<T*>(a.image_k) + row * slots * dim, *image_v = static_cast<T*>(a.image_v) + row * slots * dim;
+      const int64_t own = schedule.slot(a.step) * dim;
+      std::memcpy(image_k + own, new_k + c * a.k_strides.sequence, dim * sizeof(T));
+      std::memcpy(image_v + own, new_v + c * a.v_strides.sequence, dim * sizeof(T));
+
+      State<DP>& state = w.states[c];
+      fetch_row<T, DP>(q, a.q_strides.sequence, c, a.head_dim, w.q);
+      for_each_chunk(schedule.image(a.step), [&](const int32_t* places, int n) {
+        for (int j = 0; j < n; ++j) {
+          w.keys[j] = image_row(image_k + places[j] * dim, dim, w.key_copies + j * DP);
+          w.values[j] = image_row(image_v + places[j] * dim, dim, w.value_copies + j * DP);
+        }
+        pad(w.keys, n);
+        absorb_for_one<DP>(w, n, factor(a), state);
+      });
+      const float divide = 1.0f / state.sum;
+      for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * divide);
+      store_row(state.out, static_cast<T*>(a.out) + row * dim, dim);
+    }
+  }
+};
+
+template <class T, int DP> struct DecodeWorkspace {
+  static int64_t call(const DecodeAttentionArgs& a) { return Decode<T, DP>::SPACE + 2 * Decode<T, DP>::copy_floats(a); }
+};
+
+static int64_t workspace(const DecodeAttentionArgs& a) { return dispatch<DecodeWorkspace>(a.dtype, a.head_dim, a); }
+static void run(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t head, int64_t begin, int64_t end) {
+  dispatch<Decode>(a.dtype, a.head_dim, a, workspace, prompt, head, begin, end);
+}
+
+extern const DecodeAttentionKernel decode_attention;
+const DecodeAttentionKernel decode_attention = {workspace, run};
+
+}  // namespace dk::DK_ISA
