@@ -72,6 +72,44 @@ DK_INLINE float reduce_max(Vec v) {
   return m;
 }
 
+// The sum of LANES vectors, added up in the order of the other reduce_add.
+DK_INLINE Vec reduce_add(Vec (&v)[LANES]) {
+  for (int w = LANES / 2; w; w /= 2)
+    for (int i = 0; i < w; ++i) v[i] += v[i + w];
+  return v[0];
+}
+
+// a0 b0 a1 b1 ... of the lower, or upper, halves of a and b
+DK_INLINE Vec zip_low(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_permutex2var_ps(a, _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), b);
+#elif defined(__AVX2__)
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x20);
+#else
+  return Vec{a[0], b[0], a[1], b[1]};
+#endif
+}
+DK_INLINE Vec zip_high(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_permutex2var_ps(a, _mm512_set_epi32(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8), b);
+#elif defined(__AVX2__)
+  return _mm256_permute2f128_ps(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b), 0x31);
+#else
+  return Vec{a[2], b[2], a[3], b[3]};
+#endif
+}
+// v[i] lane j <-> v[j] lane i: zipping row i with row i + LANES / 2 moves one bit of the row number into the lane number
+DK_INLINE void transpose(Vec (&v)[LANES]) {
+  for (int stage = 1; stage < LANES; stage *= 2) {
+    Vec zipped[LANES];
+    DK_UNROLL for (int i = 0; i < LANES / 2; ++i) {
+      zipped[2 * i] = zip_low(v[i], v[i + LANES / 2]);
+      zipped[2 * i + 1] = zip_high(v[i], v[i + LANES / 2]);
+    }
+    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = zipped[i];
+  }
+}
+
 // 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7.
 DK_INLINE Vec exp2(Vec x) {
   x = max(splat(-127.0f), x);   // in this order NaN stays NaN
