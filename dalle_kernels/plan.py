@@ -4,7 +4,8 @@ A kernel works on tiles of `rows` queries and on groups of `columns` keys. The p
 keys that every row of the tile sees, and gathered groups of the other keys any of its rows needs, with a bit mask where not all pairs are allowed. It is
 one int32 tensor (the format is the same for every backend):
 
-    header [16]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, and where in the tensor each of the following begins; total length
+    header [16]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, where in the tensor each of the following
+                   begins, total length, and the most columns of any tile
     tile rows      [tiles, rows]        token of each row, -1 where the tile is not full
     tile begin     [tiles + 1]          first entry of each tile
     entries        [entries, 3]         keys, groups, mask: `keys` >= 0 is the first token of `groups` consecutive groups; else ~keys is the first of `groups`
@@ -82,6 +83,7 @@ class _Builder:
         self.shape = shape
         self.entries, self.begin, self.gathered, self.masks = [], [0], [], []
         self.mask_index = {}
+        self.most_columns = 0
 
     def add_tile(self, columns, block):
         full = block.all(0)
@@ -90,6 +92,8 @@ class _Builder:
         for start in range(0, len(rest), self.shape.columns):
             part = rest[start : start + self.shape.columns]
             self._add_gathered(columns[part], block[:, part])
+        groups = sum(entry[1] for entry in self.entries[self.begin[-1] :])
+        self.most_columns = max(self.most_columns, groups * self.shape.columns)
         self.begin.append(len(self.entries))
 
     def _add_runs(self, columns, full):
@@ -130,7 +134,7 @@ class _Builder:
         packed = np.zeros(offsets[-1], np.int32)
         packed[:HEADER] = [
             MAGIC, VERSION, n, shape.rows, shape.columns, len(rows), len(self.entries), len(self.gathered), len(self.masks),
-            *offsets, 0,
+            *offsets, self.most_columns,
         ]  # fmt: skip
         views = {}
         for (name, part), offset in zip(parts.items(), offsets):

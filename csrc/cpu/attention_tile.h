@@ -11,7 +11,7 @@ constexpr int ROWS = TILE_ROWS;
 constexpr int PAIR = 2 * LANES;                    // queries per register block
 constexpr int BLOCK = LANES == 16 ? 8 : 4;         // keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
 constexpr int CHUNK = 128;                         // keys between two softmax rescalings
-constexpr float LOG2E = 1.44269504f, LN2 = 0.69314718f;
+constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
 constexpr float LOWEST = -3.0e38f;                 // a maximum over nothing; finite, so that differences stay numbers
 
 // Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.
@@ -20,14 +20,14 @@ template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t strid
   for (int d = head_dim; d < DP; ++d) out[d] = 0.0f;
 }
 
-// The rows of a tile, transposed to [DP][ROWS] and scaled; padding rows are zero.
+// The rows of a tile, transposed to [DP][ROWS]; padding rows are zero.
 template <class T, int DP>
-DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* rows, int head_dim, float scale, float* out) {
+DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
   float row[DP];
   for (int r = 0; r < ROWS; ++r) {
     if (rows[r] >= 0) {
       fetch_row<T, DP>(base, stride, rows[r], head_dim, row);
-      for (int d = 0; d < DP; ++d) out[d * ROWS + r] = row[d] * scale;
+      for (int d = 0; d < DP; ++d) out[d * ROWS + r] = row[d];
     } else {
       for (int d = 0; d < DP; ++d) out[d * ROWS + r] = 0.0f;
     }
@@ -35,33 +35,43 @@ DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* row
 }
 
 template <class T, int DP>
-DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, const float* row_scale, T* base, int64_t stride) {
+DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, float scale, T* base, int64_t stride) {
   float row[DP];
   for (int r = 0; r < ROWS; ++r) {
     if (rows[r] < 0) continue;
-    for (int d = 0; d < head_dim; ++d) row[d] = in[d * ROWS + r] * row_scale[r];
+    for (int d = 0; d < head_dim; ++d) row[d] = in[d * ROWS + r] * scale;
     store_row(row, base + rows[r] * stride, head_dim);
   }
 }
 
-// out[j][32] = sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`
-template <int DP> DK_INLINE void products(const float* a, const float* const* keys, float* out) {
+// out[j][32] = factor * sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`. Even and odd d are summed apart: shorter chains err less.
+template <int DP> DK_INLINE void products(const float* a, const float* const* keys, float factor, float* out) {
+  constexpr int KEYS = BLOCK / 2;
   for (int r = 0; r < ROWS; r += PAIR)
-    for (int j = 0; j < GROUP_COLUMNS; j += BLOCK) {
-      Vec acc[BLOCK][2] = {};
-      for (int d = 0; d < DP; ++d) {
-        const Vec a0 = load(a + d * ROWS + r), a1 = load(a + d * ROWS + r + LANES);
-        DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
-          const float key = keys[j + i][d];
-          acc[i][0] += a0 * key;
-          acc[i][1] += a1 * key;
+    for (int j = 0; j < GROUP_COLUMNS; j += KEYS) {
+      Vec even[KEYS][2] = {}, odd[KEYS][2] = {};
+      for (int d = 0; d < DP; d += 2) {
+        const float* x = a + d * ROWS + r;
+        const Vec even0 = load(x), even1 = load(x + LANES), odd0 = load(x + ROWS), odd1 = load(x + ROWS + LANES);
+        DK_UNROLL for (int i = 0; i < KEYS; ++i) {
+          const float key0 = keys[j + i][d], key1 = keys[j + i][d + 1];
+          even[i][0] += even0 * key0;
+          even[i][1] += even1 * key0;
+          odd[i][0] += odd0 * key1;
+          odd[i][1] += odd1 * key1;
         }
       }
-      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
-        store(out + (j + i) * ROWS + r, acc[i][0]);
-        store(out + (j + i) * ROWS + r + LANES, acc[i][1]);
+      DK_UNROLL for (int i = 0; i < KEYS; ++i) {
+        store(out + (j + i) * ROWS + r, (even[i][0] + odd[i][0]) * factor);
+        store(out + (j + i) * ROWS + r + LANES, (even[i][1] + odd[i][1]) * factor);
       }
     }
+}
+
+// s[j][32] = fill where the mask of key j has no bit for the query
+DK_INLINE void apply_mask(const uint32_t* mask, float fill, float* s) {
+  for (int j = 0; j < GROUP_COLUMNS; ++j)
+    for (int r = 0; r < ROWS; r += LANES) store(s + j * ROWS + r, select(mask[j] >> r, load(s + j * ROWS + r), splat(fill)));
 }
 
 // out[d][32] += sum_j w[j][32] * values[j][d], j < count

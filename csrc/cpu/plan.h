@@ -6,7 +6,7 @@ namespace dk {
 
 struct Plan {
   explicit Plan(const int32_t* packed) : p(packed) {}
-  enum Field { MAGIC, VERSION, N, TILE_ROWS, GROUP_COLUMNS, TILES, ENTRIES, GATHERED, MASKS, ROWS_AT, BEGIN_AT, ENTRIES_AT, GATHER_AT, MASKS_AT, TOTAL };
+  enum Field { MAGIC, VERSION, N, TILE_ROWS, GROUP_COLUMNS, TILES, ENTRIES, GATHERED, MASKS, ROWS_AT, BEGIN_AT, ENTRIES_AT, GATHER_AT, MASKS_AT, TOTAL, MOST_COLUMNS };
   static constexpr int32_t MAGIC_VALUE = 0x4b50444b, VERSION_VALUE = 1;
 
   int32_t operator[](Field field) const { return p[field]; }

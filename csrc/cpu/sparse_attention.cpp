@@ -8,18 +8,18 @@ template <int DP> struct ForwardSpace {
   const float* values[CHUNK];
 };
 
-// Turns the chunk's scores into weights (base 2), rescales what was accumulated, and adds the chunk's values.
+// Turns the chunk's scores into weights, rescales what was accumulated, and adds the chunk's values.
 template <int DP> DK_INLINE void absorb_chunk(ForwardSpace<DP>& w, int count) {
   for (int r = 0; r < ROWS; r += LANES) {
     const Vec old_max = load(w.max + r);
     Vec new_max = old_max, sum{};
     for (int j = 0; j < count; ++j) new_max = max(new_max, load(w.s + j * ROWS + r));
     for (int j = 0; j < count; ++j) {
-      const Vec p = exp2(load(w.s + j * ROWS + r) - new_max);
+      const Vec p = exp(load(w.s + j * ROWS + r) - new_max);
       sum += p;
       store(w.s + j * ROWS + r, p);
     }
-    const Vec keep = exp2(old_max - new_max);
+    const Vec keep = exp(old_max - new_max);
     store(w.max + r, new_max);
     store(w.sum + r, load(w.sum + r) * keep + sum);
     for (int d = 0; d < DP; ++d) store(w.ot + d * ROWS + r, load(w.ot + d * ROWS + r) * keep);
@@ -35,7 +35,7 @@ template <class T, int DP> struct Forward {
   static void tile(const SparseAttentionArgs& a, const Plan& plan, int64_t t, const T* q, FloatRows k, FloatRows v, T* out, float* lse,
                    ForwardSpace<DP>& w) {
     const int32_t* rows = plan.rows(t);
-    pack_transposed<T, DP>(q, a.q_strides.token, rows, a.head_dim, a.scale * LOG2E, w.qt);
+    pack_transposed<T, DP>(q, a.q_strides.token, rows, a.head_dim, w.qt);
     std::memset(w.ot, 0, sizeof(w.ot));
     for (int r = 0; r < ROWS; r += LANES) {
       store(w.max + r, splat(LOWEST));
@@ -49,11 +49,8 @@ template <class T, int DP> struct Forward {
         w.values[count + j] = v.row(tokens[j]);
       }
       float* s = w.s + count * ROWS;
-      products<DP>(w.qt, keys, s);
-      if (mask)
-        for (int j = 0; j < GROUP_COLUMNS; ++j)
-          for (int r = 0; r < ROWS; r += LANES)
-            store(s + j * ROWS + r, select(mask[j] >> r, load(s + j * ROWS + r), splat(-INF)));
+      products<DP>(w.qt, keys, a.scale, s);
+      if (mask) apply_mask(mask, -INF, s);
       count += GROUP_COLUMNS;
       if (count == CHUNK) {
         absorb_chunk<DP>(w, count);
@@ -62,12 +59,11 @@ template <class T, int DP> struct Forward {
     });
     if (count) absorb_chunk<DP>(w, count);
 
-    float scale[ROWS];
-    for (int r = 0; r < ROWS; ++r) {
-      scale[r] = 1.0f / w.sum[r];
-      if (rows[r] >= 0) lse[rows[r]] = (w.max[r] + __builtin_log2f(w.sum[r])) * LN2;
-    }
-    unpack_transposed<T, DP>(w.ot, rows, a.head_dim, scale, out, a.out_strides.token);
+    for (int d = 0; d < DP; ++d)
+      for (int r = 0; r < ROWS; r += LANES) store(w.ot + d * ROWS + r, load(w.ot + d * ROWS + r) / load(w.sum + r));
+    unpack_transposed<T, DP>(w.ot, rows, a.head_dim, 1.0f, out, a.out_strides.token);
+    for (int r = 0; r < ROWS; ++r)
+      if (rows[r] >= 0) lse[rows[r]] = static_cast<float>(w.max[r] + __builtin_log(w.sum[r]));
   }
 
   static void call(const SparseAttentionArgs& a, float* workspace, int64_t bh, int64_t tile_begin, int64_t tile_end) {

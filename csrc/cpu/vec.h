@@ -115,15 +115,31 @@ DK_INLINE Vec exp2(Vec x) {
   x = max(splat(-127.0f), x);   // in this order NaN stays NaN
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec n = (x + magic) - magic, f = x - n;
-  Vec p = splat(1.5403530e-4f);
-  p = p * f + 1.3333558e-3f;
-  p = p * f + 9.6181291e-3f;
-  p = p * f + 5.5504109e-2f;
-  p = p * f + 2.4022651e-1f;
-  p = p * f + 6.9314718e-1f;
+  Vec p = splat(1.535336191e-4f);
+  p = p * f + 1.339887441e-3f;
+  p = p * f + 9.618437358e-3f;
+  p = p * f + 5.550332471e-2f;
+  p = p * f + 2.402264791e-1f;
+  p = p * f + 6.931472029e-1f;
   p = p * f + 1.0f;
   const IVec e = __builtin_convertvector(n, IVec) + 127;
   return p * floats(reinterpret_cast<UVec>(e) << 23);
+}
+
+// e^x for x <= 88; below -88 the result is 0, -inf included. Relative error < 1e-7, as the argument is reduced without loss.
+DK_INLINE Vec exp(Vec x) {
+  x = max(x, splat(-88.0f));
+  const float magic = 12582912.0f;
+  const Vec n = (x * 1.44269504f + magic) - magic;
+  const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;   // ln 2 in two parts, the first exact in n * part
+  Vec p = splat(1.381461316e-3f);
+  p = p * f + 8.368709825e-3f;
+  p = p * f + 4.166838736e-2f;
+  p = p * f + 1.666652069e-1f;
+  p = p * f + 4.999999345e-1f;
+  p = p * (f * f) + f;
+  const IVec e = __builtin_convertvector(n, IVec) + 127;
+  return (p + 1.0f) * floats(reinterpret_cast<UVec>(e) << 23);
 }
 
 // Denormals cost a hundred times a normal operation; this flushes them in the calling thread and restores what was set before.

@@ -1,0 +1,37 @@
+"""Modules for people's own models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .patterns import AttentionPattern
+from .sparse_attention import sparse_attention
+
+
+class SparseAttention(nn.Module):
+    """Multi-head self-attention over a static sparse pattern, with its query-key-value and output projections.
+
+    Args:
+        dim: width of the input and output.
+        heads: number of heads; must divide `dim` into head dims of at most 128.
+        pattern: which token sees which.
+        bias: whether the projections have biases.
+
+    Input x [B, N, dim], N <= pattern.seq_len -> [B, N, dim].
+    """
+
+    def __init__(self, dim: int, heads: int, pattern: AttentionPattern, *, bias: bool = True):
+        super().__init__()
+        if heads < 1 or dim % heads or dim // heads > 128:
+            raise ValueError(f"heads must divide dim into head dims of at most 128; got dim={dim}, heads={heads}")
+        self.heads, self.pattern = heads, pattern
+        self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # each [B, heads, N, D]
+        return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, pattern={self.pattern}"

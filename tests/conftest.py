@@ -1,0 +1,17 @@
+"""Shared fixtures. Every random test draws a fresh seed and shows it when it fails."""
+
+import os
+import random
+
+import pytest
+import torch
+
+
+@pytest.fixture
+def seed(record_property):
+    """A fresh seed, torch's generator set to it; set DALLE_TEST_SEED to repeat a failure."""
+    value = int(os.environ.get("DALLE_TEST_SEED") or random.SystemRandom().randrange(2**31))
+    torch.manual_seed(value)
+    record_property("seed", value)
+    print(f"DALLE_TEST_SEED={value}")
+    return value

@@ -1,0 +1,124 @@
+"""Patterns against scalar definitions written independently, and against counts known from elsewhere."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import dalle_kernels as dk
+from patterns_for_tests import NAMES, every_pattern
+
+P = dk.AttentionPattern
+
+# Scalar rules on image coordinates: query (qr, qc), key (kr, kc), d the raster distance, r the kernel's radius.
+SCALAR = {
+    "row": lambda qr, qc, kr, kc, d, H, W: d <= W,
+    "column": lambda qr, qc, kr, kc, d, H, W: qc == kc,
+    "conv-wrap": lambda qr, qc, kr, kc, d, H, W: d // W <= 1 and min(d % W, W - d % W) <= 1,
+    "conv-clip": lambda qr, qc, kr, kc, d, H, W: abs(qr - kr) <= 2 and abs(qc - kc) <= 2,
+    "conv-torus": lambda qr, qc, kr, kc, d, H, W: min((qr - kr) % H, (kr - qr) % H) <= 1 and min((qc - kc) % W, (kc - qc) % W) <= 1,
+    "axial_row": lambda qr, qc, kr, kc, d, H, W: qr == kr,
+    "corner_conv": lambda qr, qc, kr, kc, d, H, W: (qr - kr) in (0, 2, 4) and (qc - kc) in (0, 2, 4),
+    "causal": lambda qr, qc, kr, kc, d, H, W: True,
+}  # fmt: skip
+
+
+def scalar_mask(name, text_len, grid):
+    H, W = grid
+    n = text_len + H * W
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    for q in range(n):
+        for k in range(q + 1):
+            if k < text_len:
+                mask[q, k] = True
+            else:
+                i, j = q - text_len, k - text_len
+                mask[q, k] = SCALAR[name](*divmod(i, W), *divmod(j, W), i - j, H, W)
+    return mask
+
+
+@settings(deadline=None, max_examples=25)
+@given(text_len=st.integers(0, 9), height=st.integers(1, 7), width=st.integers(1, 7))
+def test_patterns_equal_their_scalar_definitions(text_len, height, width):
+    patterns = every_pattern(text_len, (height, width))
+    for name in SCALAR:
+        assert torch.equal(patterns[name].dense(), scalar_mask(name, text_len, (height, width))), name
+
+
+@pytest.mark.parametrize(
+    ("pattern", "pairs"),
+    [
+        (P.causal(256, (32, 32)), 819_840),
+        (P.row(256, (32, 32)), 328_304),
+        (P.column(256, (32, 32)), 311_936),
+        (P.conv(256, (32, 32)), 356_384),
+    ],
+    ids=str,
+)
+def test_pair_counts_at_the_papers_size(pattern, pairs):
+    assert pattern.nnz == pairs
+
+
+# Image keys seen by some image queries for 6 text tokens and a 4 x 4 grid, read off the paper's Figure 11 and the peers' own masks.
+SEEN = {
+    "row": (P.row(6, (4, 4)), {4: [0, 1, 2, 3, 4], 7: [3, 4, 5, 6, 7], 9: [5, 6, 7, 8, 9], 12: [8, 9, 10, 11, 12]}),
+    "column": (P.column(6, (4, 4)), {4: [0, 4], 7: [3, 7], 9: [1, 5, 9], 12: [0, 4, 8, 12]}),
+    "conv-wrap": (P.conv(6, (4, 4), kernel=3), {4: [0, 1, 3, 4], 7: [0, 2, 3, 4, 6, 7], 9: [2, 4, 5, 6, 8, 9], 12: [5, 7, 8, 9, 11, 12]}),
+    "conv-clip": (P.conv(6, (4, 4), kernel=3, edge="clip"), {4: [0, 1, 4], 7: [2, 3, 6, 7], 9: [4, 5, 6, 8, 9], 12: [8, 9, 12]}),
+    "conv-torus": (P.conv(6, (4, 4), kernel=3, edge="torus"), {4: [0, 1, 3, 4], 7: [0, 2, 3, 4, 6, 7], 9: [4, 5, 6, 8, 9], 12: [0, 1, 3, 8, 9, 11, 12]}),
+    "axial_row": (P.axial_row(6, (4, 4)), {4: [4], 7: [4, 5, 6, 7], 9: [8, 9], 12: [12]}),
+    "corner_conv": (P.corner_conv(6, (4, 4), kernel=3), {4: [0, 4], 7: [1, 2, 3, 5, 6, 7], 9: [0, 1, 4, 5, 8, 9], 12: [4, 8, 12]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_keys_seen_in_the_papers_figure(name):
+    pattern, seen = SEEN[name]
+    for query, keys in seen.items():
+        row = pattern.rows(6 + query, 7 + query)[0]
+        assert row[:6].all()
+        assert row[6:].nonzero().flatten().tolist() == keys
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rows_nnz_order_and_mask_mod_agree_with_dense(name, seed):
+    pattern = every_pattern(5, (3, 7))[name]
+    dense = pattern.dense()
+    assert dense.shape == (26, 26) and dense.diagonal().all() and not dense.triu(1).any()
+    assert torch.equal(pattern.rows(4, 19), dense[4:19])
+    assert pattern.nnz == int(dense.sum())
+    assert sorted(pattern.order().tolist()) == list(range(26))
+    q, k = torch.arange(26)[:, None], torch.arange(26)[None]
+    assert torch.equal(pattern.mask_mod(0, 0, q, k), dense)
+
+
+def test_equal_patterns_are_equal_and_hash_alike():
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    assert P.row(4, (2, 3)) == P.row(4, [2, 3]) and P.row(4, (2, 3)) != P.row(4, (3, 2))
+    assert P.conv(4, (2, 3)) != P.conv(4, (2, 3), edge="clip")
+    assert P.from_mask(mask) == P.from_mask(mask.clone()) and hash(P.from_mask(mask)) == hash(P.from_mask(mask.clone()))
+    assert P.from_mask(mask) != P.from_mask(torch.eye(5, dtype=torch.bool))
+    kept = P.from_mask(mask)
+    mask[4, 0] = False
+    assert kept.dense()[4, 0], "a pattern keeps its own copy of the mask"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: P.row(-1, (4, 4)), "text_len=-1"),
+        (lambda: P.row(4, (0, 4)), r"grid=\(0, 4\)"),
+        (lambda: P.row(4, 16), "grid must be a pair"),
+        (lambda: P.conv(4, (4, 4), kernel=4), "kernel must be odd and at least 1; got 4"),
+        (lambda: P.conv(4, (4, 4), edge="zero"), "edge='zero'"),
+        (lambda: P.corner_conv(4, (4, 4), dilation=0), "dilation must be at least 1; got 0"),
+        (lambda: P.from_mask(torch.ones(3, 3, dtype=torch.bool)), "query 0 sees key 1"),
+        (lambda: P.from_mask(torch.zeros(3, 3, dtype=torch.bool)), "hides token 0 from itself"),
+        (lambda: P.from_mask(torch.eye(3)), "bool matrix"),
+        (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), order=[0, 0, 1]), "permutation of the 3 tokens"),
+        (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), text_len=3), r"text_len must lie in \[0, 2\]"),
+    ],
+)
+def test_bad_patterns_are_refused_with_the_value(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
