@@ -37,6 +37,7 @@ EMOJI = (
     "pig face",
     "full moon",
 )
+SHAPES_DATA = "shapes-simple:4000"
 SHAPES = (
     "a large red circle at the center",
     "a small blue square at the top left",
@@ -76,7 +77,7 @@ def main(argv: list[str]) -> int:
     began = time.monotonic()
     out = writable_directory(config.out)
     picture = picture_path(out / "demo.png")
-    data, captions = _choose_data(config)
+    data, captions = choose_data(config)
     common = dict(out=out, sample_every=500, save_every=500)
 
     dvae = _train(
@@ -103,7 +104,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _choose_data(config: DemoConfig) -> tuple[str, tuple[str, ...]]:
+def choose_data(config: DemoConfig) -> tuple[str, tuple[str, ...]]:
     """The pictures to train on, and the captions to draw."""
     if config.data == "emoji":
         try:
@@ -113,7 +114,7 @@ def _choose_data(config: DemoConfig) -> tuple[str, tuple[str, ...]]:
             if config.font is not None:
                 raise
             print(f"no emoji here, so the demo draws shapes instead: {error}", file=sys.stderr)
-    return "shapes-simple:4000", SHAPES
+    return SHAPES_DATA, SHAPES
 
 
 def _train(title: str, train: Callable[..., Result], config: TrainConfig, name: str) -> Result:

@@ -152,6 +152,8 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
             report(state, fraction, losses, evaluation)
             if state.step % config.save_every == 0 and fraction < 1:
                 save()
+        if not metrics and not interrupted():  # resumed with nothing left to do
+            metrics = _evaluate(task, config, state)
         save()
         return Result(state.step, interrupted(), metrics)
 
