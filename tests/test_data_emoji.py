@@ -42,6 +42,11 @@ def test_about_3800_pictures_with_their_names(source):
         assert source.caption(index) == source[index].caption == caption
 
 
+def test_the_simple_ones_are_all_but_the_skin_tones(source):
+    simple = set(open_source("emoji-simple", 32).captions())
+    assert set(source.captions()) - simple == {c for c in source.captions() if "skin tone" in c}
+
+
 def test_the_whole_glyph_fills_the_width_and_is_centred(source):
     def drawn(text):
         return to_tensor(emoji_source.draw(text, source.font, emoji_source.GLYPH_WIDTH))

@@ -29,7 +29,7 @@ def run(capsys, *argv):
     return code, said.out, said.err
 
 
-@pytest.mark.parametrize(("data", "captions"), [(demo.SHAPES_DATA, demo.SHAPES), ("emoji", demo.EMOJI)])
+@pytest.mark.parametrize(("data", "captions"), [(demo.SHAPES_DATA, demo.SHAPES), (demo.EMOJI_DATA, demo.EMOJI)])
 def test_the_captions_are_those_of_training_pictures(data, captions):
     known = set(split(open_source(data, 32), "train").captions())
     assert len(captions) == len(set(captions)) == 8 and set(captions) <= known

@@ -37,7 +37,7 @@ EMOJI = (
     "pig face",
     "full moon",
 )
-SHAPES_DATA = "shapes-simple:4000"
+EMOJI_DATA, SHAPES_DATA = "emoji-simple", "shapes-simple:4000"
 SHAPES = (
     "a large red circle at the center",
     "a small blue square at the top left",
@@ -63,7 +63,7 @@ class DemoConfig:
     minutes: float = 7.5
     """Time for training; a third of it goes to the dVAE, the rest to the prior."""
     data: Literal["emoji", "shapes"] = "emoji"
-    """What to train on; without a colour-emoji font it is drawn shapes in any case."""
+    """What to train on: emoji (those without a skin tone) or, in any case without a colour-emoji font, drawn shapes."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
 
@@ -108,8 +108,8 @@ def choose_data(config: DemoConfig) -> tuple[str, tuple[str, ...]]:
     """The pictures to train on, and the captions to draw."""
     if config.data == "emoji":
         try:
-            open_source("emoji", 32, font=config.font)
-            return "emoji", EMOJI
+            open_source(EMOJI_DATA, 32, font=config.font)
+            return EMOJI_DATA, EMOJI
         except UserError as error:
             if config.font is not None:
                 raise

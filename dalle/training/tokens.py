@@ -28,7 +28,7 @@ class TokenizeConfig:
     out: Path
     """Directory of the model; codes.safetensors and captions.json are written into it."""
     data: str = "emoji"
-    """Captioned pictures: emoji, shapes, shapes:N, or a folder."""
+    """Captioned pictures: emoji, emoji-simple (no skin tones), shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
     batch_size: int = 64
