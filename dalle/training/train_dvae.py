@@ -24,17 +24,18 @@ class TrainDVAEConfig(TrainConfig):
     """Trains the dVAE on pictures and writes dvae.json and dvae.safetensors into a model directory."""
 
     data: str = "emoji"
-    """Pictures: emoji, shapes, shapes:N, or a folder."""
+    """Pictures: emoji, emoji-simple (no skin tones), shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
     preset: str = "tiny"
     """Size of the model: tiny, small, medium or dalle; it sets the side of the pictures."""
     model: DiscreteVAEConfig | None = None
     """The model in every detail, in place of the preset."""
-    lr: float = 2e-3
+    lr: float = 5e-3
     """Learning rate at the start (the published one is 1e-4); falls by a cosine to 1/80 of it."""
     beta: float | None = None
-    """Weight of the KL term after its warm-up; by default the published 6.6, scaled to the pixels of a code."""
+    """Weight of the KL term after its warm-up. By default the published 6.6 for codes of 8x8 pixels, and in proportion
+    to the side for others: with 4x4 pixels a larger weight lost sharpness and a smaller one left codes unused."""
     beta_warmup: float = 0.05
     """Fraction of the training over which the weight of the KL term rises from 0."""
     tau_end: float = 1 / 16
@@ -61,7 +62,7 @@ class DVAETask:
         self.count = len(training)
         self.model = DiscreteVAE(self.size).to(self.device, memory_format=torch.channels_last)
         self.optimizer = adamw(self.model, betas=(0.9, 0.999), weight_decay=1e-4)
-        self.beta = 6.6 * 3 * self.size.downsampling**2 / 192 if config.beta is None else config.beta
+        self.beta = 6.6 * self.size.downsampling / 8 if config.beta is None else config.beta
 
     def learning_rate(self, step: int, fraction: float) -> float:
         return cosine(self.config.lr, self.config.lr / 80, fraction)
