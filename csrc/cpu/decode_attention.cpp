@@ -8,30 +8,31 @@
 namespace dk::DK_ISA {
 
 constexpr int FEWEST_OF_PANEL = 4;   // candidates
+constexpr int KEYS = 64;             // between two rescalings, and added up in one chain: longer chains err more
 constexpr int PADDED = LANES > GROUP_COLUMNS ? LANES : GROUP_COLUMNS;   // keys are read in blocks of LANES or GROUP_COLUMNS
 
-// What the softmax over some of a sequence's keys has come to, base 2: `out` is the values' sum, weighted but not yet divided by `sum`.
+// What the softmax over some of a sequence's keys has come to: `out` is the values' sum, weighted but not yet divided by `sum`.
 template <int DP> struct State {
   alignas(64) float out[DP];
   float max, sum;
 };
 
 template <int DP> struct DecodeSpace {
-  alignas(64) float qt[DP * ROWS], ot[DP * ROWS], s[CHUNK * ROWS], max[ROWS], sum[ROWS];
-  alignas(64) float q[DP], key_copies[CHUNK * DP], value_copies[CHUNK * DP];
+  alignas(64) float qt[DP * ROWS], ot[DP * ROWS], added[DP * ROWS], s[KEYS * ROWS], max[ROWS], sum[ROWS];
+  alignas(64) float q[DP], key_copies[KEYS * DP], value_copies[KEYS * DP];
   State<DP> states[ROWS];
-  const float *keys[CHUNK], *values[CHUNK];
+  const float *keys[KEYS], *values[KEYS];
 };
 
-// Calls absorb(places, count <= CHUNK) until all places of the runs have been seen.
+// Calls absorb(places, count <= KEYS) until all places of the runs have been seen.
 template <class Absorb> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, const Absorb& absorb) {
-  int32_t places[CHUNK];
+  int32_t places[KEYS];
   int count = 0;
   for (int32_t i = 0; i < runs.count; ++i) {
     const int32_t begin = runs.pairs[2 * i], end = begin + runs.pairs[2 * i + 1];
     for (int32_t place = begin; place < end; ++place) {
       places[count++] = place;
-      if (count == CHUNK) {
+      if (count == KEYS) {
         absorb(places, count);
         count = 0;
       }
@@ -50,9 +51,8 @@ DK_INLINE void settle() { asm volatile("" ::: "memory"); }
 
 // -- one sequence
 
-
-// s[j] = factor * sum_d q[d] * keys[j][d], added up in the order of products(); -inf up to the next whole vector
-template <int DP> DK_INLINE void products_of_one(const float* q, const float* const* keys, int count, float factor, float* s) {
+// s[j] = scale * sum_d q[d] * keys[j][d], added up in the order of products(); -inf up to the next whole vector
+template <int DP> DK_INLINE void products_of_one(const float* q, const float* const* keys, int count, float scale, float* s) {
   for (int j = 0; j < count; j += LANES) {
     Vec even{}, odd{};
     for (int d = 0; d < DP; d += LANES) {
@@ -64,17 +64,16 @@ template <int DP> DK_INLINE void products_of_one(const float* q, const float* co
         odd += block[i + 1] * q[d + i + 1];
       }
     }
-    store(s + j, (even + odd) * factor);
+    store(s + j, (even + odd) * scale);
   }
   for (int j = count; j % LANES; ++j) s[j] = -INF;
 }
 
-// out[d] += sum_j w[j] * values[j][d], in the order of accumulate()
+// out[d] = sum_j w[j] * values[j][d], in the order of accumulate()
 template <int DP> DK_INLINE void accumulate_of_one(const float* w, const float* const* values, int count, float* out) {
   constexpr int VECS = DP / LANES < 8 ? DP / LANES : 8;
   for (int d = 0; d < DP; d += VECS * LANES) {
-    Vec acc[VECS];
-    DK_UNROLL for (int i = 0; i < VECS; ++i) acc[i] = load(out + d + i * LANES);
+    Vec acc[VECS] = {};
     for (int j = 0; j < count; ++j) {
       const float* value = values[j] + d;
       DK_UNROLL for (int i = 0; i < VECS; ++i) acc[i] += load(value + i * LANES) * w[j];
@@ -83,51 +82,54 @@ template <int DP> DK_INLINE void accumulate_of_one(const float* w, const float* 
   }
 }
 
-// Takes `count` keys into the state of a sequence; `factor` is the softmax's scale, base 2.
-template <int DP> DK_INLINE void absorb_for_one(DecodeSpace<DP>& w, int count, float factor, State<DP>& state) {
+// Takes `count` keys into the state of a sequence.
+template <int DP> DK_INLINE void absorb_for_one(DecodeSpace<DP>& w, int count, float scale, State<DP>& state) {
   float* s = w.s;
-  products_of_one<DP>(w.q, w.keys, count, factor, s);
+  products_of_one<DP>(w.q, w.keys, count, scale, s);
   settle();
   Vec top = splat(state.max), sum{};
   for (int j = 0; j < count; j += LANES) top = max(top, load(s + j));
   const float new_max = reduce_max(top);
   for (int j = 0; j < count; j += LANES) {
-    const Vec p = exp2(load(s + j) - new_max);
+    const Vec p = exp(load(s + j) - new_max);
     sum += p;
     store(s + j, p);
   }
-  const float keep = exp2(splat(state.max - new_max))[0];
+  const float keep = exp(splat(state.max - new_max))[0];
   state.max = new_max;
   state.sum *= keep;
   for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * keep);
   settle();
   state.sum += reduce_add(sum);
-  accumulate_of_one<DP>(s, w.values, count, state.out);
+  accumulate_of_one<DP>(s, w.values, count, w.added);
+  settle();
+  for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) + load(w.added + d));
 }
 
 // -- a panel: all candidates of the call see the same keys
 
-template <int DP> DK_INLINE void absorb_for_panel(DecodeSpace<DP>& w, int count, float factor) {
-  for (int j = 0; j < count; j += GROUP_COLUMNS) products<DP>(w.qt, w.keys + j, factor, w.s + j * ROWS);
+template <int DP> DK_INLINE void absorb_for_panel(DecodeSpace<DP>& w, int count, float scale) {
+  for (int j = 0; j < count; j += GROUP_COLUMNS) products<DP>(w.qt, w.keys + j, scale, w.s + j * ROWS);
   for (int r = 0; r < ROWS; r += LANES) {
     const Vec old_max = load(w.max + r);
     Vec new_max = old_max, sums[LANES] = {};   // sums[i] is what lane i holds in absorb_for_one
     for (int j = 0; j < count; ++j) new_max = max(new_max, load(w.s + j * ROWS + r));
-    for (int j = 0; j < count; ++j) store(w.s + j * ROWS + r, exp2(load(w.s + j * ROWS + r) - new_max));
+    for (int j = 0; j < count; ++j) store(w.s + j * ROWS + r, exp(load(w.s + j * ROWS + r) - new_max));
     for (int j = 0; j < count; j += LANES) DK_UNROLL for (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
-    const Vec keep = exp2(old_max - new_max);
+    const Vec keep = exp(old_max - new_max);
     store(w.max + r, new_max);
     store(w.sum + r, load(w.sum + r) * keep);
     for (int d = 0; d < DP; ++d) store(w.ot + d * ROWS + r, load(w.ot + d * ROWS + r) * keep);
     settle();
     store(w.sum + r, load(w.sum + r) + reduce_add(sums));
   }
-  accumulate<DP>(w.s, w.values, count, w.ot);
+  std::memset(w.added, 0, sizeof(w.added));
+  accumulate<DP>(w.s, w.values, count, w.added);
+  for (int i = 0; i < DP * ROWS; i += LANES) store(w.ot + i, load(w.ot + i) + load(w.added + i));
 }
 
 template <class T, int DP> struct Decode {
   static constexpr int64_t SPACE = (sizeof(DecodeSpace<DP>) + 3) / 4;
-  static float factor(const DecodeAttentionArgs& a) { return static_cast<float>(a.scale * LOG2E); }
   static constexpr bool is_float = sizeof(T) == 4;
 
   static int64_t copy_floats(const DecodeAttentionArgs& a) {   // of the text's keys, or values
@@ -152,7 +154,7 @@ template <class T, int DP> struct Decode {
         gather(places, n);
         for (int c = 0; c < count; ++c) {
           fetch_row<T, DP>(q, a.q_strides.sequence, c, a.head_dim, w.q);
-          absorb_for_one<DP>(w, n, factor(a), w.states[c]);
+          absorb_for_one<DP>(w, n, a.scale, w.states[c]);
         }
       });
       return;
@@ -166,7 +168,7 @@ template <class T, int DP> struct Decode {
     std::memset(w.ot, 0, sizeof(w.ot));
     for_each_chunk(runs, [&](const int32_t* places, int n) {
       gather(places, n);
-      absorb_for_panel<DP>(w, n, factor(a));
+      absorb_for_panel<DP>(w, n, a.scale);
     });
     for (int c = 0; c < count; ++c) {
       for (int d = 0; d < DP; ++d) w.states[c].out[d] = w.ot[d * ROWS + c];
@@ -211,7 +213,7 @@ template <class T, int DP> struct Decode {
           w.values[j] = image_row(image_v + places[j] * dim, dim, w.value_copies + j * DP);
         }
         pad(w.keys, n);
-        absorb_for_one<DP>(w, n, factor(a), state);
+        absorb_for_one<DP>(w, n, a.scale, state);
       });
       const float divide = 1.0f / state.sum;
       for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * divide);
