@@ -1,0 +1,76 @@
+"""Decode schedules against a cache played in plain Python."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from patterns_for_tests import NAMES, every_pattern
+
+import dalle_kernels as dk
+from dalle_kernels.decode_schedule import compile_schedule, schedule_tensor
+
+P = dk.AttentionPattern
+
+
+@pytest.mark.parametrize(
+    ("pattern", "slots"),
+    [
+        (P.row(256, (32, 32)), 33),
+        (P.column(256, (32, 32)), 1023),  # the key of the last token may take the place of the first, long out of use
+        (P.conv(256, (32, 32)), 192),
+        (P.conv(256, (32, 32), edge="clip"), 166),
+        (P.conv(256, (32, 32), edge="torus"), 1024),
+        (P.axial_row(256, (32, 32)), 32),
+        (P.causal(256, (32, 32)), 1024),
+    ],
+)
+def test_slots_at_the_papers_size(pattern, slots):
+    assert compile_schedule(pattern).slots == slots
+
+
+def play(pattern, slot_of, reads):
+    """Plays a cache in which step s writes token s to slot_of(s).
+
+    Returns whether every step finds the tokens that the pattern's row asks for, and no other.
+    """
+    text, held = pattern.text_len, {}
+    for step in range(pattern.seq_len - text):
+        held[slot_of(step)] = step
+        needed = set(pattern.rows(text + step, text + step + 1)[0, text:].nonzero().flatten().tolist())
+        if {held.get(slot) for slot in reads(step, needed)} != needed:
+            return False
+    return True
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    text_len=st.integers(0, 9),
+    grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    name=st.sampled_from(NAMES),
+    seed=st.integers(0, 2**31),
+)
+def test_schedule_reads_the_row_from_the_fewest_slots(text_len, grid, name, seed):
+    torch.manual_seed(seed)
+    pattern = every_pattern(text_len, grid)[name]
+    schedule = compile_schedule(pattern)
+    order = [token - text_len for token in pattern.order().tolist() if token >= text_len]
+    assert play(pattern, lambda step: schedule.steps[step, 0], lambda step, needed: schedule.image_slots(step).tolist())
+    for slots in range(1, schedule.slots):
+        place = {token: rank % slots for rank, token in enumerate(order)}
+        assert not play(pattern, place.get, lambda step, needed, place=place: [place[token] for token in needed])
+    for step in range(grid[0] * grid[1]):
+        row = pattern.rows(text_len + step, text_len + step + 1)[0, :text_len]
+        assert schedule.text_keys(step).tolist() == row.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_runs_are_ascending_and_apart(name, seed):
+    schedule = compile_schedule(every_pattern(5, (7, 6))[name])
+    for first, count in [*schedule.steps[:, 1:3], *schedule.steps[:, 3:5]]:
+        runs = schedule.runs[first : first + count]
+        assert (runs[:, 1] > 0).all() and (runs[1:, 0] > runs[:-1].sum(1)).all()
+
+
+def test_equal_patterns_share_a_schedule():
+    a, b = (schedule_tensor(P.row(3, (4, 5)), torch.device("cpu")) for _ in range(2))
+    assert a is b and a.dtype == torch.int32
