@@ -18,6 +18,7 @@ from dalle.data import Source, open_source, split
 from dalle.errors import UserError
 from dalle.files import writable_directory
 from dalle.pipeline import Pipeline
+from dalle.prior import PriorConfig
 from dalle.training.loop import Result, TrainConfig, run_path
 from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
@@ -78,21 +79,14 @@ def main(argv: list[str]) -> int:
     out = writable_directory(config.out)
     picture = picture_path(out / "demo.png")
     data, captions = choose_data(config)
-    common = dict(out=out, sample_every=500, save_every=500)
+    dvae_config, prior_config = training(config, data)
 
-    dvae = _train(
-        "1/3 dVAE",
-        train_dvae,
-        TrainDVAEConfig(data=data, font=config.font, minutes=config.minutes * DVAE_SHARE, **common),
-        "dvae",
-    )
+    dvae = _train("1/3 dVAE", train_dvae, dvae_config, "dvae")
     if dvae.interrupted:
         return _say_how_to_go_on()
     with shown("2/3 pictures to codes") as on_step:
         tokenize(TokenizeConfig(out=out, data=data, font=config.font), on_step=on_step)
-    prior = _train(
-        "3/3 prior", train_prior, TrainPriorConfig(minutes=config.minutes * (1 - DVAE_SHARE), **common), "prior"
-    )
+    prior = _train("3/3 prior", train_prior, prior_config, "prior")
     if prior.interrupted:
         return _say_how_to_go_on()
 
@@ -115,6 +109,18 @@ def choose_data(config: DemoConfig) -> tuple[str, tuple[str, ...]]:
                 raise
             print(f"no emoji here, so the demo draws shapes instead: {error}", file=sys.stderr)
     return SHAPES_DATA, SHAPES
+
+
+def training(config: DemoConfig, data: str) -> tuple[TrainDVAEConfig, TrainPriorConfig]:
+    """How the two stages are trained: small batches, and for the prior a narrow model that can learn its pictures by
+    heart (a token for every word, always the same), because a minute of a CPU is only a few passes over them.
+    """
+    common = dict(out=config.out, batch_size=16, sample_every=1000, save_every=1000)
+    size = replace(PriorConfig.preset("tiny"), text_len=24, text_vocab=2048, heads=4)
+    return (
+        TrainDVAEConfig(data=data, font=config.font, minutes=config.minutes * DVAE_SHARE, lr=4e-3, **common),
+        TrainPriorConfig(model=size, minutes=config.minutes * (1 - DVAE_SHARE), lr=2e-3, bpe_dropout=0.0, **common),
+    )
 
 
 def _train(title: str, train: Callable[..., Result], config: TrainConfig, name: str) -> Result:
