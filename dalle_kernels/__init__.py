@@ -1,5 +1,6 @@
 """Sparse attention, fused Gumbel-softmax and cached decode kernels for DALL·E 1, with the same results on every backend."""
 
+from . import nn
 from .backends import use_backend
 from .decode import DecodeCache, decode_attention
 from .gumbel_softmax import gumbel_softmax
@@ -13,6 +14,7 @@ __all__ = [
     "DecodeCache",
     "decode_attention",
     "gumbel_softmax",
+    "nn",
     "sample_tokens",
     "sparse_attention",
     "use_backend",

@@ -46,22 +46,27 @@ class NativeBackend:
         problems = [problem for problem in (*requirements, _load(file)) if problem]
         self.problem = "; ".join(problems) or None
         if self.problem is None:
+            self.problem = self._register(file)
+
+    def _register(self, file):
+        """Takes the operations over; returns None or why the library has not all of them."""
+        try:
             from .decode_attention import decode_attention
             from .gumbel_softmax import gumbel_softmax
             from .sample_tokens import sample_tokens
             from .sparse_attention import sparse_attention
-
-            self.decode_attention = decode_attention
-            self.gumbel_softmax = gumbel_softmax
-            self.sample_tokens = sample_tokens
-            self.sparse_attention = sparse_attention
+        except (AttributeError, RuntimeError) as error:  # what torch raises for an operation or a schema it does not know
+            return f"{file} was built from other sources, build it again (pip install): {error}"
+        self.decode_attention = decode_attention
+        self.gumbel_softmax = gumbel_softmax
+        self.sample_tokens = sample_tokens
+        self.sparse_attention = sparse_attention
+        return None
 
     def reasons(self, operation, tensor):
         """Why this backend cannot run `operation` on `tensor`; empty when it can."""
         if self.problem is not None:
             return (self.problem,)
-        if not hasattr(self, operation):
-            return (f"it has no {operation}",)
         if tensor.device.type != self.name:
             return (f"it takes {self.name} tensors, not {tensor.device.type}",)
         if tensor.dtype not in _DTYPES:
