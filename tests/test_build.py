@@ -1,0 +1,83 @@
+"""setup.py's own judgement: which torch it finds, and the one sentence each missing tool gives. No compiler runs here."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def build(tmp_path, **environment):
+    """`setup.py build_ext` into a temporary folder with a changed environment."""
+    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def fake_torch(folder, version, cuda="None"):
+    folder.mkdir()
+    (folder / "version.py").write_text(f"__version__ = '{version}'\ncuda: Optional[str] = {cuda}\n")
+    return str(folder)
+
+
+@pytest.fixture
+def tools(tmp_path):
+    """An empty folder for PATH, to which a test adds the tools it wants found."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+
+    def add(*names):
+        for name in names:
+            (folder / name).write_text("#!/bin/sh\nexit 0\n")
+            (folder / name).chmod(0o755)
+        return str(folder)
+
+    return add
+
+
+def test_an_old_torch_is_refused(tmp_path):
+    result = build(tmp_path, DALLE_TORCH_DIR=fake_torch(tmp_path / "torch", "2.10.1"))
+    assert result.returncode != 0
+    assert result.stderr.strip().splitlines()[-1].startswith("dalle-kernels cannot be built: torch 2.10 in")
+    assert 'pip install --upgrade "torch>=2.11"' in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("present", "message"),
+    [((), "cmake or ninja is missing; run: pip install cmake ninja"), (("cmake", "ninja"), "no C++ compiler was found")],
+)
+def test_missing_tools_are_named(tmp_path, tools, present, message):
+    torch_dir = fake_torch(tmp_path / "torch", "2.13.0")
+    result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=tools(*present), CXX="no-such-compiler")
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert message in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(("value", "message"), [("yes", "DALLE_CUDA='yes' is not one of 0, 1, auto"), ("1", "nvcc is not on PATH")])
+def test_cuda_requests_that_cannot_be_met(tmp_path, tools, value, message):
+    torch_dir = fake_torch(tmp_path / "torch", "2.13.0")
+    result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=tools("cmake", "ninja", "c++"), DALLE_CUDA=value)
+    assert result.returncode != 0 and "Traceback" not in result.stderr
+    assert message in result.stderr
+
+
+def test_no_torch_at_all(tmp_path):
+    """With site-packages out of sight (-S) no torch is found; setuptools comes back by path."""
+    import setuptools
+
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in ("setuptools", "pkg_resources", "_distutils_hack"):
+        source = Path(setuptools.__file__).parents[1] / name
+        if source.exists():
+            (site / name).symlink_to(source)
+    code = (
+        "import sys, sysconfig; sysconfig.get_path = lambda name: '/nonexistent';"
+        f"sys.path.insert(0, {str(site)!r}); sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}];"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__name__': '__main__', '__file__': 'setup.py'})"
+    )
+    result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode != 0
+    assert 'torch is not installed; run: pip install "torch>=2.11"' in result.stderr

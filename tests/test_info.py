@@ -1,0 +1,91 @@
+"""`python -m dalle_kernels.info` and the import of the package, with and without its compiled libraries."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dalle_kernels
+from dalle_kernels import _host
+
+PACKAGE = Path(dalle_kernels.__file__).parent
+
+
+def python(*arguments, folder=PACKAGE.parent, **environment):
+    """Runs a fresh interpreter in `folder`, whose dalle_kernels it imports; returns its result with text output."""
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}
+    )
+
+
+def info(folder=PACKAGE.parent, **environment):
+    result = python("-m", "dalle_kernels.info", "--json", folder=folder, **environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_reports_every_operation_and_why_others_are_refused():
+    report = info()
+    assert set(report["operations"]) == {"sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention"}
+    for devices in report["operations"].values():
+        assert devices["cpu"]["backend"] == "cpu"
+        assert "cuda" in devices["cpu"]["refused"]
+    assert report["build"]["cpu_isa_active"] in report["build"]["cpu_isas_here"]
+
+
+def test_text_names_the_same_things():
+    text = python("-m", "dalle_kernels.info").stdout
+    for word in ("sparse_attention", "cpu_isa_active", "libdalle_cuda.so", "torch"):
+        assert word in text
+
+
+@pytest.fixture
+def copied_package(tmp_path):
+    """A copy of the package whose libraries a test may break; returns the folder that holds it."""
+    shutil.copytree(PACKAGE, tmp_path / "dalle_kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("damage", ["missing", "corrupt"])
+def test_without_a_usable_library_everything_runs_on_the_reference(copied_package, damage):
+    library = copied_package / "dalle_kernels" / "libdalle_cpu.so"
+    if damage == "missing":
+        library.unlink()
+    else:
+        library.write_bytes(b"not a library")
+    report = info(copied_package)
+    for devices in report["operations"].values():
+        assert devices["cpu"]["backend"] == "reference"
+        assert "libdalle_cpu.so" in devices["cpu"]["refused"]["cpu"]
+    code = "import torch, dalle_kernels as dk; print(dk.gumbel_softmax(torch.zeros(1, 4), seed=1).sum().item())"
+    assert float(python("-c", code, folder=copied_package).stdout) == pytest.approx(1)
+
+
+def test_without_the_host_module_info_says_so(copied_package):
+    for library in (copied_package / "dalle_kernels").glob("_host*"):
+        library.unlink()
+    (copied_package / "dalle_kernels" / "_host.py").write_text("raise ImportError('_host is broken')")
+    assert "_host is broken" in info(copied_package)["build"]["problem"]
+
+
+def test_forced_instruction_sets_are_used_or_refused():
+    for isa, supported in _host.cpu_isas().items():
+        report = info(DALLE_KERNELS_CPU_ISA=isa)
+        backend = report["operations"]["sparse_attention"]["cpu"]["backend"]
+        if supported:
+            assert report["build"]["cpu_isa_active"] == isa and backend == "cpu"
+        else:
+            assert backend == "reference"
+    refused = info(DALLE_KERNELS_CPU_ISA="mmx")["operations"]["sparse_attention"]["cpu"]["refused"]["cpu"]
+    assert "DALLE_KERNELS_CPU_ISA='mmx' is not one of the compiled portable" in refused
+
+
+def test_the_environment_forces_a_backend():
+    code = "import torch, dalle_kernels as dk; p = dk.AttentionPattern.row(1, (1, 1)); q = torch.zeros(1, 1, 2, 8); dk.sparse_attention(q, q, q, p)"
+    assert python("-c", code, DALLE_KERNELS_BACKEND="reference").returncode == 0
+    wrong = python("-c", code, DALLE_KERNELS_BACKEND="tpu")
+    assert wrong.returncode != 0 and "backend='tpu' is not one of" in wrong.stderr

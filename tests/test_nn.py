@@ -1,0 +1,36 @@
+"""dk.nn.SparseAttention against torch.nn.MultiheadAttention with the same weights and the pattern as a mask."""
+
+import pytest
+import torch
+
+import dalle_kernels as dk
+
+
+def test_equals_multihead_attention(seed):
+    pattern = dk.AttentionPattern.conv(7, (5, 6), kernel=3)
+    ours = dk.nn.SparseAttention(48, 3, pattern)
+    theirs = torch.nn.MultiheadAttention(48, 3, batch_first=True)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(ours.qkv.weight)
+        theirs.in_proj_bias.copy_(ours.qkv.bias)
+        theirs.out_proj.weight.copy_(ours.out.weight)
+        theirs.out_proj.bias.copy_(ours.out.bias)
+    for n in (37, 20):
+        x = torch.randn(2, n, 48)
+        expected, _ = theirs(x, x, x, attn_mask=~pattern.dense()[:n, :n], need_weights=False)
+        torch.testing.assert_close(ours(x), expected)
+
+
+def test_is_an_ordinary_module(seed):
+    pattern = dk.AttentionPattern.row(3, (2, 2))
+    module = dk.nn.SparseAttention(32, 2, pattern, bias=False)
+    assert sum(p.numel() for p in module.parameters()) == 4 * 32 * 32
+    assert "row" in repr(module)
+    module(torch.randn(1, 7, 32)).sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@pytest.mark.parametrize(("dim", "heads"), [(30, 4), (512, 2), (16, 0)])
+def test_bad_sizes_are_refused(dim, heads):
+    with pytest.raises(ValueError, match=f"dim={dim}, heads={heads}"):
+        dk.nn.SparseAttention(dim, heads, dk.AttentionPattern.row(3, (2, 2)))
