@@ -16,6 +16,13 @@ def preset(presets: dict, name: str):
     return presets[name]
 
 
+def check(config, wanted: str, **fits: bool) -> None:
+    """A UserError for the first field in `fits` that does not: it must `wanted`."""
+    for name, fit in fits.items():
+        if not fit:
+            raise UserError(f"{name} must {wanted}, not {getattr(config, name)}")
+
+
 def to_dict(config) -> dict:
     """A dataclass as JSON-ready data: tuples become lists, paths strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))

@@ -39,6 +39,9 @@ class DiscreteVAEConfig:
     def __post_init__(self):
         if min(self.image_size, self.vocab, self.blocks, self.codebook_dim) < 1 or not self.widths:
             raise UserError(f"every size of a dVAE must be at least 1, not {self}")
+        configs.check(
+            self, "be positive and finite", codebook_std=self.codebook_std is None or 0 < self.codebook_std < math.inf
+        )
         if self.image_size % self.downsampling:
             raise UserError(
                 f"image_size {self.image_size} is not a multiple of {self.downsampling}, "

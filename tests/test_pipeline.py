@@ -99,7 +99,7 @@ def test_transparent_pictures_lie_on_white(pipeline):
     ("arguments", "reason"),
     [
         (dict(prompts="", seed=1), "is empty"),
-        (dict(prompts="red " * 40), "tokens and the model reads at most 9; shorten it"),
+        (dict(prompts="red " * 40), "tokens and the model reads at most 9: shorten it"),
         (dict(prompts="red", candidates=0), "must be at least 1, not 0"),
         (dict(prompts="red", temperature=0.0), "temperature must be a positive"),
         (dict(prompts="red", top_p=1.5), "top_p must lie in"),

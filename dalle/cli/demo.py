@@ -1,5 +1,6 @@
 """`dalle demo`: the whole way from pictures to pictures in a few minutes, on a laptop's CPU."""
 
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Literal
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dalle import config as configs
 from dalle import images
 from dalle.cli.output import picture_path
 from dalle.cli.parsing import parse
@@ -69,8 +71,7 @@ class DemoConfig:
     """Colour-emoji font, if the system's is not found."""
 
     def __post_init__(self):
-        if not 0 < self.minutes < float("inf"):
-            raise UserError(f"minutes must be positive, not {self.minutes}")
+        configs.check(self, "be positive and finite", minutes=0 < self.minutes < math.inf)
 
 
 def main(argv: list[str]) -> int:

@@ -11,6 +11,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
+from dalle import config as configs
 from dalle import images
 from dalle.cli.output import picture_path
 from dalle.cli.parsing import parse
@@ -53,11 +54,8 @@ class GenerateConfig:
     def __post_init__(self):
         if not self.prompts:
             raise UserError('there is no caption to draw: give one in quotes, as in dalle generate "red heart"')
-        for name in ("candidates", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.seed is not None and not 0 <= self.seed < 2**62:
-            raise UserError(f"seed must be in [0, 2^62), not {self.seed}")
+        configs.check(self, "be at least 1", candidates=self.candidates >= 1, batch_size=self.batch_size >= 1)
+        configs.check(self, "be in [0, 2^62)", seed=self.seed is None or 0 <= self.seed < 2**62)
 
 
 def main(argv: list[str]) -> int:

@@ -56,13 +56,11 @@ class TrainConfig:
     """Write curves for TensorBoard to `out`/curves."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "save_every", "report_every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.minutes is not None and not self.minutes > 0:
-            raise UserError(f"minutes must be positive, not {self.minutes}")
-        if not 0 <= self.seed < 2**31:
-            raise UserError(f"seed must be in [0, 2^31), not {self.seed}")
+        counts = "steps", "batch_size", "save_every", "report_every"
+        configs.check(self, "be at least 1", **{name: getattr(self, name) >= 1 for name in counts})
+        configs.check(self, "be at least 0", sample_every=self.sample_every >= 0)
+        configs.check(self, "be positive", minutes=self.minutes is None or self.minutes > 0)
+        configs.check(self, "be in [0, 2^31)", seed=0 <= self.seed < 2**31)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dalle import config as configs
 from dalle.config import read_json
 from dalle.data import Source, open_source, split
 from dalle.dvae import DiscreteVAE
@@ -35,6 +36,9 @@ class TokenizeConfig:
     """Pictures at a time."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
+
+    def __post_init__(self):
+        configs.check(self, "be at least 1", batch_size=self.batch_size >= 1)
 
 
 @dataclass(frozen=True)

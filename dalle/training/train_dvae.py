@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dalle import config as configs
 from dalle import images
 from dalle.data import open_source, split
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig, codebook_usage, logit_laplace_nll, psnr, to_range
@@ -42,6 +43,13 @@ class TrainDVAEConfig(TrainConfig):
     """Temperature of the relaxation at the end of its fall from 1."""
     tau_fall: float = 0.75
     """Fraction of the training over which the temperature falls."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf, tau_end=0 < self.tau_end < math.inf)
+        configs.check(self, "be at least 0 and finite", beta=self.beta is None or 0 <= self.beta < math.inf)
+        configs.check(self, "be in [0, 1]", beta_warmup=0 <= self.beta_warmup <= 1)
+        configs.check(self, "be in (0, 1]", tau_fall=0 < self.tau_fall <= 1)
 
 
 class DVAETask:

@@ -1,13 +1,14 @@
 """Stage two: the prior over captions and codes (Ramesh et al. 2021, App. B.2)."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from dalle import config as configs
 from dalle import images
-from dalle.errors import UserError
 from dalle.files import replacing
 from dalle.model_files import fingerprint, load_dvae, save_part
 from dalle.prior import Prior, PriorConfig
@@ -38,6 +39,13 @@ class TrainPriorConfig(TrainConfig):
     """Of the running average of the weights (published: 0.99, taken every 25 updates)."""
     bpe_dropout: float = 0.1
     """Probability with which a merge of the tokenizer is passed over in training."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
+        configs.check(self, "be at least 0", warmup=self.warmup >= 0)
+        configs.check(self, "be in [0, 1)", average_decay=0 <= self.average_decay < 1)
+        configs.check(self, "be in [0, 1]", bpe_dropout=0 <= self.bpe_dropout <= 1)
 
 
 class PriorTask:
@@ -121,7 +129,5 @@ class PriorTask:
 
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a prior; `on_step` receives Progress. Raises UserError for what the user can mend."""
-    if not 0 <= config.bpe_dropout <= 1:
-        raise UserError(f"bpe_dropout must be in [0, 1], not {config.bpe_dropout}")
     task = PriorTask(config)
     return train(task, config, {"dvae": fingerprint(task.dvae)}, on_step)
