@@ -1,7 +1,7 @@
 """Builds the compiled part with CMake and Ninja; see CMakeLists.txt and csrc/README.md.
 
-Environment: MAX_JOBS (parallel compile jobs), DALLE_CUDA=0|1 (leave out | force the CUDA library; default: when nvcc and a
-CUDA build of torch are found), DALLE_TORCH_DIR (the folder of the torch package to compile against).
+Environment: MAX_JOBS (parallel compile jobs), DALLE_CUDA=0|1 (leave out | force the CUDA library; default: when nvcc
+and a CUDA build of torch are found), DALLE_TORCH_DIR (the folder of the torch package to compile against).
 """
 
 import importlib.util
@@ -23,7 +23,9 @@ TORCH = "torch>=2.11"
 
 
 def find_torch():
-    """The folder of the torch package, without importing it: pip's isolated build sees the outer environment's by path only."""
+    """The folder of the torch package, without importing it: pip's isolated build sees the outer environment's by
+    path only.
+    """
     if os.environ.get("DALLE_TORCH_DIR"):
         return Path(os.environ["DALLE_TORCH_DIR"])
     spec = importlib.util.find_spec("torch")
@@ -106,7 +108,7 @@ class CMakeBuild(build_ext):
         return [str(path) for path in (Path(self.build_lib) / "dalle_kernels").glob("*.so")]
 
 
-# pip asks for this only in an isolated build with no torch around: then, and only then, one is fetched to compile against.
+# pip asks for this only in an isolated build with no torch around: then, and only then, it fetches one to build with.
 needs_torch = find_torch() is None and "setuptools.build_meta" in sys.modules
 
 setup(

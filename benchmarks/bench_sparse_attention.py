@@ -1,4 +1,6 @@
-"""Sparse attention at the paper's shape against dense attention: causal SDPA, SDPA with the pattern as a boolean mask, and our own kernel run dense."""
+"""Sparse attention at the paper's shape against dense attention: causal SDPA, SDPA with the pattern as a boolean
+mask, and our own kernel run dense.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,6 @@
-"""`versus`: times one of our functions against named baselines, interleaved, and writes the ratios of a whole run to benchmarks/results/."""
+"""`versus`: times one of our functions against named baselines, interleaved, and writes the ratios of a whole run to
+benchmarks/results/.
+"""
 
 import datetime
 import json
@@ -24,7 +26,9 @@ def _seconds(function):
 
 @pytest.fixture
 def versus(benchmark, request):
-    """versus(ours, baseline=function, ...): medians over rounds A B C A B C ... after a warm-up, and the median of the per-round ratios."""
+    """versus(ours, baseline=function, ...): medians over rounds A B C A B C ... after a warm-up, and the median of
+    the per-round ratios.
+    """
 
     def run(ours, **baselines):
         functions = {"ours": ours, **baselines}
@@ -39,7 +43,9 @@ def versus(benchmark, request):
                 "ratio": statistics.median(ratios),
                 "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
             }
-        _rows.setdefault(request.module.__name__.removeprefix("bench_"), []).append({"test": request.node.originalname, **row})
+        _rows.setdefault(request.module.__name__.removeprefix("bench_"), []).append(
+            {"test": request.node.originalname, **row}
+        )
         benchmark.extra_info.update(row)
         benchmark.pedantic(ours, rounds=3)
 
@@ -78,7 +84,9 @@ def _table(name, rows, conditions):
     baselines = [key for key in rows[0] if isinstance(rows[0][key], dict)]
     lines = [f"# {name}, CPU", "", *(f"- {key}: {value}" for key, value in conditions.items()), ""]
     lines += ["Ratios: baseline time / our time (above 1, ours is faster), with the quartiles over rounds.", ""]
-    lines.append("| what | case | ours, ms | " + " | ".join(f"{b.replace('_', ' ')}, ms | ratio" for b in baselines) + " |")
+    lines.append(
+        "| what | case | ours, ms | " + " | ".join(f"{b.replace('_', ' ')}, ms | ratio" for b in baselines) + " |"
+    )
     lines.append("|---" * (3 + 2 * len(baselines)) + "|")
     for row in rows:
         cells = [row["test"].removeprefix("test_"), row["case"], f"{row['ms']:.2f}"]

@@ -1,4 +1,6 @@
-"""Sparse attention, fused Gumbel-softmax and cached decode kernels for DALL·E 1, with the same results on every backend."""
+"""Sparse attention, fused Gumbel-softmax and cached decode kernels for DALL·E 1, with the same results on every
+backend.
+"""
 
 from . import nn
 from .backends import use_backend

@@ -1,6 +1,7 @@
-"""What is installed, what was compiled, what this machine has, and which backend each operation would take and why not the others.
+"""What is installed, what was compiled, what this machine has, and which backend each operation would take and why not
+the others.
 
-    python -m dalle_kernels.info [--json]
+python -m dalle_kernels.info [--json]
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ import torch
 from . import __version__, backends
 
 # The problem each operation is asked about: DALL·E's own head dim, in float32 on the device at hand.
-_SAMPLE = {"sparse_attention": (1, 1, 1, 64), "decode_attention": (1, 1, 64), "gumbel_softmax": (1, 8192), "sample_tokens": (1, 8192)}
+_SAMPLE = {
+    "sparse_attention": (1, 1, 1, 64),
+    "decode_attention": (1, 1, 64),
+    "gumbel_softmax": (1, 8192),
+    "sample_tokens": (1, 8192),
+}
 
 
 def _package_version(name):
@@ -62,7 +68,11 @@ def collect() -> dict:
         "triton": _package_version("triton"),
         "devices": {d: torch.cuda.get_device_name(d) if d != "cpu" else platform.processor() or "cpu" for d in devices},
         "build": _host_info(),
-        "libraries": {name: backend.problem or "loaded" for name, backend in backends.BACKENDS.items() if hasattr(backend, "problem")},
+        "libraries": {
+            name: backend.problem or "loaded"
+            for name, backend in backends.BACKENDS.items()
+            if hasattr(backend, "problem")
+        },
         "forced_backend": os.environ.get("DALLE_KERNELS_BACKEND"),
         "operations": {op: {device: _choice(op, device) for device in devices} for op in backends.OPERATIONS},
     }

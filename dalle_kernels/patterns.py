@@ -1,9 +1,10 @@
 """Attention patterns: which query may see which key.
 
-A sequence is `text_len` text tokens followed by an image of `grid = (H, W)` tokens in raster order. Common to every pattern: no token looks ahead,
-every token sees itself, text sees the text before it, and every image token sees all text. A pattern is what image tokens see of the image: one rule
-on two image positions, written in plain arithmetic so that the same lines serve NumPy arrays, tensors and FlexAttention. Patterns are frozen,
-hashable values; equal patterns share their compiled plans.
+A sequence is `text_len` text tokens followed by an image of `grid = (H, W)` tokens in raster order. Common to every
+pattern: no token looks ahead, every token sees itself, text sees the text before it, and every image token sees all
+text. A pattern is what image tokens see of the image: one rule on two image positions, written in plain arithmetic so
+that the same lines serve NumPy arrays, tensors and FlexAttention. Patterns are frozen, hashable values; equal patterns
+share their compiled plans.
 """
 
 from __future__ import annotations
@@ -83,7 +84,8 @@ class _MaskRule:
 
 @dataclass(frozen=True)
 class AttentionPattern:
-    """A static attention pattern over `text_len + H * W` tokens. Use the constructors `row`, `column`, `conv`, `axial_row`, `corner_conv`, `causal`, `from_mask`.
+    """A static attention pattern over `text_len + H * W` tokens. Use the constructors `row`, `column`, `conv`,
+    `axial_row`, `corner_conv`, `causal`, `from_mask`.
 
     Attributes:
         name: the rule, as in the constructor.
@@ -120,7 +122,9 @@ class AttentionPattern:
 
     @classmethod
     def row(cls, text_len, grid):
-        """The previous W image tokens and itself, in raster order, wrapping over row ends (Ramesh et al. 2021, Fig. 11a)."""
+        """The previous W image tokens and itself, in raster order, wrapping over row ends (Ramesh et al. 2021, Fig.
+        11a).
+        """
         return cls._make("row", text_len, grid)
 
     @classmethod
@@ -132,8 +136,8 @@ class AttentionPattern:
     def conv(cls, text_len, grid, kernel=11, edge="wrap"):
         """A causal `kernel` x `kernel` neighbourhood.
 
-        `edge` says what happens at the picture's edge: "wrap" is the paper's Fig. 11d, the same raster distances for every query; "clip" cuts the window
-        off (ruDALL-E v3); "torus" wraps rows and columns around (ruDALL-E v2).
+        `edge` says what happens at the picture's edge: "wrap" is the paper's Fig. 11d, the same raster distances for
+        every query; "clip" cuts the window off (ruDALL-E v3); "torus" wraps rows and columns around (ruDALL-E v2).
         """
         _check_odd("kernel", kernel)
         if edge not in ("wrap", "clip", "torus"):
@@ -147,7 +151,9 @@ class AttentionPattern:
 
     @classmethod
     def corner_conv(cls, text_len, grid, kernel=5, dilation=1):
-        """A `kernel` x `kernel` window, `dilation` apart, whose lower right corner is the query (DALLE-pytorch's conv_like)."""
+        """A `kernel` x `kernel` window, `dilation` apart, whose lower right corner is the query (DALLE-pytorch's
+        conv_like).
+        """
         for name, value in (("kernel", kernel), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -165,7 +171,8 @@ class AttentionPattern:
         Args:
             mask: bool [N, N], True where query (row) may see key (column); causal, every token seeing itself.
             text_len: how many leading tokens are text; what they see is the mask's business too.
-            order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together; raster order where omitted.
+            order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together;
+                raster order where omitted.
         """
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool:
@@ -177,7 +184,8 @@ class AttentionPattern:
         ahead = torch.triu(mask, 1).nonzero()
         if len(ahead):
             raise ValueError(
-                f"mask looks ahead: query {ahead[0, 0]} sees key {ahead[0, 1]}; clear what lies above the diagonal (mask.tril())"
+                f"mask looks ahead: query {ahead[0, 0]} sees key {ahead[0, 1]}; "
+                "clear what lies above the diagonal (mask.tril())"
             )
         blind = (~mask.diagonal()).nonzero()
         if len(blind):
@@ -201,7 +209,9 @@ class AttentionPattern:
         return _count_pairs(self)
 
     def allowed(self, q, k):
-        """Whether query positions `q` may see key positions `k`: two broadcastable integer arrays or tensors of absolute positions -> bool."""
+        """Whether query positions `q` may see key positions `k`: two broadcastable integer arrays or tensors of
+        absolute positions -> bool.
+        """
         if self._mask is not None:
             return self._mask.mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else self._mask.mask.numpy()[q, k]
         text = self.text_len
@@ -222,14 +232,18 @@ class AttentionPattern:
         return lambda b, h, q_idx, kv_idx: self.allowed(q_idx, kv_idx)
 
     def order(self) -> torch.Tensor:
-        """The permutation of the N tokens that packs the pattern into few tiles: int64 [N]; text first, then raster or column order."""
+        """The permutation of the N tokens that packs the pattern into few tiles: int64 [N]; text first, then raster
+        or column order.
+        """
         if self._order is not None:
             return torch.tensor(self._order)
         image = torch.arange(self.text_len, self.seq_len).view(self.grid)
         return torch.cat([torch.arange(self.text_len), (image.T if self.transposed else image).reshape(-1)])
 
     def prepare(self, device="cpu", *, n=None):
-        """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first use; returns the pattern."""
+        """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first
+        use; returns the pattern.
+        """
         from .plan import plan_tensor
 
         plan_tensor(self, self.seq_len if n is None else n, torch.device(device))

@@ -1,20 +1,22 @@
 """Plans: a pattern compiled for a machine.
 
-A kernel works on tiles of `rows` queries and on groups of `columns` keys. The plan lists, for every tile, which groups it must read: runs of consecutive
-keys that every row of the tile sees, and gathered groups of the other keys any of its rows needs, with a bit mask where not all pairs are allowed. It is
-one int32 tensor (the format is the same for every backend):
+A kernel works on tiles of `rows` queries and on groups of `columns` keys. The plan lists, for every tile, which groups
+it must read: runs of consecutive keys that every row of the tile sees, and gathered groups of the other keys any of
+its rows needs, with a bit mask where not all pairs are allowed. It is one int32 tensor (the format is the same for
+every backend):
 
-    header [16]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, where in the tensor each of the following
-                   begins, total length, and the most columns of any tile
+    header [16]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, where in the tensor each
+                   of the following begins, total length, and the most columns of any tile
     tile rows      [tiles, rows]        token of each row, -1 where the tile is not full
     tile begin     [tiles + 1]          first entry of each tile
-    entries        [entries, 3]         keys, groups, mask: `keys` >= 0 is the first token of `groups` consecutive groups; else ~keys is the first of `groups`
+    entries        [entries, 3]         keys, groups, mask: `keys` >= 0 is the first token of `groups` consecutive
+                                        groups; else ~keys is the first of `groups`
                                         gathered groups; mask -1 means every pair is allowed
     gathered       [groups, columns]    tokens, -1 where the group is not full
     masks          [masks, columns, rows / 32]   one bit per row, lowest first; equal masks are stored once
 
-Seen from the key side (`side="key"`) rows are keys and columns are the queries that see them, which lets a backward pass own its dK and dV.
-Plans are compiled by streaming over tiles; no N x N matrix is ever made.
+Seen from the key side (`side="key"`) rows are keys and columns are the queries that see them, which lets a backward
+pass own its dK and dV. Plans are compiled by streaming over tiles; no N x N matrix is ever made.
 """
 
 from __future__ import annotations
@@ -130,11 +132,14 @@ class _Builder:
         }
         offsets = HEADER + np.cumsum([0] + [part.size for part in parts.values()])
         if offsets[-1] >= 2**31:
-            raise ValueError(f"the plan of a pattern over {n} tokens needs {offsets[-1]} words, more than fit a plan; use a sparser pattern")
+            raise ValueError(
+                f"the plan of this pattern over {n} tokens needs {offsets[-1]} words, more than an int32 tensor can address; "
+                "use a sparser pattern"
+            )
         packed = np.zeros(offsets[-1], np.int32)
         packed[:HEADER] = [
-            MAGIC, VERSION, n, shape.rows, shape.columns, len(rows), len(self.entries), len(self.gathered), len(self.masks),
-            *offsets, self.most_columns,
+            MAGIC, VERSION, n, shape.rows, shape.columns, len(rows), len(self.entries), len(self.gathered),
+            len(self.masks), *offsets, self.most_columns,
         ]  # fmt: skip
         views = {}
         for (name, part), offset in zip(parts.items(), offsets):

@@ -18,21 +18,25 @@ def sparse_attention(
     return_lse: bool = False,
     backend: str | None = None,
 ):
-    """softmax(q kᵀ · scale) v over the pairs that `pattern` allows (Ramesh et al. 2021, App. B.1: one softmax over text and image keys together).
+    """softmax(q kᵀ · scale) v over the pairs that `pattern` allows (Ramesh et al. 2021, App. B.1: one softmax over
+    text and image keys together).
 
     Args:
-        q, k, v: [B, H, N, D] with N <= pattern.seq_len; float32, bfloat16 or float16 (float64 on "reference"), one dtype and device. Any strides with a
-            contiguous last dimension are taken as they are. D from 1 to 128; 32, 64 and 128 run without padding.
+        q, k, v: [B, H, N, D] with N <= pattern.seq_len; float32, bfloat16 or float16 (float64 on "reference"), one
+            dtype and device. Any strides with a contiguous last dimension are taken as they are. D from 1 to 128; 32,
+            64 and 128 run without padding.
         pattern: which query sees which key; its first N tokens are used.
         scale: factor of the scores; D ** -0.5 where omitted.
         return_lse: also return the log-sum-exp of each query's scores.
         backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
 
     Returns:
-        out [B, H, N, D] in q's dtype and memory order; with `return_lse` the pair (out, lse), lse [B, H, N] float32, natural logarithm, not differentiable.
+        out [B, H, N, D] in q's dtype and memory order; with `return_lse` the pair (out, lse), lse [B, H, N] float32,
+        natural logarithm, not differentiable.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises NotImplementedError (except on "reference").
+        ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises
+            NotImplementedError (except on "reference").
     """
     _check(q, k, v, pattern)
     if scale is None:

@@ -1,4 +1,6 @@
-"""setup.py's own judgement: which torch it finds, and the one sentence each missing tool gives. No compiler runs here."""
+"""setup.py's own judgement: which torch it finds, and the one sentence each missing tool gives. No compiler runs
+here.
+"""
 
 import os
 import subprocess
@@ -12,7 +14,16 @@ ROOT = Path(__file__).parents[1]
 
 def build(tmp_path, **environment):
     """`setup.py build_ext` into a temporary folder with a changed environment."""
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    command = [
+        sys.executable,
+        "setup.py",
+        "--quiet",
+        "build_ext",
+        "--build-lib",
+        str(tmp_path),
+        "--build-temp",
+        str(tmp_path),
+    ]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
 
 
@@ -46,7 +57,10 @@ def test_an_old_torch_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("present", "message"),
-    [((), "cmake or ninja is missing; run: pip install cmake ninja"), (("cmake", "ninja"), "no C++ compiler was found")],
+    [
+        ((), "cmake or ninja is missing; run: pip install cmake ninja"),
+        (("cmake", "ninja"), "no C++ compiler was found"),
+    ],
 )
 def test_missing_tools_are_named(tmp_path, tools, present, message):
     torch_dir = fake_torch(tmp_path / "torch", "2.13.0")
@@ -55,7 +69,9 @@ def test_missing_tools_are_named(tmp_path, tools, present, message):
     assert message in result.stderr.strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize(("value", "message"), [("yes", "DALLE_CUDA='yes' is not one of 0, 1, auto"), ("1", "nvcc is not on PATH")])
+@pytest.mark.parametrize(
+    ("value", "message"), [("yes", "DALLE_CUDA='yes' is not one of 0, 1, auto"), ("1", "nvcc is not on PATH")]
+)
 def test_cuda_requests_that_cannot_be_met(tmp_path, tools, value, message):
     torch_dir = fake_torch(tmp_path / "torch", "2.13.0")
     result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=tools("cmake", "ninja", "c++"), DALLE_CUDA=value)
@@ -75,7 +91,8 @@ def test_no_torch_at_all(tmp_path):
             (site / name).symlink_to(source)
     code = (
         "import sys, sysconfig; sysconfig.get_path = lambda name: '/nonexistent';"
-        f"sys.path.insert(0, {str(site)!r}); sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}];"
+        f"sys.path.insert(0, {str(site)!r});"
+        f"sys.argv = ['setup.py', '--quiet', 'build_ext', '--build-lib', {str(tmp_path)!r}];"
         "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__name__': '__main__', '__file__': 'setup.py'})"
     )
     result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)

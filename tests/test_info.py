@@ -85,7 +85,10 @@ def test_forced_instruction_sets_are_used_or_refused():
 
 
 def test_the_environment_forces_a_backend():
-    code = "import torch, dalle_kernels as dk; p = dk.AttentionPattern.row(1, (1, 1)); q = torch.zeros(1, 1, 2, 8); dk.sparse_attention(q, q, q, p)"
+    code = (
+        "import torch, dalle_kernels as dk; q = torch.zeros(1, 1, 2, 8);"
+        "dk.sparse_attention(q, q, q, dk.AttentionPattern.row(1, (1, 1)))"
+    )
     assert python("-c", code, DALLE_KERNELS_BACKEND="reference").returncode == 0
     wrong = python("-c", code, DALLE_KERNELS_BACKEND="tpu")
     assert wrong.returncode != 0 and "backend='tpu' is not one of" in wrong.stderr

@@ -14,7 +14,9 @@ P = dk.AttentionPattern
 
 
 def decode(packed):
-    """The bool matrix [rows' tokens, columns' tokens] that a packed plan describes, read from its header by the documented format."""
+    """The bool matrix [rows' tokens, columns' tokens] that a packed plan describes, read from its header by the
+    documented format.
+    """
     n, tile_rows, columns, tiles = packed[2:6]
     at_rows, at_begin, at_entries, at_gathered, at_masks, total = packed[9:15]
     assert total == len(packed) and at_rows == HEADER

@@ -1,4 +1,6 @@
-"""sparse_attention against plain PyTorch in float64: forward, backward and lse, for every pattern, dtype and memory layout."""
+"""sparse_attention against plain PyTorch in float64: forward, backward and lse, for every pattern, dtype and memory
+layout.
+"""
 
 import pytest
 import torch
@@ -31,7 +33,9 @@ def check(pattern, q, k, v, backend, scale=None):
     used = q.shape[-1] ** -0.5 if scale is None else scale
     mask = pattern.dense()[:n, :n]
     grad = torch.randn(q.shape, dtype=q.dtype)
-    ours = run(lambda *x: dk.sparse_attention(*x, pattern, scale=scale, return_lse=True, backend=backend), (q, k, v), grad)
+    ours = run(
+        lambda *x: dk.sparse_attention(*x, pattern, scale=scale, return_lse=True, backend=backend), (q, k, v), grad
+    )
     exact = run(lambda *x: plain_attention(*x, mask, used), [x.double() for x in (q, k, v)], grad)
     plain = run(lambda *x: plain_attention(*x, mask, used), (q, k, v), grad)
     for name, a, e, p in zip(("out", "lse", "dq", "dk", "dv"), ours, exact, plain):
@@ -66,7 +70,9 @@ def test_any_shape_and_layout(batch, heads, dim, text_len, grid, name, dtype, la
     pattern = every_pattern(text_len, grid)[name]
     n = data.draw(st.integers(1, pattern.seq_len), label="n")
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
-    batch = max(batch, 8192 // (heads * n * dim))  # the largest error of a few numbers is chance, of thousands it is a property
+    batch = max(
+        batch, 8192 // (heads * n * dim)
+    )  # the largest error of a few numbers is chance, of thousands it is a property
     check(pattern, *make(layout, batch, heads, n, dim, dtype), "cpu")
 
 
@@ -220,7 +226,11 @@ def test_compiles_with_inductor(seed):
 
 @pytest.mark.slow
 def test_the_papers_size(seed):
-    for pattern in (dk.AttentionPattern.row(256, (32, 32)), dk.AttentionPattern.column(256, (32, 32)), dk.AttentionPattern.conv(256, (32, 32))):
+    for pattern in (
+        dk.AttentionPattern.row(256, (32, 32)),
+        dk.AttentionPattern.column(256, (32, 32)),
+        dk.AttentionPattern.conv(256, (32, 32)),
+    ):
         for dtype in DTYPES:
             q, k, v = torch.randn(3, 1, 2, 1280, 64).to(dtype)
             check(pattern, q, k, v, "cpu")
@@ -252,7 +262,9 @@ def test_bad_arguments_are_refused(arguments, error, message):
 def test_a_forced_backend_says_why_it_cannot():
     with pytest.raises(ValueError, match="backend='gpu' is not one of"):
         dk.sparse_attention(X, X, X, ROW, backend="gpu")
-    with pytest.raises(NotImplementedError, match=r"'cpu' cannot run sparse_attention here: it takes .* not torch.float64"):
+    with pytest.raises(
+        NotImplementedError, match=r"'cpu' cannot run sparse_attention here: it takes .* not torch.float64"
+    ):
         dk.sparse_attention(X.double(), X.double(), X.double(), ROW, backend="cpu")
     wide = torch.zeros(1, 1, 8, 129)
     with pytest.raises(NotImplementedError, match="head dims up to 128, not 129"), dk.use_backend("cpu"):

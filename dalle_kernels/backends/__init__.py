@@ -1,8 +1,8 @@
 """The choice of a backend.
 
-Each backend is a module or object with a `name`, `reasons(operation, tensor)` (why it cannot take this problem; empty when it can) and one function per
-operation. The first without reasons, in the order of `BACKENDS`, is taken; `backend="name"`, `use_backend` and DALLE_KERNELS_BACKEND force one, and its
-reasons then become the error.
+Each backend is a module or object with a `name`, `reasons(operation, tensor)` (why it cannot take this problem; empty
+when it can) and one function per operation. The first without reasons, in the order of `BACKENDS`, is taken;
+`backend="name"`, `use_backend` and DALLE_KERNELS_BACKEND force one, and its reasons then become the error.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The compiled backends: `cpu` (libdalle_cpu.so) and `cuda` (libdalle_cuda.so), two implementations of the same registered operations."""
+"""The compiled backends: `cpu` (libdalle_cpu.so) and `cuda` (libdalle_cuda.so), two implementations of the same
+registered operations.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,10 @@ class NativeBackend:
             from .gumbel_softmax import gumbel_softmax
             from .sample_tokens import sample_tokens
             from .sparse_attention import sparse_attention
-        except (AttributeError, RuntimeError) as error:  # what torch raises for an operation or a schema it does not know
+        except (
+            AttributeError,
+            RuntimeError,
+        ) as error:  # what torch raises for an operation or a schema it does not know
             return f"{file} was built from other sources, build it again (pip install): {error}"
         self.decode_attention = decode_attention
         self.gumbel_softmax = gumbel_softmax

@@ -1,4 +1,6 @@
-"""The reference backend: plain PyTorch, any dtype and device, float64 included. The specification of every operation, and the oracle of every test."""
+"""The reference backend: plain PyTorch, any dtype and device, float64 included. The specification of every operation,
+and the oracle of every test.
+"""
 
 from .decode_attention import decode_attention
 from .gumbel_softmax import gumbel_softmax
