@@ -33,12 +33,12 @@ HEADINGS = {0: "picture", 1: "as codes", 2: "drawn from the caption alone"}  # b
 EMOJI = (
     "red heart",
     "grinning face",
-    "basketball",
     "green apple",
-    "sunflower",
+    "strawberry",
+    "pizza",
+    "penguin",
     "japan",
-    "pig face",
-    "full moon",
+    "blue book",
 )
 EMOJI_DATA, SHAPES_DATA = "emoji-simple", "shapes-simple:4000"
 SHAPES = (
