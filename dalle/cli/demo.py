@@ -29,7 +29,7 @@ from dalle.training.train_prior import TrainPriorConfig, train_prior
 DVAE_SHARE = 0.4  # of the time
 CANDIDATES, SEED = 4, 7
 SCALE = 3
-HEADINGS = {0: "picture", 1: "as codes", 2: "drawn from the caption alone"}  # by column
+HEADINGS = {0: "picture", 1: "reconstruction", 2: "drawn from the caption alone"}  # by column
 EMOJI = (
     "red heart",
     "grinning face",
