@@ -133,7 +133,7 @@ class _Builder:
         offsets = HEADER + np.cumsum([0] + [part.size for part in parts.values()])
         if offsets[-1] >= 2**31:
             raise ValueError(
-                f"the plan of this pattern over {n} tokens needs {offsets[-1]} words, more than an int32 tensor can address; "
+                f"the plan of this pattern over {n} tokens needs {offsets[-1]} words, more than int32 can address; "
                 "use a sparser pattern"
             )
         packed = np.zeros(offsets[-1], np.int32)

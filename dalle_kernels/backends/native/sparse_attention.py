@@ -20,7 +20,9 @@ def _plan(pattern, n, device):
 def sparse_attention(q, k, v, pattern, scale):
     """(out, lse) of already checked tensors."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    plan = _plan(pattern, operator.index(q.shape[2]), str(q.device))  # index(): a plan is for one length, also under dynamic shapes
+    plan = _plan(
+        pattern, operator.index(q.shape[2]), str(q.device)
+    )  # index(): a plan is for one length, also under dynamic shapes
     return _op(q, k, v, plan, plan, scale)
 
 
