@@ -1,0 +1,97 @@
+"""The pages name files that exist, signatures as they are, and numbers that the code gives."""
+
+import inspect
+import re
+from functools import reduce
+from pathlib import Path
+
+import pytest
+
+import dalle_kernels as dk
+from dalle_kernels.decode_schedule import compile_schedule
+from dalle_kernels.plan import compile_plan
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "csrc/README.md", ROOT / "CHANGELOG.md"]
+FOLDERS = "benchmarks|csrc|dalle|dalle_kernels|docs|tests"
+DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+
+
+def prose(page):
+    """A page without its code blocks."""
+    return re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page):
+    """What links to the page's headings may name, by the rule of GitHub."""
+    headings = re.findall(r"^#+ (.*)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pages
+def test_named_files_exist(page):
+    named = re.findall(rf"`((?:{FOLDERS})/[\w./-]*)`", prose(page))
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pages
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def signature(function, method):
+    """Names and defaults, without annotations; without self where `function` is called on an instance."""
+    parameters = [p.replace(annotation=p.empty) for p in inspect.signature(function).parameters.values()]
+    return str(inspect.Signature(parameters[1:] if method else parameters))
+
+
+SIGNATURES = re.findall(r"^dk\.([\w.]+)(\(.*\))$", DESIGN, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("name", "written"), SIGNATURES, ids=[name for name, _ in SIGNATURES])
+def test_signatures_are_as_written(name, written):
+    *owner, last = name.split(".")
+    holder = reduce(getattr, owner, dk)
+    method = inspect.isclass(holder) and inspect.isfunction(inspect.getattr_static(holder, last))
+    assert signature(getattr(holder, last), method) == written
+
+
+def test_every_public_operation_is_written():
+    written = {name.split(".")[0] for name, _ in SIGNATURES}
+    assert written == set(dk.__all__)
+
+
+P = dk.AttentionPattern
+PAPER = {
+    "`row`": P.row,
+    "`column`": P.column,
+    "`conv`, 11×11, wrap": P.conv,
+    "`conv`, 11×11, clip": lambda text, grid: P.conv(text, grid, edge="clip"),
+    "`conv`, 11×11, torus": lambda text, grid: P.conv(text, grid, edge="torus"),
+    "`axial_row`": P.axial_row,
+    "`corner_conv`, 5×5": P.corner_conv,
+    "`causal`": P.causal,
+}
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_numbers_at_the_papers_size(name):
+    pattern = PAPER[name](256, (32, 32))
+    schedule = compile_schedule(pattern)
+    reads = [len(schedule.image_slots(step)) for step in range(1024)]
+    cells = [
+        f"{pattern.nnz:,}",
+        f"{pattern.nnz / P.causal(256, (32, 32)).nnz:.0%}".replace("%", " %"),
+        f"{compile_plan(pattern, pattern.seq_len).pairs:,}",
+        f"{schedule.slots:,}",
+        f"{sum(reads) / len(reads):.1f} ({max(reads):,})",
+    ]
+    assert f"| {name} | {' | '.join(cells)} |" in DESIGN
