@@ -102,13 +102,13 @@ class DecodeCache:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
 
         prefix = prompts, heads, pattern.text_len, head_dim
-        image = self._shape[0], heads, schedule.slots, head_dim
+        image = heads, self._shape[0], schedule.slots, head_dim  # a head of all sequences lies together, as it is read
         return _Layer(
             schedule_tensor(pattern, self.device),
             empty(*prefix),
             empty(*prefix),
-            empty(*image),
-            empty(*image),
+            empty(*image).transpose(0, 1),
+            empty(*image).transpose(0, 1),
             torch.tensor(survivors, dtype=torch.int64, device=self.device),
             torch.tensor(schedule.steps[survivors, 0], dtype=torch.int64, device=self.device),
         )

@@ -7,7 +7,7 @@
 
 namespace dk::DK_ISA {
 
-constexpr int FEWEST_OF_PANEL = 4;   // candidates
+constexpr int FEWEST_OF_PANEL = 5;   // candidates; fewer are faster one by one
 constexpr int KEYS = 64;             // between two rescalings, and added up in one chain: longer chains err more
 constexpr int PADDED = LANES > GROUP_COLUMNS ? LANES : GROUP_COLUMNS;   // keys are read in blocks of LANES or GROUP_COLUMNS
 
@@ -183,41 +183,54 @@ template <class T, int DP> struct Decode {
     return copy;
   }
 
+  static void prefetch(const T* row, int64_t head_dim) {
+    for (int64_t d = 0; d < head_dim; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
+  }
+
+  // Image keys for one sequence, on top of what is in `state`. The rows of the next sequence, `next` elements away, are fetched meanwhile.
+  static void image(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, const T* k, const T* v, int64_t next, DecodeSpace<DP>& w, State<DP>& state) {
+    const int64_t dim = a.head_dim;
+    for_each_chunk(runs, [&](const int32_t* places, int n) {
+      for (int j = 0; j < n; ++j) {
+        const T *key = k + places[j] * dim, *value = v + places[j] * dim;
+        w.keys[j] = image_row(key, dim, w.key_copies + j * DP);
+        w.values[j] = image_row(value, dim, w.value_copies + j * DP);
+        prefetch(key + next, dim);
+        prefetch(value + next, dim);
+      }
+      pad(w.keys, n);
+      absorb_for_one<DP>(w, n, a.scale, state);
+    });
+  }
+
   static void call(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t head, int64_t begin, int64_t end) {
     const FlushDenormals guard;
     const DecodeSchedule schedule(a.schedule);
-    const int64_t dim = a.head_dim, text_len = schedule[DecodeSchedule::TEXT_LEN], slots = schedule[DecodeSchedule::SLOTS];
-    const int64_t first = prompt * a.candidates + begin;
-    const auto at = [&](const void* p, SequenceStrides s) { return static_cast<const T*>(p) + first * s.sequence + head * s.head; };
-    const T *q = at(a.q, a.q_strides), *new_k = at(a.k, a.k_strides), *new_v = at(a.v, a.v_strides);
+    const int64_t dim = a.head_dim, text_len = schedule[DecodeSchedule::TEXT_LEN], own = schedule.slot(a.step) * dim;
+    const int64_t first = prompt * a.candidates + begin, count = end - begin;
+    const auto offset = [&](SequenceStrides s) { return first * s.sequence + head * s.head; };
+    const T* q = static_cast<const T*>(a.q) + offset(a.q_strides);
+    const T *new_k = static_cast<const T*>(a.k) + offset(a.k_strides), *new_v = static_cast<const T*>(a.v) + offset(a.v_strides);
+    T *image_k = static_cast<T*>(a.image_k) + offset(a.image_strides), *image_v = static_cast<T*>(a.image_v) + offset(a.image_strides);
+    T* out = static_cast<T*>(a.out) + (first * a.heads + head) * dim;
     auto& w = *reinterpret_cast<DecodeSpace<DP>*>(workspace);
 
     float* copy = workspace + SPACE;
     const int64_t prefix = (prompt * a.heads + head) * text_len * dim;
     const FloatRows k = float_rows<T, DP>(static_cast<const T*>(a.prefix_k) + prefix, dim, text_len, dim, copy);
     const FloatRows v = float_rows<T, DP>(static_cast<const T*>(a.prefix_v) + prefix, dim, text_len, dim, copy + copy_floats(a));
-    text(a, schedule.text(a.step), q, end - begin, k, v, w);
+    text(a, schedule.text(a.step), q, count, k, v, w);
 
-    for (int64_t c = 0; c < end - begin; ++c) {
-      const int64_t row = (first + c) * a.heads + head;
-      T *image_k = static_cast<T*>(a.image_k) + row * slots * dim, *image_v = static_cast<T*>(a.image_v) + row * slots * dim;
-      const int64_t own = schedule.slot(a.step) * dim;
-      std::memcpy(image_k + own, new_k + c * a.k_strides.sequence, dim * sizeof(T));
-      std::memcpy(image_v + own, new_v + c * a.v_strides.sequence, dim * sizeof(T));
-
+    for (int64_t c = 0; c < count; ++c) {
       State<DP>& state = w.states[c];
-      fetch_row<T, DP>(q, a.q_strides.sequence, c, a.head_dim, w.q);
-      for_each_chunk(schedule.image(a.step), [&](const int32_t* places, int n) {
-        for (int j = 0; j < n; ++j) {
-          w.keys[j] = image_row(image_k + places[j] * dim, dim, w.key_copies + j * DP);
-          w.values[j] = image_row(image_v + places[j] * dim, dim, w.value_copies + j * DP);
-        }
-        pad(w.keys, n);
-        absorb_for_one<DP>(w, n, a.scale, state);
-      });
+      T *keys = image_k + c * a.image_strides.sequence, *values = image_v + c * a.image_strides.sequence;
+      std::memcpy(keys + own, new_k + c * a.k_strides.sequence, dim * sizeof(T));
+      std::memcpy(values + own, new_v + c * a.v_strides.sequence, dim * sizeof(T));
+      fetch_row<T, DP>(q, a.q_strides.sequence, c, dim, w.q);
+      image(a, schedule.image(a.step), keys, values, c + 1 < count ? a.image_strides.sequence : 0, w, state);
       const float divide = 1.0f / state.sum;
       for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * divide);
-      store_row(state.out, static_cast<T*>(a.out) + row * dim, dim);
+      store_row(state.out, out + c * a.heads * dim, dim);
     }
   }
 };

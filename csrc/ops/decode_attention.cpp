@@ -11,7 +11,7 @@ static void check(const DecodeSchedule& s, int64_t words, int64_t step, const Te
                       s[DecodeSchedule::VERSION] == DecodeSchedule::VERSION_VALUE && s[DecodeSchedule::TOTAL] == words,
                   "not a decode schedule of this version");
   STD_TORCH_CHECK(prefix.size(2) == s[DecodeSchedule::TEXT_LEN] && image.size(2) == s[DecodeSchedule::SLOTS], "the schedule is of another cache");
-  STD_TORCH_CHECK(prefix.is_contiguous() && image.is_contiguous(), "the cache must be contiguous");
+  STD_TORCH_CHECK(prefix.is_contiguous() && image.stride(3) == 1 && image.stride(2) == image.size(3), "rows of the cache must be contiguous");
   STD_TORCH_CHECK(0 <= step && step < s[DecodeSchedule::STEPS], "all ", s[DecodeSchedule::STEPS], " tokens of the image have been decoded");
 }
 
@@ -22,11 +22,12 @@ static Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Te
   a.step = *static_cast<const int64_t*>(step.data_ptr());
   check(DecodeSchedule(a.schedule), schedule.numel(), a.step, prefix_k, image_k);
   check(DecodeSchedule(a.schedule), schedule.numel(), a.step, prefix_v, image_v);
+  STD_TORCH_CHECK(image_k.stride(0) == image_v.stride(0) && image_k.stride(1) == image_v.stride(1), "keys and values must be stored alike");
 
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
   a.prefix_k = prefix_k.data_ptr(), a.prefix_v = prefix_v.data_ptr(), a.image_k = image_k.data_ptr(), a.image_v = image_v.data_ptr();
-  a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v);
+  a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v), a.image_strides = strides_of(image_k);
   const int64_t prompts = prefix_k.size(0);
   a.candidates = q.size(0) / prompts, a.heads = q.size(1), a.head_dim = q.size(2);
   a.scale = static_cast<float>(scale);
