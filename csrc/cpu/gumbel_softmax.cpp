@@ -1,244 +1,14 @@
-// Gumbel-softmax, forward and backward, over strips of positions with the classes as rows. Where the classes are the contiguous dimension
-// (inner = 1), one position is laid out as rows of `width` classes and its lanes are merged at the end, so the same code serves both.
-//
-// Forward: one sweep over the logits draws the noise, keeps an online softmax per lane and stores weights relative to the maximum so far; a second
-// sweep over those weights, still in the cache, normalises them.
-#include "cpu/gumbel_softmax.h"
-
-#include "cpu/arena.h"
-#include "cpu/argmax.h"
-#include "cpu/philox.h"
+// Forward: one sweep over the logits leaves weights relative to the maximum so far; a second pass over those weights, still in the cache, normalises
+// them. The hard variant needs the argmax only.
+#include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
 
-constexpr int CHUNK = 32;                     // rows between two looks at the maximum
-constexpr int MAX_WIDTH = 64;                 // lanes of a strip
-constexpr int64_t WEIGHT_FLOATS = 1 << 18;    // the weights of a strip should stay in the L2 cache
-constexpr float LOG2E = 1.44269504f;
-constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
-constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
-
-// -- geometry
-
-struct Strip {
-  int64_t begin, stride;   // element of lane 0 in row 0; elements from row to row
-  int64_t stat;            // of lane 0 in [outer, inner]
-  int64_t rows;
-  int lanes, last_lanes;   // in every row but the last; in the last row
-  int lanes_in(int64_t row) const { return row == rows - 1 ? last_lanes : lanes; }
-};
-
-// How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
-struct Cut {
-  Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1) {
-    const int64_t lanes = merge ? classes : inner, whole = (lanes + LANES - 1) / LANES * LANES;
-    width = static_cast<int>(whole < max_width ? whole : max_width);
-    per_outer = merge ? 1 : (inner + width - 1) / width;
-    rows = merge ? (classes + width - 1) / width : classes;
-    strips = a.outer * per_outer;
-  }
-  Strip strip(int64_t i) const {
-    if (merge) return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width)};
-    const int64_t outer = i / per_outer, at = i % per_outer * width;
-    const int lanes = static_cast<int>(inner - at < width ? inner - at : width);
-    return {outer * classes * inner + at, inner, outer * inner + at, rows, lanes, lanes};
-  }
-  int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
-
-  int64_t classes, inner, rows, per_outer, strips;
-  int width;    // whole vectors
-  bool merge;   // lanes are classes of one position
-};
-
-// The strips of a sweep that keeps weights are as narrow as the cache asks.
-static Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
-  int width = MAX_WIDTH;
-  while (a.inner > 1 && width > LANES && width * a.classes > WEIGHT_FLOATS) width /= 2;
-  return Cut(a, width);
-}
-
-// -- rows of a strip
-
-// Rows of a strip <-> floats [count][width]; missing lanes are filled.
-template <class T> DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
-  const T* in = static_cast<const T*>(base) + s.begin + row * s.stride;
-  for (int r = 0; r < count; ++r, out += width, in += s.stride) {
-    const int lanes = s.lanes_in(row + r);
-    load_row(in, out, lanes);
-    for (int i = lanes; i < width; ++i) out[i] = fill;
-  }
-}
-template <class T> DK_INLINE void put(const float* in, const Strip& s, int64_t row, int count, int width, void* base) {
-  T* out = static_cast<T*>(base) + s.begin + row * s.stride;
-  for (int r = 0; r < count; ++r, in += width, out += s.stride) store_row(in, out, s.lanes_in(row + r));
-}
-
-// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn in one go.
-struct Noise {
-  Noise(Arena& arena, int width) : buffer(arena.take(CHUNK * noise_capacity(width))) {}
-  void draw(PhiloxKey key, const Strip& s, int64_t row, int count, int width) {
-    const uint64_t first = s.begin + row * s.stride;
-    if (s.stride <= width) {
-      const float* noise = gumbel_noise(key, first, (count - 1) * s.stride + width, buffer);
-      for (int r = 0; r < count; ++r) rows[r] = noise + r * s.stride;
-    } else {
-      for (int r = 0; r < count; ++r) rows[r] = gumbel_noise(key, first + r * s.stride, width, buffer + r * noise_capacity(width));
-    }
-  }
-  float* buffer;
-  const float* rows[CHUNK];
-};
-
-// -- running statistics, one per lane
-
-// A sum whose error does not grow with its length (Kahan).
-struct Sum {
-  static Sum at(const float* p, int width) { return {load(p), load(p + width)}; }
-  DK_INLINE void to(float* p, int width) const {
-    store(p, total);
-    store(p + width, excess);
-  }
-  DK_INLINE void scale(Vec x) {
-    total *= x;
-    excess *= x;
-  }
-  DK_INLINE void add(Vec x) {
-    const Vec y = x - excess, t = total + y;
-    excess = (t - total) - y;
-    total = t;
-  }
-  Vec total, excess;
-};
-
-// max, sum of exp(scale * (x - max)) and, for the entropy, sum of exp(x - max) * (x - max). NaN and +inf turn the sums into NaN.
-struct Softmax {
-  Softmax(Arena& arena, int w) : width(w), max(arena.take(w)), sum(arena.take(2 * w)), weighted(arena.take(2 * w)) {}
-  void clear() {
-    for (int i = 0; i < width; ++i) max[i] = LOWEST;
-    std::memset(sum, 0, 2 * width * sizeof(float));
-    std::memset(weighted, 0, 2 * width * sizeof(float));
-  }
-
-  DK_INLINE Vec new_max(const float* x, int count, int j) const {
-    Vec m = load(max + j);
-    for (int r = 0; r < count; ++r) m = dk::DK_ISA::max(load(x + r * width + j), m);
-    return m;
-  }
-
-  // Takes in x [count][width] at lane j, and leaves there the weights relative to the new maximum.
-  DK_INLINE void absorb(float* x, int count, int j, float scale) {
-    const Vec now = new_max(x, count, j), keep = exp2((load(max + j) - now) * scale);
-    Vec chunk{};
-    for (int r = 0; r < count; ++r) {
-      const Vec weight = exp2((load(x + r * width + j) - now) * scale);
-      chunk += weight;
-      store(x + r * width + j, weight);
-    }
-    Sum s = Sum::at(sum + j, width);
-    s.scale(keep);
-    s.add(chunk);
-    s.to(sum + j, width);
-    store(max + j, now);
-  }
-
-  DK_INLINE void absorb_entropy(const float* x, int count, int j) {
-    const Vec now = new_max(x, count, j), far = splat(FAR), d0 = dk::DK_ISA::max(far, load(max + j) - now), keep = exp2(d0 * LOG2E);
-    Vec chunk{}, chunk_weighted{};
-    for (int r = 0; r < count; ++r) {
-      const Vec d = dk::DK_ISA::max(far, load(x + r * width + j) - now), weight = exp2(d * LOG2E);
-      chunk += weight;
-      chunk_weighted += weight * d;
-    }
-    Sum s = Sum::at(sum + j, width), w = Sum::at(weighted + j, width);
-    w.add(s.total * d0);
-    w.scale(keep);
-    w.add(chunk_weighted);
-    s.scale(keep);
-    s.add(chunk);
-    s.to(sum + j, width);
-    w.to(weighted + j, width);
-    store(max + j, now);
-  }
-
-  // All lanes into one position; then every lane holds it.
-  void merge(double scale) {
-    float top = LOWEST;
-    for (int i = 0; i < width; ++i) top = max[i] > top ? max[i] : top;
-    double s = 0, w = 0;
-    for (int i = 0; i < width; ++i) {
-      const float d = max[i] - top;
-      const double keep = __builtin_exp2(scale * d);
-      s += keep * sum[i];
-      w += keep * (weighted[i] + static_cast<double>(sum[i]) * (d < FAR ? FAR : d));
-    }
-    for (int i = 0; i < width; ++i) max[i] = top, sum[i] = static_cast<float>(s), weighted[i] = static_cast<float>(w);
-  }
-
-  int width;
-  float *max, *sum, *weighted;
-};
-
-// -- forward
-
-struct ForwardSpace {
-  ForwardSpace(Arena& arena, const Cut& cut, bool weights_kept)
-      : x(arena.take(CHUNK * cut.width)), noise(arena, cut.width), noisy(arena, cut.width), plain(arena, cut.width) {
-    if (!weights_kept) return;
-    weights = arena.take(cut.rows * cut.width);
-    factors = arena.take(cut.chunks() * cut.width);
-  }
-  float* x;                      // [CHUNK][width]
-  Noise noise;
-  Softmax noisy, plain;          // of (logits + noise) / tau, of logits
-  float *weights = nullptr, *factors = nullptr;   // [rows][width], [chunks][width]: y = weight * factor
-  ArgMax best[MAX_WIDTH / LANES];
-};
+static Cut forward_cut(const GumbelSoftmaxArgs& a) { return a.hard ? Cut(a, MAX_WIDTH) : cut_to_cache(a); }
 
 template <class T> struct Forward {
-  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the logits.
-  static void sweep(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, bool soft, ForwardSpace& w) {
-    const int width = cut.width;
-    const PhiloxKey key{static_cast<uint64_t>(a.seed), 0};
-    const float scale = LOG2E / a.tau;
-    w.noisy.clear();
-    w.plain.clear();
-    for (int j = 0; j < width; j += LANES) w.best[j / LANES] = ArgMax();
-    for (int64_t row = 0; row < s.rows; row += CHUNK) {
-      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
-      fetch<T>(a.logits, s, row, count, width, -INF, w.x);
-      if (a.kl)
-        for (int j = 0; j < width; j += LANES) w.plain.absorb_entropy(w.x, count, j);
-      w.noise.draw(key, s, row, count, width);
-      float* noisy = soft ? w.weights + row * width : w.x;
-      for (int r = 0; r < count; ++r)
-        for (int j = 0; j < width; j += LANES) store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j));
-      for (int j = 0; j < width; j += LANES) {
-        if (soft) {
-          w.noisy.absorb(noisy, count, j, scale);
-          store(w.factors + row / CHUNK * width + j, load(w.noisy.max + j));
-        } else {
-          for (int r = 0; r < count; ++r) w.best[j / LANES].take(load(noisy + r * width + j), static_cast<int32_t>(row + r));
-        }
-      }
-    }
-    if (!soft) return;
-    if (cut.merge) w.noisy.merge(scale);
-    for (int64_t c = 0; c < cut.chunks(); ++c)
-      for (int j = 0; j < width; j += LANES) {
-        float* factor = w.factors + c * width + j;
-        store(factor, exp2((load(factor) - load(w.noisy.max + j)) * scale) / load(w.noisy.sum + j));
-      }
-  }
-
-  // y of rows [row, row + count), row a multiple of CHUNK
-  DK_INLINE static void soft_rows(const ForwardSpace& w, int width, int64_t row, int count, float* out) {
-    const float *weights = w.weights + row * width, *factor = w.factors + row / CHUNK * width;
-    for (int r = 0; r < count; ++r)
-      for (int j = 0; j < width; j += LANES) store(out + r * width + j, load(weights + r * width + j) * load(factor + j));
-  }
-
   // One-hot of the argmax; NaN where softmax would be.
-  static void put_one_hot(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, const ForwardSpace& w) {
+  static void put_one_hot(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, const SweepSpace& w) {
     T* y = static_cast<T*>(a.y) + s.begin;
     for (int64_t r = 0; r < s.rows; ++r) std::memset(static_cast<void*>(y + r * s.stride), 0, s.lanes_in(r) * sizeof(T));
     const auto write = [&](int64_t element, float best, bool nan, int64_t first, int64_t stride) {
@@ -277,10 +47,10 @@ template <class T> struct Forward {
     const FlushDenormals guard;
     const Cut cut = forward_cut(a);
     Arena arena{workspace};
-    ForwardSpace w(arena, cut, !a.hard);
+    SweepSpace w(arena, cut, !a.hard);
     for (int64_t i = begin; i < end; ++i) {
       const Strip s = cut.strip(i);
-      sweep(a, cut, s, !a.hard, w);
+      Sweep<T>::run(a, cut, s, !a.hard, w);
       if (a.kl) put_kl(a, cut, s, w.plain);
       if (a.hard) {
         put_one_hot(a, cut, s, w);
@@ -288,140 +58,22 @@ template <class T> struct Forward {
       }
       for (int64_t row = 0; row < s.rows; row += CHUNK) {
         const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
-        soft_rows(w, cut.width, row, count, w.x);
+        Sweep<T>::soft_rows(w, cut.width, row, count, w.x);
         put<T>(w.x, s, row, count, cut.width, a.y);
       }
     }
   }
-  static Cut forward_cut(const GumbelSoftmaxArgs& a) { return a.hard ? Cut(a, MAX_WIDTH) : cut_to_cache(a); }
 };
 
-// -- backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits)
-
-struct BackwardSpace {
-  BackwardSpace(Arena& arena, const Cut& cut, bool hard)
-      : forward(arena, cut, hard), y(arena.take(CHUNK * cut.width)), grad(arena.take(CHUNK * cut.width)), dot(arena.take(2 * cut.width)),
-        max(arena.take(cut.width)), shift(arena.take(cut.width)), kl_scale(arena.take(cut.width)) {}
-  ForwardSpace forward;
-  float *y, *grad, *dot;            // dot: sum of y * grad, a Sum per lane
-  float *max, *shift, *kl_scale;    // of the KL gradient: kl_scale * exp(x - max) * (x - max + shift)
-};
-
-template <class T> struct Backward {
-  DK_INLINE static void fetch_rows(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, int64_t row, int count, BackwardSpace& w) {
-    fetch<T>(a.grad_y, s, row, count, cut.width, 0.0f, w.grad);
-    if (a.forward.hard) {
-      Forward<T>::soft_rows(w.forward, cut.width, row, count, w.y);
-    } else {
-      fetch<T>(a.forward.y, s, row, count, cut.width, 0.0f, w.y);
-    }
-  }
-
-  static void dot_product(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, BackwardSpace& w) {
-    const int width = cut.width;
-    std::memset(w.dot, 0, 2 * width * sizeof(float));
-    for (int64_t row = 0; row < s.rows; row += CHUNK) {
-      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
-      fetch_rows(a, cut, s, row, count, w);
-      for (int j = 0; j < width; j += LANES) {
-        Vec chunk{};
-        for (int r = 0; r < count; ++r) chunk += load(w.y + r * width + j) * load(w.grad + r * width + j);
-        Sum dot = Sum::at(w.dot + j, width);
-        dot.add(chunk);
-        dot.to(w.dot + j, width);
-      }
-    }
-    if (!cut.merge) return;
-    double total = 0;
-    for (int i = 0; i < width; ++i) total += w.dot[i];
-    for (int i = 0; i < width; ++i) w.dot[i] = static_cast<float>(total);
-  }
-
-  static void prepare_kl(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, BackwardSpace& w) {
-    const GumbelSoftmaxArgs& f = a.forward;
-    const double log_classes = __builtin_log(static_cast<double>(f.classes));
-    for (int i = 0; i < cut.width; ++i) {
-      const int64_t at = s.stat + (cut.merge || i >= s.lanes ? 0 : i);
-      w.max[i] = f.max[at];
-      w.shift[i] = static_cast<float>(log_classes - __builtin_log(static_cast<double>(f.sum[at])) - f.kl[at]);
-      w.kl_scale[i] = a.grad_kl[at] / f.sum[at];
-    }
-  }
-
-  static void gradient(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, BackwardSpace& w) {
-    const int width = cut.width;
-    const float inverse_tau = 1.0f / a.forward.tau;
-    for (int64_t row = 0; row < s.rows; row += CHUNK) {
-      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
-      fetch_rows(a, cut, s, row, count, w);
-      for (int r = 0; r < count; ++r)
-        for (int j = 0; j < width; j += LANES) {
-          float* g = w.grad + r * width + j;
-          store(g, load(w.y + r * width + j) * inverse_tau * (load(g) - load(w.dot + j)));
-        }
-      if (a.grad_kl) {
-        float* x = w.forward.x;
-        fetch<T>(a.forward.logits, s, row, count, width, 0.0f, x);
-        for (int r = 0; r < count; ++r)
-          for (int j = 0; j < width; j += LANES) {
-            float* g = w.grad + r * width + j;
-            const Vec d = max(splat(FAR), load(x + r * width + j) - load(w.max + j));
-            store(g, load(g) + load(w.kl_scale + j) * exp2(d * LOG2E) * (d + load(w.shift + j)));
-          }
-      }
-      put<T>(w.grad, s, row, count, width, a.grad_logits);
-    }
-  }
-
-  static void call(const GumbelSoftmaxBackwardArgs& a, float* workspace, int64_t begin, int64_t end) {
-    const FlushDenormals guard;
-    const Cut cut = backward_cut(a);
-    Arena arena{workspace};
-    BackwardSpace w(arena, cut, a.forward.hard);
-    for (int64_t i = begin; i < end; ++i) {
-      const Strip s = cut.strip(i);
-      if (a.forward.hard) {
-        GumbelSoftmaxArgs soft = a.forward;
-        soft.kl = nullptr;   // its statistics are known
-        Forward<T>::sweep(soft, cut, s, true, w.forward);
-      }
-      dot_product(a, cut, s, w);
-      if (a.grad_kl) prepare_kl(a, cut, s, w);
-      gradient(a, cut, s, w);
-    }
-  }
-  static Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) { return a.forward.hard ? cut_to_cache(a.forward) : Cut(a.forward, MAX_WIDTH); }
-};
-
-// -- entry points
-
-template <template <class> class Instance, class Args> static void dispatch(DType dtype, const Args& a, float* workspace, int64_t begin, int64_t end) {
-  if (dtype == DType::float32) return Instance<float>::call(a, workspace, begin, end);
-  if (dtype == DType::bfloat16) return Instance<BFloat16>::call(a, workspace, begin, end);
-  Instance<Float16>::call(a, workspace, begin, end);
-}
-
-static int64_t strips(const GumbelSoftmaxArgs& a) { return Forward<float>::forward_cut(a).strips; }
+static int64_t strips(const GumbelSoftmaxArgs& a) { return forward_cut(a).strips; }
 static int64_t workspace(const GumbelSoftmaxArgs& a) {
   Arena arena{nullptr};
-  ForwardSpace(arena, Forward<float>::forward_cut(a), !a.hard);
+  SweepSpace(arena, forward_cut(a), !a.hard);
   return arena.used;
 }
 static void run(const GumbelSoftmaxArgs& a, float* workspace, int64_t begin, int64_t end) { dispatch<Forward>(a.dtype, a, workspace, begin, end); }
 
-static int64_t backward_strips(const GumbelSoftmaxBackwardArgs& a) { return Backward<float>::backward_cut(a).strips; }
-static int64_t backward_workspace(const GumbelSoftmaxBackwardArgs& a) {
-  Arena arena{nullptr};
-  BackwardSpace(arena, Backward<float>::backward_cut(a), a.forward.hard);
-  return arena.used;
-}
-static void backward_run(const GumbelSoftmaxBackwardArgs& a, float* workspace, int64_t begin, int64_t end) {
-  dispatch<Backward>(a.forward.dtype, a, workspace, begin, end);
-}
-
 extern const GumbelSoftmaxKernel gumbel_softmax;
 const GumbelSoftmaxKernel gumbel_softmax = {strips, workspace, run};
-extern const GumbelSoftmaxBackwardKernel gumbel_softmax_backward;
-const GumbelSoftmaxBackwardKernel gumbel_softmax_backward = {backward_strips, backward_workspace, backward_run};
 
 }  // namespace dk::DK_ISA

@@ -1,0 +1,245 @@
+// What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the sweep that draws the noise and
+// takes the softmax. Where the classes are the contiguous dimension (inner = 1), one position is laid out as rows of `width` classes and its lanes are
+// merged at the end, so the same code serves both.
+#pragma once
+#include "cpu/arena.h"
+#include "cpu/argmax.h"
+#include "cpu/gumbel_softmax.h"
+#include "cpu/philox.h"
+
+namespace dk::DK_ISA {
+
+constexpr int CHUNK = 32;                     // rows between two looks at the maximum
+constexpr int MAX_WIDTH = 64;                 // lanes of a strip
+constexpr int64_t WEIGHT_FLOATS = 1 << 18;    // the weights of a strip should stay in the L2 cache
+constexpr float LOG2E = 1.44269504f;
+constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
+constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
+
+// -- geometry
+
+struct Strip {
+  int64_t begin, stride;   // element of lane 0 in row 0; elements from row to row
+  int64_t stat;            // of lane 0 in [outer, inner]
+  int64_t rows;
+  int lanes, last_lanes;   // in every row but the last; in the last row
+  int lanes_in(int64_t row) const { return row == rows - 1 ? last_lanes : lanes; }
+};
+
+// How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
+struct Cut {
+  Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1) {
+    const int64_t lanes = merge ? classes : inner, whole = (lanes + LANES - 1) / LANES * LANES;
+    width = static_cast<int>(whole < max_width ? whole : max_width);
+    per_outer = merge ? 1 : (inner + width - 1) / width;
+    rows = merge ? (classes + width - 1) / width : classes;
+    strips = a.outer * per_outer;
+  }
+  Strip strip(int64_t i) const {
+    if (merge) return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width)};
+    const int64_t outer = i / per_outer, at = i % per_outer * width;
+    const int lanes = static_cast<int>(inner - at < width ? inner - at : width);
+    return {outer * classes * inner + at, inner, outer * inner + at, rows, lanes, lanes};
+  }
+  int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
+
+  int64_t classes, inner, rows, per_outer, strips;
+  int width;    // whole vectors
+  bool merge;   // lanes are classes of one position
+};
+
+// The strips of a sweep that keeps weights are as narrow as the cache asks.
+static Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
+  int width = MAX_WIDTH;
+  while (a.inner > 1 && width > LANES && width * a.classes > WEIGHT_FLOATS) width /= 2;
+  return Cut(a, width);
+}
+
+// -- rows of a strip
+
+// Rows of a strip <-> floats [count][width]; missing lanes are filled.
+template <class T> DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
+  const T* in = static_cast<const T*>(base) + s.begin + row * s.stride;
+  for (int r = 0; r < count; ++r, out += width, in += s.stride) {
+    const int lanes = s.lanes_in(row + r);
+    load_row(in, out, lanes);
+    for (int i = lanes; i < width; ++i) out[i] = fill;
+  }
+}
+template <class T> DK_INLINE void put(const float* in, const Strip& s, int64_t row, int count, int width, void* base) {
+  T* out = static_cast<T*>(base) + s.begin + row * s.stride;
+  for (int r = 0; r < count; ++r, in += width, out += s.stride) store_row(in, out, s.lanes_in(row + r));
+}
+
+// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn in one go.
+struct Noise {
+  Noise(Arena& arena, int width) : buffer(arena.take(CHUNK * noise_capacity(width))) {}
+  void draw(PhiloxKey key, const Strip& s, int64_t row, int count, int width) {
+    const uint64_t first = s.begin + row * s.stride;
+    if (s.stride <= width) {
+      const float* noise = gumbel_noise(key, first, (count - 1) * s.stride + width, buffer);
+      for (int r = 0; r < count; ++r) rows[r] = noise + r * s.stride;
+    } else {
+      for (int r = 0; r < count; ++r) rows[r] = gumbel_noise(key, first + r * s.stride, width, buffer + r * noise_capacity(width));
+    }
+  }
+  float* buffer;
+  const float* rows[CHUNK];
+};
+
+// -- running statistics, one per lane
+
+// A sum whose error does not grow with its length (Kahan).
+struct Sum {
+  static Sum at(const float* p, int width) { return {load(p), load(p + width)}; }
+  DK_INLINE void to(float* p, int width) const {
+    store(p, total);
+    store(p + width, excess);
+  }
+  DK_INLINE void scale(Vec x) {
+    total *= x;
+    excess *= x;
+  }
+  DK_INLINE void add(Vec x) {
+    const Vec y = x - excess, t = total + y;
+    excess = (t - total) - y;
+    total = t;
+  }
+  Vec total, excess;
+};
+
+// max, sum of exp(scale * (x - max)) and, for the entropy, sum of exp(x - max) * (x - max). NaN and +inf turn the sums into NaN.
+struct Softmax {
+  Softmax(Arena& arena, int w) : width(w), max(arena.take(w)), sum(arena.take(2 * w)), weighted(arena.take(2 * w)) {}
+  void clear() {
+    for (int i = 0; i < width; ++i) max[i] = LOWEST;
+    std::memset(sum, 0, 2 * width * sizeof(float));
+    std::memset(weighted, 0, 2 * width * sizeof(float));
+  }
+
+  DK_INLINE Vec new_max(const float* x, int count, int j) const {
+    Vec m = load(max + j);
+    for (int r = 0; r < count; ++r) m = dk::DK_ISA::max(load(x + r * width + j), m);
+    return m;
+  }
+
+  // Takes in x [count][width] at lane j, and leaves there the weights relative to the new maximum.
+  DK_INLINE void absorb(float* x, int count, int j, float scale) {
+    const Vec now = new_max(x, count, j), keep = exp2((load(max + j) - now) * scale);
+    Vec chunk{};
+    for (int r = 0; r < count; ++r) {
+      const Vec weight = exp2((load(x + r * width + j) - now) * scale);
+      chunk += weight;
+      store(x + r * width + j, weight);
+    }
+    Sum s = Sum::at(sum + j, width);
+    s.scale(keep);
+    s.add(chunk);
+    s.to(sum + j, width);
+    store(max + j, now);
+  }
+
+  DK_INLINE void absorb_entropy(const float* x, int count, int j) {
+    const Vec now = new_max(x, count, j), far = splat(FAR), d0 = dk::DK_ISA::max(far, load(max + j) - now), keep = exp2(d0 * LOG2E);
+    Vec chunk{}, chunk_weighted{};
+    for (int r = 0; r < count; ++r) {
+      const Vec d = dk::DK_ISA::max(far, load(x + r * width + j) - now), weight = exp2(d * LOG2E);
+      chunk += weight;
+      chunk_weighted += weight * d;
+    }
+    Sum s = Sum::at(sum + j, width), w = Sum::at(weighted + j, width);
+    w.add(s.total * d0);
+    w.scale(keep);
+    w.add(chunk_weighted);
+    s.scale(keep);
+    s.add(chunk);
+    s.to(sum + j, width);
+    w.to(weighted + j, width);
+    store(max + j, now);
+  }
+
+  // All lanes into one position; then every lane holds it.
+  void merge(double scale) {
+    float top = LOWEST;
+    for (int i = 0; i < width; ++i) top = max[i] > top ? max[i] : top;
+    double s = 0, w = 0;
+    for (int i = 0; i < width; ++i) {
+      const float d = max[i] - top;
+      const double keep = __builtin_exp2(scale * d);
+      s += keep * sum[i];
+      w += keep * (weighted[i] + static_cast<double>(sum[i]) * (d < FAR ? FAR : d));
+    }
+    for (int i = 0; i < width; ++i) max[i] = top, sum[i] = static_cast<float>(s), weighted[i] = static_cast<float>(w);
+  }
+
+  int width;
+  float *max, *sum, *weighted;
+};
+
+// -- the sweep
+
+struct SweepSpace {
+  SweepSpace(Arena& arena, const Cut& cut, bool weights_kept)
+      : x(arena.take(CHUNK * cut.width)), noise(arena, cut.width), noisy(arena, cut.width), plain(arena, cut.width) {
+    if (!weights_kept) return;
+    weights = arena.take(cut.rows * cut.width);
+    factors = arena.take(cut.chunks() * cut.width);
+  }
+  float* x;                      // [CHUNK][width]
+  Noise noise;
+  Softmax noisy, plain;          // of (logits + noise) / tau, of logits
+  float *weights = nullptr, *factors = nullptr;   // [rows][width], [chunks][width]: y = weight * factor
+  ArgMax best[MAX_WIDTH / LANES];
+};
+
+template <class T> struct Sweep {
+  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the logits.
+  static void run(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, bool soft, SweepSpace& w) {
+    const int width = cut.width;
+    const PhiloxKey key{static_cast<uint64_t>(a.seed), 0};
+    const float scale = LOG2E / a.tau;
+    w.noisy.clear();
+    w.plain.clear();
+    for (int j = 0; j < width; j += LANES) w.best[j / LANES] = ArgMax();
+    for (int64_t row = 0; row < s.rows; row += CHUNK) {
+      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
+      fetch<T>(a.logits, s, row, count, width, -INF, w.x);
+      if (a.kl)
+        for (int j = 0; j < width; j += LANES) w.plain.absorb_entropy(w.x, count, j);
+      w.noise.draw(key, s, row, count, width);
+      float* noisy = soft ? w.weights + row * width : w.x;
+      for (int r = 0; r < count; ++r)
+        for (int j = 0; j < width; j += LANES) store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j));
+      for (int j = 0; j < width; j += LANES) {
+        if (soft) {
+          w.noisy.absorb(noisy, count, j, scale);
+          store(w.factors + row / CHUNK * width + j, load(w.noisy.max + j));
+        } else {
+          for (int r = 0; r < count; ++r) w.best[j / LANES].take(load(noisy + r * width + j), static_cast<int32_t>(row + r));
+        }
+      }
+    }
+    if (!soft) return;
+    if (cut.merge) w.noisy.merge(scale);
+    for (int64_t c = 0; c < cut.chunks(); ++c)
+      for (int j = 0; j < width; j += LANES) {
+        float* factor = w.factors + c * width + j;
+        store(factor, exp2((load(factor) - load(w.noisy.max + j)) * scale) / load(w.noisy.sum + j));
+      }
+  }
+
+  // y of rows [row, row + count), row a multiple of CHUNK
+  DK_INLINE static void soft_rows(const SweepSpace& w, int width, int64_t row, int count, float* out) {
+    const float *weights = w.weights + row * width, *factor = w.factors + row / CHUNK * width;
+    for (int r = 0; r < count; ++r)
+      for (int j = 0; j < width; j += LANES) store(out + r * width + j, load(weights + r * width + j) * load(factor + j));
+  }
+};
+
+template <template <class> class Instance, class Args> static void dispatch(DType dtype, const Args& a, float* workspace, int64_t begin, int64_t end) {
+  if (dtype == DType::float32) return Instance<float>::call(a, workspace, begin, end);
+  if (dtype == DType::bfloat16) return Instance<BFloat16>::call(a, workspace, begin, end);
+  Instance<Float16>::call(a, workspace, begin, end);
+}
+
+}  // namespace dk::DK_ISA
