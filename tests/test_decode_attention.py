@@ -6,12 +6,12 @@ import sys
 
 import pytest
 import torch
-from accuracy import assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patterns_for_tests import NAMES, every_pattern
 
 import dalle_kernels as dk
+from accuracy import assert_accurate
+from patterns_for_tests import NAMES, every_pattern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 P = dk.AttentionPattern

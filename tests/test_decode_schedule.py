@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patterns_for_tests import NAMES, every_pattern
 
 import dalle_kernels as dk
 from dalle_kernels.decode_schedule import compile_schedule, schedule_tensor
+from patterns_for_tests import NAMES, every_pattern
 
 P = dk.AttentionPattern
 
