@@ -28,7 +28,7 @@ from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 
-DVAE_SHARE = 0.4  # of the time
+DVAE_SHARE = 1 / 3  # of the time
 CANDIDATES, SEED = 4, 7
 SCALE = 3
 HEADINGS = {0: "picture", 1: "reconstruction", 2: "drawn from the caption alone"}  # by column
@@ -66,7 +66,7 @@ class DemoConfig:
     out: Path = Path("demo")
     """Directory for the model, its checkpoints and demo.png."""
     minutes: float = 7.5
-    """Time for training; two fifths of it go to the dVAE, the rest to the prior."""
+    """Time for training; a third of it goes to the dVAE, the rest to the prior."""
     data: Literal["emoji", "shapes"] = "emoji"
     """What to train on: emoji (those without a skin tone) or, in any case without a colour-emoji font, drawn shapes."""
     font: str | None = None
