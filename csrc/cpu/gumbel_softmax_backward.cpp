@@ -4,7 +4,9 @@
 
 namespace dk::DK_ISA {
 
-static Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) { return a.forward.hard ? cut_to_cache(a.forward) : Cut(a.forward, MAX_WIDTH); }
+constexpr int STREAM_WIDTH = 256;   // lanes of a strip that is read twice from memory: longer runs than the sweep's
+
+static Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) { return a.forward.hard ? cut_to_cache(a.forward) : Cut(a.forward, STREAM_WIDTH); }
 
 struct BackwardSpace {
   BackwardSpace(Arena& arena, const Cut& cut, bool hard)

@@ -11,7 +11,7 @@ namespace dk::DK_ISA {
 
 constexpr int CHUNK = 32;                     // rows between two looks at the maximum
 constexpr int MAX_WIDTH = 64;                 // lanes of a strip
-constexpr int64_t WEIGHT_FLOATS = 1 << 18;    // the weights of a strip should stay in the L2 cache
+constexpr int64_t WEIGHT_FLOATS = 1 << 19;    // of a strip: they should stay in the cache
 constexpr float LOG2E = 1.44269504f;
 constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
 constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
@@ -29,8 +29,8 @@ struct Strip {
 // How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
 struct Cut {
   Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1) {
-    const int64_t lanes = merge ? classes : inner, whole = (lanes + LANES - 1) / LANES * LANES;
-    width = static_cast<int>(whole < max_width ? whole : max_width);
+    const int64_t lanes = merge ? classes : inner, pieces = (lanes + max_width - 1) / max_width;
+    width = static_cast<int>(((lanes + pieces - 1) / pieces + LANES - 1) / LANES * LANES);
     per_outer = merge ? 1 : (inner + width - 1) / width;
     rows = merge ? (classes + width - 1) / width : classes;
     strips = a.outer * per_outer;
