@@ -138,6 +138,35 @@ def test_hidden_keys_change_no_bit(name, dtype, seed):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
+def test_nan_shows_where_it_is_seen(which, seed):
+    """A diverged model must not look healthy: every query that sees a NaN is NaN, and so is its gradient."""
+    pattern = dk.AttentionPattern.row(text_len=5, grid=(4, 9))
+    tensors = torch.randn(3, 1, 2, pattern.seq_len, 40)
+    tensors[which, 0, 0, 3] = torch.nan
+    seen = torch.arange(pattern.seq_len) == 3 if which == 0 else pattern.dense()[:, 3]
+    out, lse, grad_q, *_ = run(
+        lambda *x: dk.sparse_attention(*x, pattern, return_lse=True), tensors, torch.randn(tensors.shape[1:])
+    )
+    broken = {"out": out.isnan().any(-1), "grad_q": grad_q.isnan().any(-1)}
+    if which < 2:  # the values have no part in lse
+        broken["lse"] = lse.isnan()
+    for name, found in broken.items():
+        assert found[0, 0, seen].all() and not found[0, 1].any(), name
+
+
+def test_training_after_inference(seed):
+    """The plan that inference compiled must serve autograd too."""
+    pattern = dk.AttentionPattern.column(text_len=int(torch.randint(1, 1000, ())), grid=(1, 2))
+    x = torch.randn(1, 1, 3, 32)
+    with torch.inference_mode():
+        out = dk.sparse_attention(x, x, x, pattern)
+    x.requires_grad_()
+    again = dk.sparse_attention(x, x, x, pattern)
+    again.sum().backward()
+    assert torch.equal(out, again) and x.grad is not None
+
+
 def test_bits_do_not_depend_on_batch_or_threads(seed):
     pattern = dk.AttentionPattern.conv(40, (11, 13), kernel=5)
     q, k, v, grad = torch.randn(4, 3, 2, pattern.seq_len, 64)

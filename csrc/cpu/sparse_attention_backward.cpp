@@ -53,7 +53,7 @@ DK_INLINE void softmax_backward(const TileKeys& keys) {
       store(keys.p + j * ROWS + r, weight);
       sum += weight;
     }
-    sum = max(sum, splat(1.0f));   // it is at least 1 already, but for padding rows that see nothing
+    sum = max(splat(1.0f), sum);   // it is at least 1 already, or NaN, but for padding rows that see nothing
     for (int j = 0; j < keys.count; ++j) {
       const Vec weight = load(keys.p + j * ROWS + r) / sum;
       store(keys.p + j * ROWS + r, weight);

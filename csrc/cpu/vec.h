@@ -128,7 +128,7 @@ DK_INLINE Vec exp2(Vec x) {
 
 // e^x for x <= 88; below -88 the result is 0, -inf included. Relative error < 1e-7, as the argument is reduced without loss.
 DK_INLINE Vec exp(Vec x) {
-  x = max(x, splat(-88.0f));
+  x = max(splat(-88.0f), x);   // in this order NaN stays NaN
   const float magic = 12582912.0f;
   const Vec n = (x * 1.44269504f + magic) - magic;
   const Vec f = (x - n * 0.693359375f) + n * 2.12194440e-4f;   // ln 2 in two parts, the first exact in n * part
