@@ -153,4 +153,7 @@ def plan_tensor(
     pattern: AttentionPattern, n: int, device: torch.device, shape: TileShape = TileShape(), side: str = "query"
 ) -> torch.Tensor:
     """The packed plan as an int32 tensor on `device`; compiled once and cached."""
-    return torch.from_numpy(compile_plan(pattern, n, shape, side).packed).to(device)
+    if not 1 <= n <= pattern.seq_len:
+        raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
+    with torch.inference_mode(False):  # an ordinary tensor, which autograd may save even if inference came first
+        return torch.from_numpy(compile_plan(pattern, n, shape, side).packed).to(device)
