@@ -35,6 +35,7 @@ inline float* thread_workspace(int64_t floats) {
   static thread_local std::unique_ptr<float, Free> buffer;
   static thread_local int64_t capacity = 0;
   if (floats > capacity) {
+    capacity = 0;
     buffer.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
     if (!buffer) throw std::bad_alloc();
     capacity = floats;
