@@ -7,14 +7,14 @@
 
 namespace dk {
 
-static GumbelSoftmaxArgs arguments(const Tensor& like, const Tensor& seed, double tau, bool hard, int64_t dim) {
+static GumbelSoftmaxArgs arguments(const Tensor& like, const Tensor& seed, const Tensor& tau, bool hard, int64_t dim) {
   GumbelSoftmaxArgs a{};
   a.outer = a.inner = 1;
   for (int64_t i = 0; i < dim; ++i) a.outer *= like.size(i);
   for (int64_t i = dim + 1; i < like.dim(); ++i) a.inner *= like.size(i);
   a.classes = like.size(dim);
   a.seed = *static_cast<const int64_t*>(seed.data_ptr());
-  a.tau = static_cast<float>(tau);
+  a.tau = *static_cast<const float*>(tau.data_ptr());
   a.hard = hard;
   a.dtype = dtype_of(like);
   return a;
@@ -36,7 +36,7 @@ template <class Args> static void run_strips(const StripKernel<Args>& kernel, co
 }
 
 // stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
-static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, double tau, bool hard, int64_t dim, bool return_kl) {
+static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim, bool return_kl) {
   logits = torch::stable::contiguous(logits);
   GumbelSoftmaxArgs a = arguments(logits, seed, tau, hard, dim);
   std::vector<int64_t> shape{0}, stats_shape{0};
@@ -58,7 +58,7 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
 
 // y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
 static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y, std::optional<Tensor> logits,
-                                      std::optional<Tensor> kl, std::optional<Tensor> stats, Tensor seed, double tau, bool hard, int64_t dim) {
+                                      std::optional<Tensor> kl, std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {
   const auto contiguous = [](std::optional<Tensor>& t) -> void* {
     if (!t) return nullptr;
     t = torch::stable::contiguous(*t);

@@ -10,6 +10,8 @@ _backward_op = torch.ops.dalle_kernels.gumbel_softmax_backward.default
 
 def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
     """(y, kl or None) of already checked arguments."""
+    # A tensor that torch.compile can compute from a changing tau, where a float argument would compile anew for each.
+    tau = torch.ones((), dtype=torch.float32, device=logits.device) * tau
     y, kl, _ = _op(logits, seed, tau, hard, dim, return_kl)
     return y, kl if return_kl else None
 
@@ -28,7 +30,7 @@ def _(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
 
 
 def _setup_context(ctx, inputs, output):
-    logits, seed, ctx.tau, ctx.hard, ctx.dim, ctx.return_kl = inputs
+    logits, seed, tau, ctx.hard, ctx.dim, ctx.return_kl = inputs
     y, kl, stats = output
     ctx.mark_non_differentiable(stats)
     # Only what the gradient needs is kept alive: y for the soft relaxation; the logits for the hard one, which draws
@@ -40,12 +42,13 @@ def _setup_context(ctx, inputs, output):
         kl if ctx.return_kl else None,
         stats if ctx.return_kl else None,
         seed,
+        tau,
     )
 
 
 def _backward(ctx, grad_y, grad_kl, grad_stats):
     grad_kl = grad_kl if ctx.return_kl else None
-    grad = _backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.tau, ctx.hard, ctx.dim)
+    grad = _backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
     return grad, None, None, None, None, None
 
 
