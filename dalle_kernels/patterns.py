@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 from dataclasses import dataclass, field
 
 import torch
@@ -115,10 +116,11 @@ class AttentionPattern:
     @classmethod
     def _make(cls, name, text_len, grid, transposed=False, **options):
         try:
-            height, width = (int(size) for size in grid)
+            height, width = (operator.index(size) for size in grid)
         except (TypeError, ValueError):
             raise ValueError(f"grid must be a pair (height, width) of whole numbers; got {grid!r}") from None
-        return cls(name, int(text_len), (height, width), tuple(sorted(options.items())), transposed)
+        text_len = _whole("text_len", text_len)
+        return cls(name, text_len, (height, width), tuple(sorted(options.items())), transposed)
 
     @classmethod
     def row(cls, text_len, grid):
@@ -139,6 +141,7 @@ class AttentionPattern:
         `edge` says what happens at the picture's edge: "wrap" is the paper's Fig. 11d, the same raster distances for
         every query; "clip" cuts the window off (ruDALL-E v3); "torus" wraps rows and columns around (ruDALL-E v2).
         """
+        kernel = _whole("kernel", kernel)
         _check_odd("kernel", kernel)
         if edge not in ("wrap", "clip", "torus"):
             raise ValueError(f"edge={edge!r} is not one of 'wrap', 'clip', 'torus'")
@@ -154,6 +157,7 @@ class AttentionPattern:
         """A `kernel` x `kernel` window, `dilation` apart, whose lower right corner is the query (DALLE-pytorch's
         conv_like).
         """
+        kernel, dilation = _whole("kernel", kernel), _whole("dilation", dilation)
         for name, value in (("kernel", kernel), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
@@ -248,6 +252,13 @@ class AttentionPattern:
 
         plan_tensor(self, self.seq_len if n is None else n, torch.device(device))
         return self
+
+
+def _whole(name, value):
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be a whole number; got {value!r}") from None
 
 
 def _check_odd(name, value):

@@ -109,6 +109,7 @@ def test_equal_patterns_are_equal_and_hash_alike():
         (lambda: P.row(-1, (4, 4)), "text_len=-1"),
         (lambda: P.row(4, (0, 4)), r"grid=\(0, 4\)"),
         (lambda: P.row(4, 16), "grid must be a pair"),
+        (lambda: P.row(4, (4.5, 4)), "grid must be a pair"),
         (lambda: P.conv(4, (4, 4), kernel=4), "kernel must be odd and at least 1; got 4"),
         (lambda: P.conv(4, (4, 4), edge="zero"), "edge='zero'"),
         (lambda: P.corner_conv(4, (4, 4), dilation=0), "dilation must be at least 1; got 0"),
@@ -121,4 +122,10 @@ def test_equal_patterns_are_equal_and_hash_alike():
 )
 def test_bad_patterns_are_refused_with_the_value(make, message):
     with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("make", [lambda: P.row(2.5, (3, 3)), lambda: P.conv(4, (4, 4), kernel=3.5)])
+def test_sizes_must_be_whole_numbers(make):
+    with pytest.raises(TypeError, match="must be a whole number; got"):
         make()
