@@ -7,6 +7,7 @@ and a CUDA build of torch are found), DALLE_TORCH_DIR (the folder of the torch p
 import importlib.util
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -53,16 +54,23 @@ class CMakeBuild(build_ext):
     def run(self):
         torch_dir = find_torch()
         require(torch_dir is not None, f'torch is not installed; run: pip install "{TORCH}"')
+        require((torch_dir / "version.py").is_file(), f"DALLE_TORCH_DIR={torch_dir} is not the folder of torch")
         version, torch_cuda = torch_info(torch_dir)
         require(
             version >= MINIMUM_TORCH,
             f'torch {version[0]}.{version[1]} in {torch_dir} is too old; run: pip install --upgrade "{TORCH}"',
         )
+        require(
+            importlib.util.find_spec("pybind11"),
+            "pybind11 is missing; run: pip install pybind11 (or leave out --no-build-isolation)",
+        )
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
         require(cmake and ninja, "cmake or ninja is missing; run: pip install cmake ninja")
+        named = shlex.split(os.environ.get("CXX", ""))[:1]
         require(
-            shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++"),
-            "no C++ compiler was found; install one (Debian, Ubuntu: apt-get install g++) or name it in CXX",
+            any(shutil.which(compiler) for compiler in named or ("c++", "g++")),
+            f"no C++ compiler was found{f' by the name {named[0]}' if named else ''}; "
+            "install one (Debian, Ubuntu: apt-get install g++) or name it in CXX",
         )
         destination = ROOT / "dalle_kernels" if self.inplace else Path(self.build_lib).resolve() / "dalle_kernels"
         self.build(cmake, torch_dir, self.wants_cuda(torch_cuda), destination)
