@@ -67,6 +67,8 @@ def read_picture(path: Path, image_size: int) -> Image.Image:
             return ImageOps.fit(_on_white(upright), (image_size, image_size), Image.Resampling.BOX)
     except UnreadablePicture:
         raise
+    except FileNotFoundError:
+        raise UnreadablePicture("there is no such file") from None
     except Exception as error:  # decoders raise anything from OSError to struct.error on a damaged file
         raise UnreadablePicture(f"damaged or truncated ({error})") from error
 

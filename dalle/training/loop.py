@@ -187,9 +187,12 @@ def run_path(config: TrainConfig, name: str) -> Path:
 def choose_device(name: str) -> torch.device:
     """The device of that name; a UserError if PyTorch cannot use it."""
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UserError("device 'meta' cannot be used: it holds shapes but no numbers")
+    return device
 
 
 def _computes_bfloat16(device: str) -> bool:
