@@ -30,11 +30,16 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """The image upright by its EXIF data, on white, scaled by an area filter and cropped to the centre square."""
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
-    return ImageOps.fit(image.convert("RGB"), (size, size), Image.Resampling.BOX)
+    return ImageOps.fit(_on_white(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BOX)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip instead of scale
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    rgba = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
 
 
 def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), scale: int = 1) -> Image.Image:

@@ -10,8 +10,8 @@ from PIL import ImageFont, features
 
 from dalle.data import emoji as emoji_source
 from dalle.data import open_source, split
-from dalle.data.source import to_tensor
 from dalle.errors import UserError
+from dalle.images import to_tensor
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from PIL import Image, ImageFilter
 from dalle.data import open_source, shapes, split
 from dalle.data.shapes import Object, Scene, caption, draw
 from dalle.data.shapes_parser import compare, parse
-from dalle.data.source import to_tensor
 from dalle.errors import UserError
+from dalle.images import to_tensor
 
 KINDS = {"single": 432, "count": 576, "relation": 39_744}
 

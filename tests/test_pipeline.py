@@ -92,6 +92,13 @@ def test_transparent_pictures_lie_on_white(pipeline):
     assert pipeline.reconstruct(clear).tobytes() == pipeline.reconstruct(Image.new("RGB", (9, 9), "white")).tobytes()
 
 
+def test_grey_pictures_of_16_bits_are_scaled_not_clipped(pipeline):
+    grey = torch.randint(256, (9, 9), dtype=torch.uint8).numpy()
+    wide = Image.fromarray(grey.astype("uint16") * 257)
+    assert wide.mode == "I;16"
+    assert pipeline.reconstruct(wide).tobytes() == pipeline.reconstruct(Image.fromarray(grey)).tobytes()
+
+
 # Bad input
 
 

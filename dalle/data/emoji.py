@@ -8,8 +8,9 @@ from pathlib import Path
 import emoji
 from PIL import Image, ImageDraw, ImageFont, features
 
-from dalle.data.source import Sample, Source, to_tensor
+from dalle.data.source import Sample, Source
 from dalle.errors import UserError
+from dalle.images import to_tensor
 
 FONT_SIZE = 109  # the only size at which the font's bitmaps exist
 GLYPH_WIDTH, GLYPH_HEIGHT = 136, 128

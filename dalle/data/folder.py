@@ -5,11 +5,11 @@ import stat
 import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from dalle.data.source import Sample, Source, UnreadablePicture, to_tensor
+from dalle.data.source import Sample, Source, UnreadablePicture
 from dalle.errors import UserError
+from dalle.images import square, to_tensor
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # everything else Pillow can parse is attack surface
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -63,8 +63,7 @@ def read_picture(path: Path, image_size: int) -> Image.Image:
     """A picture file as an upright RGB square of ``image_size`` pixels; raises UnreadablePicture."""
     try:
         with _open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)
-            return ImageOps.fit(_on_white(upright), (image_size, image_size), Image.Resampling.BOX)
+            return square(picture, image_size)
     except UnreadablePicture:
         raise
     except FileNotFoundError:
@@ -114,16 +113,6 @@ def _open(path: Path) -> Image.Image:
         picture.close()
         raise UnreadablePicture(f"{width}x{height} is not between 1 and {MAX_PIXELS} pixels")
     return picture
-
-
-def _on_white(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip instead of scale
-        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-    if not picture.has_transparency_data:
-        return picture.convert("RGB")
-    rgba = picture.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, "white")
-    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def _read_caption(picture: Path, texts: dict[str, None]) -> str:

@@ -5,9 +5,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
 from dalle.errors import UserError
 
@@ -99,11 +97,6 @@ class Subset(Source):
 
     def load(self, index: int) -> Sample:
         return self.source.load(self.indices[index])
-
-
-def to_tensor(picture: Image.Image) -> torch.Tensor:
-    """An RGB picture as uint8 [3, H, W]."""
-    return torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def _is_held_out(group: str) -> bool:
