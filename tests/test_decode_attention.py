@@ -1,8 +1,5 @@
 """decode_attention step by step against full attention in float64, for every pattern, dtype and batch."""
 
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -283,20 +280,6 @@ def test_a_cache_made_in_inference_mode_works_outside(seed):
     x = torch.randn(3, 1, 1, 4)
     assert torch.equal(dk.decode_attention(*x, cache, 0), x[2])
     cache.advance()
-
-
-def isas():
-    from dalle_kernels import _host
-
-    return [name for name, available in _host.cpu_isas().items() if available]
-
-
-@pytest.mark.parametrize("isa", isas()[:-1])  # the last and best runs in this process
-def test_every_instruction_set(isa):
-    tests = "(equals_full_attention or bits_do_not_depend_on_the_batch or large_logits) and not reference"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", tests]
-    run = subprocess.run(command, env={**os.environ, "DALLE_KERNELS_CPU_ISA": isa}, capture_output=True, text=True)
-    assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-4000:]
 
 
 # -- errors

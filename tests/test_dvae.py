@@ -169,7 +169,7 @@ def test_psnr():
 
 
 def test_it_learns_colours(seed):
-    """Pictures of two halves, each in one of eight colours. Grey, the best that codes without content allow, has 6 dB."""
+    """Pictures of two halves in eight colours. Grey, the best that codes without content allow, has 6 dB."""
     generator = torch.Generator().manual_seed(seed)
     model = DiscreteVAE(DiscreteVAEConfig(8, 16, (16, 32), blocks=1, codebook_dim=16, codebook_std=1.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
