@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import dalle.files
 from dalle import DiscreteVAE, DiscreteVAEConfig, PriorConfig, UserError
@@ -335,3 +336,25 @@ def test_stages_out_of_order(tmp_path):
     save_part(tmp_path, "dvae", DiscreteVAE(DVAE_PRESETS["test"]))
     with pytest.raises(UserError, match="run `dalle tokenize` first"):
         train_prior(prior_config(tmp_path))
+
+
+def test_an_unreadable_picture_is_left_out_not_doubled(tokenized, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    damaged = folder / "2.png"
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    parts = tokenize(TokenizeConfig(out=tokenized, data=str(folder)))
+    keys = [key for part in parts.values() for key in part.keys]
+    assert len(keys) == len(set(keys)) == 5 and not any("2.png" in key for key in keys)
+    assert sum(len(part.codes) for part in parts.values()) == 5
+    assert any("2.png" in name for part in parts.values() for name, _ in part.skipped)
+
+
+def test_a_prior_does_not_resume_on_other_captions(tokenized):
+    train_prior(prior_config(tokenized, steps=2))
+    tokenize(TokenizeConfig(out=tokenized, data="shapes-simple:44"))
+    with pytest.raises(UserError, match="was trained with captions"):
+        train_prior(prior_config(tokenized, steps=2, resume=True))

@@ -62,7 +62,7 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
     dvae.to(choose_device(config.device))
     began, total, parts = time.monotonic(), len(source), {}
     for part in PARTS:
-        done = sum(len(tokens.captions) for tokens in parts.values())
+        done = sum(len(split(source, before)) for before in parts)
 
         def report(count: int, done: int = done) -> None:
             if on_step:
@@ -74,7 +74,7 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
 
     listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
     text = json.dumps(listing, ensure_ascii=False)
-    metadata = {"dvae": mark, "captions": _digest(text), "data": config.data}
+    metadata = {"dvae": mark, "captions": digest(text), "data": config.data}
     write_text(out / "captions.json", text)
     # Codes are stored in 16 bits, which takes a quarter of the space; vocabularies are far below 32,768.
     narrow = torch.int16 if dvae.config.vocab <= 2**15 else torch.int32
@@ -91,7 +91,7 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
     if metadata.get("dvae") != fingerprint(dvae):
         raise UserError(f"{codes_path} was made with another dVAE than the one beside it: run `dalle tokenize` again")
     listing = read_json(captions_path)
-    if metadata.get("captions") != _digest(captions_path.read_text(encoding="utf-8")):
+    if metadata.get("captions") != digest(captions_path.read_text(encoding="utf-8")):
         raise UserError(f"{captions_path} does not belong to {codes_path.name}: run `dalle tokenize` again")
     return {part: Tokens(codes[part].long(), **listing[part]) for part in PARTS}
 
@@ -102,13 +102,17 @@ def _tokenize_part(dvae: DiscreteVAE, source: Source, batch_size: int, report: C
     codes = [torch.empty(0, dvae.config.grid, dvae.config.grid, dtype=torch.int64)]
     captions, keys = [], []
     for first in range(0, len(source), batch_size):
-        samples = [source[i] for i in range(first, min(first + batch_size, len(source)))]
+        last = min(first + batch_size, len(source))
+        # A source gives another picture for an unreadable one, and lists that; here it would only come twice.
+        samples = [sample for i in range(first, last) if (sample := source[i]).key == source.key(i)]
+        if not samples:
+            continue
         codes.append(dvae.codes(torch.stack([sample.image for sample in samples]).to(device)).cpu())
         captions += [sample.caption for sample in samples]
         keys += [sample.key for sample in samples]
-        report(len(captions))
+        report(last)
     return Tokens(torch.cat(codes), captions, keys, source.skipped)
 
 
-def _digest(text: str) -> str:
+def digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

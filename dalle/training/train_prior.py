@@ -17,7 +17,7 @@ from dalle.training.feed import batch_indices, step_seed
 from dalle.training.loop import OnStep, Result, TrainConfig, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
-from dalle.training.tokens import Tokens, load_tokens
+from dalle.training.tokens import Tokens, digest, load_tokens
 
 HELD_OUT = 256  # captioned pictures an evaluation looks at
 SHOWN, CANDIDATES = 8, 6  # captions and pictures of each in a sample grid
@@ -130,4 +130,5 @@ class PriorTask:
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a prior; `on_step` receives Progress. Raises UserError for what the user can mend."""
     task = PriorTask(config)
-    return train(task, config, {"dvae": fingerprint(task.dvae)}, on_step)
+    identity = {"dvae": fingerprint(task.dvae), "captions": digest("\n".join(task.training.captions))}
+    return train(task, config, identity, on_step)
