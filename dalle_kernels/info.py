@@ -51,6 +51,8 @@ def _choice(operation, device):
     refused = {}
     for name, backend in backends.BACKENDS.items():
         reasons = backend.reasons(operation, sample)
+        if backends.forced() not in (None, name):
+            reasons = (f"{backends.forced()} is forced", *reasons)
         if not reasons:
             return {"backend": name, "refused": refused}
         refused[name] = "; ".join(reasons)
@@ -73,7 +75,7 @@ def collect() -> dict:
             for name, backend in backends.BACKENDS.items()
             if hasattr(backend, "problem")
         },
-        "forced_backend": os.environ.get("DALLE_KERNELS_BACKEND"),
+        "forced_backend": backends.forced(),
         "operations": {op: {device: _choice(op, device) for device in devices} for op in backends.OPERATIONS},
     }
 

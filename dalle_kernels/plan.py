@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .patterns import AttentionPattern
 
@@ -155,5 +156,6 @@ def plan_tensor(
     """The packed plan as an int32 tensor on `device`; compiled once and cached."""
     if not 1 <= n <= pattern.seq_len:
         raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
-    with torch.inference_mode(False):  # an ordinary tensor, which autograd may save even if inference came first
+    # An ordinary tensor, whatever the first use happens in: inference, which autograd could not save, or a trace.
+    with torch.inference_mode(False), _disable_current_modes():
         return torch.from_numpy(compile_plan(pattern, n, shape, side).packed).to(device)

@@ -92,3 +92,9 @@ def test_the_environment_forces_a_backend():
     assert python("-c", code, DALLE_KERNELS_BACKEND="reference").returncode == 0
     wrong = python("-c", code, DALLE_KERNELS_BACKEND="tpu")
     assert wrong.returncode != 0 and "backend='tpu' is not one of" in wrong.stderr
+
+
+def test_info_shows_what_is_forced():
+    for devices in info(DALLE_KERNELS_BACKEND="reference")["operations"].values():
+        assert devices["cpu"]["backend"] == "reference"
+        assert "reference is forced" in devices["cpu"]["refused"]["cpu"]

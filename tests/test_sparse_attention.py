@@ -299,3 +299,10 @@ def test_a_forced_backend_says_why_it_cannot():
     with pytest.raises(NotImplementedError, match="head dims up to 128, not 129"), dk.use_backend("cpu"):
         dk.sparse_attention(wide, wide, wide, ROW)
     assert dk.sparse_attention(wide, wide, wide, ROW).shape == wide.shape, "the reference takes what others cannot"
+
+
+def test_exports_with_a_pattern_that_was_never_used(seed):
+    module = dk.nn.SparseAttention(32, 1, every_pattern(5, (3, 4))["mask"])
+    x = torch.randn(1, 17, 32)
+    exported = torch.export.export(module, (x,))
+    torch.testing.assert_close(exported.module()(x), module(x))

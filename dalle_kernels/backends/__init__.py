@@ -19,6 +19,11 @@ OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_att
 _forced = os.environ.get("DALLE_KERNELS_BACKEND") or None
 
 
+def forced():
+    """The backend that DALLE_KERNELS_BACKEND or `use_backend` forces, or None."""
+    return _forced
+
+
 def check_name(name):
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of {', '.join(map(repr, BACKENDS))}")
