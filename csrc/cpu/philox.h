@@ -94,18 +94,21 @@ DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec out[2]) {
 // Splits x = 2^e * m, m in [0.75, 1.5): returns e * 2^23 as an integer, which is what the bits of 2^e and of x / m differ by.
 DK_INLINE IVec scaled_exponent(Vec x) { return reinterpret_cast<IVec>((bits(x) - 0x3F400000u) & 0xFF800000u); }
 
-// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23; relative error 1.5e-7, near f = 0 too where e is 0.
+// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23; to 0.95 units in the last place, near f = 0 too where e is 0.
 DK_INLINE Vec log_split(IVec scaled_e, Vec f) {
-  Vec p = splat(5.41324385e-2f);
-  p = p * f - 1.20673645e-1f;
-  p = p * f + 1.49839158e-1f;
-  p = p * f - 1.68228119e-1f;
-  p = p * f + 1.99770773e-1f;
-  p = p * f - 2.49934423e-1f;
-  p = p * f + 3.33335486e-1f;
-  p = p * f - 5.00000606e-1f;
-  const Vec log1p_f = f * f * p + f;
-  return __builtin_convertvector(scaled_e, Vec) * (0.693147181f * 0x1p-23f) + log1p_f;
+  Vec p = splat(-4.49095816e-2f);
+  p = p * f + 1.04483288e-1f;
+  p = p * f - 1.31622319e-1f;
+  p = p * f + 1.44820619e-1f;
+  p = p * f - 1.66477672e-1f;
+  p = p * f + 1.99906067e-1f;
+  p = p * f - 2.50000546e-1f;
+  p = p * f + 3.33334544e-1f;
+  p = p * f - 5.00000008e-1f;
+  // e log 2 + f with what its rounding loses; e times the upper part of log 2 is exact
+  const Vec e = __builtin_convertvector(scaled_e, Vec), high = e * (0x1.62E4p-1f * 0x1p-23f), sum = high + f;
+  const Vec lost = f - (sum - high) + e * (1.42860677e-6f * 0x1p-23f);
+  return sum + (f * f * p + lost);
 }
 
 // Random bits -> u -> -log(-log1p(-u)).
