@@ -3,9 +3,6 @@ dtype, dimension and memory layout; its limits in tau; and that nothing depends 
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -15,7 +12,6 @@ from torch.profiler import profile
 
 import dalle_kernels as dk
 from accuracy import assert_accurate
-from dalle_kernels import _host
 from dalle_kernels.philox import gumbel_noise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -338,18 +334,6 @@ def test_compiles_into_one_graph(hard, seed):
         torch.testing.assert_close(torch.autograd.grad(compiled(x, tau, 5), x), torch.autograd.grad(step(x, tau, 5), x))
     drawn = torch.compile(lambda x: dk.gumbel_softmax(x, hard=hard), fullgraph=True, backend="aot_eager")
     assert not torch.equal(drawn(x), drawn(x)), "without a seed every call draws one, in the graph"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
-def test_every_instruction_set(isa):
-    if not _host.cpu_isas().get(isa):
-        pytest.skip(f"this build or processor has no {isa}")
-    tests = "matches_float64 or any_shape or broken or threads or draws"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "not slow", "-k", tests]
-    environment = {**os.environ, "DALLE_KERNELS_CPU_ISA": isa}
-    done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
 
 
 @pytest.mark.slow
