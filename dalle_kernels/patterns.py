@@ -179,8 +179,8 @@ class AttentionPattern:
                 raster order where omitted.
         """
         mask = torch.as_tensor(mask)
-        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != torch.bool:
-            raise ValueError(f"mask must be a bool matrix [N, N]; got {mask.dtype} {list(mask.shape)}")
+        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.numel() == 0 or mask.dtype != torch.bool:
+            raise ValueError(f"mask must be a bool matrix [N, N], N at least 1; got {mask.dtype} {list(mask.shape)}")
         mask = mask.cpu().contiguous().clone()
         n = mask.shape[0]
         if not 0 <= text_len < n:

@@ -48,6 +48,9 @@ def sparse_attention(
 def _check(q, k, v, pattern):
     if not isinstance(pattern, AttentionPattern):
         raise TypeError(f"pattern must be an AttentionPattern; got {type(pattern).__name__}")
+    if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
+        kinds = [type(x).__name__ for x in (q, k, v)]
+        raise TypeError(f"q, k and v must be tensors; got {kinds[0]}, {kinds[1]} and {kinds[2]}")
     if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
         raise ValueError(
             f"q, k and v must share one shape [B, H, N, D]; got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"

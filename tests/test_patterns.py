@@ -116,6 +116,7 @@ def test_equal_patterns_are_equal_and_hash_alike():
         (lambda: P.from_mask(torch.ones(3, 3, dtype=torch.bool)), "query 0 sees key 1"),
         (lambda: P.from_mask(torch.zeros(3, 3, dtype=torch.bool)), "hides token 0 from itself"),
         (lambda: P.from_mask(torch.eye(3)), "bool matrix"),
+        (lambda: P.from_mask(torch.zeros(0, 0, dtype=torch.bool)), r"N at least 1; got torch.bool \[0, 0\]"),
         (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), order=[0, 0, 1]), "permutation of the 3 tokens"),
         (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), text_len=3), r"text_len must lie in \[0, 2\]"),
     ],

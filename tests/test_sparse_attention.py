@@ -273,6 +273,7 @@ X = torch.zeros(1, 1, 8, 16)
     ("arguments", "error", "message"),
     [
         ((X, X, X, "row"), TypeError, "pattern must be an AttentionPattern; got str"),
+        (([1], X, X, ROW), TypeError, "must be tensors; got list, Tensor and Tensor"),
         ((X[0], X[0], X[0], ROW), ValueError, r"one shape \[B, H, N, D\]; got \[1, 8, 16\]"),
         ((X, X[:, :, :4], X, ROW), ValueError, r"\[1, 1, 4, 16\]"),
         ((X, X.double(), X, ROW), TypeError, "torch.float64"),
