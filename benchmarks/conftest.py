@@ -82,17 +82,17 @@ def pytest_sessionfinish(session):
 
 
 def _table(name, rows, conditions):
-    baselines = [key for key in rows[0] if isinstance(rows[0][key], dict)]
     lines = [f"# {name}, CPU", "", *(f"- {key}: {value}" for key, value in conditions.items()), ""]
-    lines += ["Ratios: baseline time / our time (above 1, ours is faster), with the quartiles over rounds.", ""]
-    lines.append(
-        "| what | case | ours, ms | " + " | ".join(f"{b.replace('_', ' ')}, ms | ratio" for b in baselines) + " |"
-    )
-    lines.append("|---" * (3 + 2 * len(baselines)) + "|")
-    for row in rows:
-        cells = [row["test"].removeprefix("test_"), row["case"], f"{row['ms']:.2f}"]
-        for baseline in baselines:
-            b = row[baseline]
-            cells += [f"{b['ms']:.2f}", f"**{b['ratio']:.2f}** ({b['quartiles'][0]:.2f}–{b['quartiles'][1]:.2f})"]
-        lines.append("| " + " | ".join(cells) + " |")
+    lines.append("Ratios: baseline time / our time (above 1, ours is faster), with the quartiles over rounds.")
+    for test in dict.fromkeys(row["test"] for row in rows):
+        part = [row for row in rows if row["test"] == test]
+        baselines = [key for key in part[0] if isinstance(part[0][key], dict)]
+        headings = " | ".join(f"{b.replace('_', ' ')}, ms | ratio" for b in baselines)
+        lines += ["", f"## {test.removeprefix('test_').replace('_', ' ')}", ""]
+        lines += [f"| case | ours, ms | {headings} |", "|---" * (2 + 2 * len(baselines)) + "|"]
+        for row in part:
+            cells = [row["case"], f"{row['ms']:.2f}"]
+            for b in (row[baseline] for baseline in baselines):
+                cells += [f"{b['ms']:.2f}", f"**{b['ratio']:.2f}** ({b['quartiles'][0]:.2f}–{b['quartiles'][1]:.2f})"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
