@@ -9,10 +9,9 @@ __all__ = ["Sample", "Source", "UnreadablePicture", "open_source", "split"]
 def open_source(spec: str, image_size: int, *, font: str | None = None) -> Source:
     """Opens the pictures that ``spec`` names, as squares of ``image_size`` pixels.
 
-    spec: "emoji" (drawn from the colour-emoji font, or from the file ``font``) or "emoji-simple" (those without skin
-    tones); "shapes" or "shapes:N" (N drawn scenes of the whole grammar); "shapes-simple" or "shapes-simple:N" (one
-    object each); anything else is a folder of pictures with same-stem .txt captions (a folder called emoji is
-    "./emoji"). Raises UserError.
+    spec: "emoji" (drawn from the colour-emoji font, or from the file ``font``); "shapes" or "shapes:N" (N drawn scenes
+    of the whole grammar); "shapes-simple" or "shapes-simple:N" (one object each); anything else is a folder of pictures
+    with same-stem .txt captions (a folder called emoji is "./emoji"). Raises UserError.
     """
     if image_size < 1:
         raise UserError(f"image size {image_size} is not positive")
@@ -21,10 +20,10 @@ def open_source(spec: str, image_size: int, *, font: str | None = None) -> Sourc
         from dalle.data.shapes import ShapesSource
 
         return ShapesSource(image_size, _count(spec, count) if ":" in spec else None, simple=name == "shapes-simple")
-    if spec in ("emoji", "emoji-simple"):
+    if spec == "emoji":
         from dalle.data.emoji import EmojiSource
 
-        return EmojiSource(image_size, font, simple=spec == "emoji-simple")
+        return EmojiSource(image_size, font)
     from dalle.data.folder import FolderSource
 
     return FolderSource(spec, image_size)
@@ -33,8 +32,8 @@ def open_source(spec: str, image_size: int, *, font: str | None = None) -> Sourc
 def split(source: Source, part: Part) -> Source:
     """The training part or the held-out part of a source, the same ones every time.
 
-    Drawn shapes hold out combinations of colour and shape; other sources about 5 % of their pictures, by a hash of the
-    name.
+    Drawn shapes hold out combinations of colour and shape, the emoji 200 listed combinations of person, job and skin
+    tone, other sources about 5 % of their pictures, by a hash of the name.
     The held-out part of a very small folder can be empty; an empty training part is a UserError.
     """
     if part not in ("train", "heldout"):

@@ -15,8 +15,9 @@ from dalle.config import read_json
 from dalle.data import Source, open_source, split
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
-from dalle.files import read_tensors, writable_directory, write_tensors, write_text
+from dalle.files import read_tensors, replacing, writable_directory, write_tensors, write_text
 from dalle.model_files import fingerprint, load_dvae
+from dalle.tokenizer import Tokenizer
 from dalle.training.loop import Progress, choose_device
 
 PARTS = ("train", "heldout")
@@ -24,14 +25,18 @@ PARTS = ("train", "heldout")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """Turns captioned pictures into codes with the dVAE of a model directory, and stores them there."""
+    """Turns captioned pictures into codes with the dVAE of a model directory, learns the tokenizer of their captions,
+    and stores both there.
+    """
 
     out: Path
-    """Directory of the model; codes.safetensors and captions.json are written into it."""
+    """Directory of the model; codes.safetensors, captions.json and tokenizer.json are written into it."""
     data: str = "emoji"
-    """Captioned pictures: emoji, emoji-simple (no skin tones), shapes, shapes:N, shapes-simple, or a folder."""
+    """Captioned pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
+    text_vocab: int = 2048
+    """Number of text tokens, fewer if the captions run out of pairs to merge (published: 16384)."""
     batch_size: int = 64
     """Pictures at a time."""
     device: str = "cpu"
@@ -39,6 +44,7 @@ class TokenizeConfig:
 
     def __post_init__(self):
         configs.check(self, "be at least 1", batch_size=self.batch_size >= 1)
+        configs.check(self, "be at least 256, one for each byte", text_vocab=self.text_vocab >= 256)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,9 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
 
         parts[part] = _tokenize_part(dvae, split(source, part), config.batch_size, report)
 
+    tokenizer = Tokenizer.train(parts["train"].captions, config.text_vocab)
+    with replacing(out / "tokenizer.json") as temporary:
+        tokenizer.save(temporary)
     listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
     text = json.dumps(listing, ensure_ascii=False)
     metadata = {"dvae": mark, "captions": digest(text), "data": config.data}

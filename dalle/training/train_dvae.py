@@ -25,7 +25,7 @@ class TrainDVAEConfig(TrainConfig):
     """Trains the dVAE on pictures and writes dvae.json and dvae.safetensors into a model directory."""
 
     data: str = "emoji"
-    """Pictures: emoji, emoji-simple (no skin tones), shapes, shapes:N, shapes-simple, or a folder."""
+    """Pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
     preset: str = "tiny"

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from dalle import config as configs
 from dalle import images
-from dalle.files import replacing
 from dalle.model_files import fingerprint, load_dvae, save_part
 from dalle.prior import Prior, PriorConfig
 from dalle.tokenizer import Tokenizer
@@ -25,12 +24,13 @@ SHOWN, CANDIDATES = 8, 6  # captions and pictures of each in a sample grid
 
 @dataclass(frozen=True, kw_only=True)
 class TrainPriorConfig(TrainConfig):
-    """Trains the prior on the codes in a model directory and writes prior.json, prior.safetensors, tokenizer.json."""
+    """Trains the prior on the codes in a model directory and writes prior.json and prior.safetensors."""
 
     preset: str = "tiny"
     """Size of the model: tiny, small, medium, dalle-2.8b, dalle-5.6b or dalle-12b."""
     model: PriorConfig | None = None
-    """The model in every detail, in place of the preset. Grid and image_vocab are the dVAE's, whatever is said here."""
+    """The model in every detail, in place of the preset. Its grid and its vocabularies are those of the dVAE and the
+    tokenizer, whatever is said here."""
     lr: float = 1e-3
     """Peak of the learning rate (the published one is 4.5e-4); falls by a cosine to 1/32 of it."""
     warmup: int = 100
@@ -61,7 +61,7 @@ class PriorTask:
         tokens = load_tokens(config.out, self.dvae)
         self.training, self.held_out = tokens["train"], tokens["heldout"]
         wanted = config.model or PriorConfig.preset(config.preset)
-        self.tokenizer = self._tokenizer(wanted)
+        self.tokenizer = Tokenizer.load(config.out / "tokenizer.json")
         self.size = replace(
             wanted,
             grid=tuple(self.training.codes.shape[1:]),
@@ -116,19 +116,10 @@ class PriorTask:
         """Captions too long for the model are cut: dropout makes some of them long now and then."""
         return self.model.pack_text(captions, truncate=True)
 
-    def _tokenizer(self, size: PriorConfig) -> Tokenizer:
-        """The tokenizer of the run, trained on its captions at the start."""
-        path = self.config.out / "tokenizer.json"
-        if self.config.resume:
-            return Tokenizer.load(path)
-        tokenizer = Tokenizer.train(self.training.captions, size.text_vocab)
-        with replacing(path) as temporary:
-            tokenizer.save(temporary)
-        return tokenizer
-
 
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a prior; `on_step` receives Progress. Raises UserError for what the user can mend."""
     task = PriorTask(config)
     identity = {"dvae": fingerprint(task.dvae), "captions": digest("\n".join(task.training.captions))}
+    identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))
     return train(task, config, identity, on_step)
