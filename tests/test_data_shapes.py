@@ -171,7 +171,7 @@ def test_a_sample_is_a_function_of_its_index():
     source, longer = open_source("shapes:50", 32), open_source("shapes:1000", 32)
     for i in (0, 7, 19, 49):
         sample, again = source[i], longer[i]
-        assert torch.equal(sample.image, again.image) and sample[1:] == again[1:] == (source.caption(i), str(i))
+        assert torch.equal(sample.image, again.image) and sample[1:] == again[1:] == ((source.caption(i),), str(i))
         assert sample.image.dtype == torch.uint8 and sample.image.shape == (3, 32, 32)
         assert parse(sample.image) == source.scene(i)
     assert source[-1].key == "49"

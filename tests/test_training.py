@@ -24,7 +24,7 @@ from dalle.files import load_weights, read_tensors, write_tensors, write_text
 from dalle.model_files import load_dvae, load_prior, save_part
 from dalle.prior import PRESETS as PRIOR_PRESETS
 from dalle.training import feed
-from dalle.training.feed import Pictures, batch_indices
+from dalle.training.feed import Pictures, batch_indices, choose_caption
 from dalle.training.optimizer import adamw, average
 from dalle.training.schedules import cosine, warmup
 from dalle.training.tokens import TokenizeConfig, load_tokens, tokenize
@@ -92,6 +92,16 @@ def test_pictures_that_do_not_fit_in_memory_come_the_same(monkeypatch):
     loaded = Pictures(source, 3, seed=5)
     for step in (0, 1, 2, 7, 3):
         assert torch.equal(decoded.batch(step), loaded.batch(step))
+
+
+def test_one_caption_of_a_picture_is_drawn_for_every_step(seed):
+    captions = ["one", "two", "three"]
+    drawn = [choose_caption(captions, seed, step, index) for step in range(100) for index in range(30)]
+    assert drawn == [choose_caption(captions, seed, step, index) for step in range(100) for index in range(30)]
+    shares = torch.tensor([drawn.count(caption) / len(drawn) for caption in captions])
+    assert (shares - 1 / 3).abs().max() < 0.05  # six standard deviations
+    for at in (0, 1):  # over the steps of a picture, and over the pictures of a step
+        assert {choose_caption(captions, seed, *((i, 7), (7, i))[at]) for i in range(50)} == set(captions)
 
 
 def test_decay_spares_gains_biases_and_embeddings():
@@ -311,7 +321,8 @@ def test_tokens_are_the_codes_of_the_pictures(tokenized):
     source = open_source(DATA, 16)
     for part, tokens in load_tokens(tokenized, dvae).items():
         view = split(source, part)
-        assert tokens.captions == list(view.captions()) and len(tokens.keys) == len(view) == len(tokens.codes)
+        assert tokens.captions == [[caption] for caption in view.captions()]
+        assert len(tokens.keys) == len(view) == len(tokens.codes)
         for i in range(0, len(view), 5):
             assert torch.equal(tokens.codes[i], dvae.codes(view[i].image[None])[0])
 

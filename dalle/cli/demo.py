@@ -158,8 +158,8 @@ def _say_how_to_go_on() -> int:
 def _find(source: Source, captions: tuple[str, ...]) -> list[Tensor]:
     """The first picture of every caption, uint8 [3, S, S]."""
     places = {}
-    for i, caption in enumerate(source.captions()):
-        places.setdefault(caption, i)
+    for i in range(len(source)):
+        places.setdefault(source.caption(i), i)
     return [source[places[caption]].image for caption in captions]
 
 

@@ -52,12 +52,12 @@ class EmojiSource(Source):
     def key(self, index: int) -> str:
         return _code_points(self._emoji[index])
 
-    def caption(self, index: int) -> str:
-        return emoji.EMOJI_DATA[self._emoji[index]]["en"].strip(":").replace("_", " ").lower()
+    def captions_of(self, index: int) -> tuple[str]:
+        return (emoji.EMOJI_DATA[self._emoji[index]]["en"].strip(":").replace("_", " ").lower(),)
 
     def load(self, index: int) -> Sample:
         picture = draw(self._emoji[index], self.font, self.image_size)
-        return Sample(to_tensor(picture), self.caption(index), self.key(index))
+        return Sample(to_tensor(picture), self.captions_of(index), self.key(index))
 
     def split(self, part: Part) -> Subset:
         held_out = held_out_captions()

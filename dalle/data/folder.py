@@ -30,12 +30,12 @@ class FolderSource(Source):
         self.root = Path(root)
         self.image_size = image_size
         self.skipped = []
-        self._items: list[tuple[str, str]] = []  # (key, caption)
+        self._items: list[tuple[str, tuple[str, ...]]] = []  # (key, captions)
         pictures, texts = _find_files(self.root)
         for key in pictures:
             try:
                 _check_picture(self.root / key)
-                self._items.append((key, _read_caption(self.root / key, texts)))
+                self._items.append((key, (_read_caption(self.root / key, texts),)))
             except UnreadablePicture as error:
                 self.skipped.append((key, str(error)))
         stems = {os.path.splitext(key)[0] for key in pictures}
@@ -51,12 +51,12 @@ class FolderSource(Source):
     def key(self, index: int) -> str:
         return self._items[index][0]
 
-    def caption(self, index: int) -> str:
+    def captions_of(self, index: int) -> tuple[str, ...]:
         return self._items[index][1]
 
     def load(self, index: int) -> Sample:
-        key, caption = self._items[index]
-        return Sample(to_tensor(read_picture(self.root / key, self.image_size)), caption, key)
+        key, captions = self._items[index]
+        return Sample(to_tensor(read_picture(self.root / key, self.image_size)), captions, key)
 
 
 def read_picture(path: Path, image_size: int) -> Image.Image:

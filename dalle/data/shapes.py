@@ -206,12 +206,12 @@ class ShapesSource(Source):
     def scene(self, index: int) -> Scene:
         return self._generate(index)[0]
 
-    def caption(self, index: int) -> str:
-        return caption(self.scene(index))
+    def captions_of(self, index: int) -> tuple[str]:
+        return (caption(self.scene(index)),)
 
     def load(self, index: int) -> Sample:
         scene, offset = self._generate(index)
-        return Sample(draw(scene, self.image_size, offset), caption(scene), self.key(index))
+        return Sample(draw(scene, self.image_size, offset), (caption(scene),), self.key(index))
 
     def split(self, part: Part) -> "ShapesPart":
         return ShapesPart(self, [i for i in range(self.count) if _part_of(i) == part])

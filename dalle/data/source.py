@@ -15,11 +15,16 @@ _listing = threading.Lock()  # pictures are loaded from several threads
 
 
 class Sample(NamedTuple):
-    """One captioned picture: ``image`` uint8 [3, S, S], its caption, and a name that is unique within the source."""
+    """A captioned picture: ``image`` uint8 [3, S, S], at least one caption, and a name unique within the source."""
 
     image: torch.Tensor
-    caption: str
+    captions: tuple[str, ...]
     key: str
+
+    @property
+    def caption(self) -> str:
+        """The first caption."""
+        return self.captions[0]
 
 
 class UnreadablePicture(Exception):
@@ -29,7 +34,7 @@ class UnreadablePicture(Exception):
 class Source(Sequence[Sample]):
     """A fixed list of captioned pictures.
 
-    A subclass gives ``__len__``, ``key``, ``caption`` and ``load``; only ``load`` touches pixels.
+    A subclass gives ``__len__``, ``key``, ``captions_of`` and ``load``; only ``load`` touches pixels.
     ``skipped`` lists what was left out as (name, reason). It grows when a picture turns out to be unreadable during
     training; in a DataLoader worker it is the worker's own copy that grows.
     """
@@ -39,7 +44,8 @@ class Source(Sequence[Sample]):
     def key(self, index: int) -> str:
         raise NotImplementedError
 
-    def caption(self, index: int) -> str:
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        """All captions of a picture, at least one."""
         raise NotImplementedError
 
     def load(self, index: int) -> Sample:
@@ -50,9 +56,13 @@ class Source(Sequence[Sample]):
         """Samples of one group never end up on different sides of a split."""
         return self.key(index)
 
+    def caption(self, index: int) -> str:
+        """The first caption of a picture."""
+        return self.captions_of(index)[0]
+
     def captions(self) -> Iterator[str]:
-        """All captions, without decoding a picture."""
-        return (self.caption(i) for i in range(len(self)))
+        """All captions of all pictures, without decoding one."""
+        return (caption for i in range(len(self)) for caption in self.captions_of(i))
 
     def split(self, part: Part) -> "Source":
         held_out = part == "heldout"
@@ -89,8 +99,8 @@ class Subset(Source):
     def key(self, index: int) -> str:
         return self.source.key(self.indices[index])
 
-    def caption(self, index: int) -> str:
-        return self.source.caption(self.indices[index])
+    def captions_of(self, index: int) -> tuple[str, ...]:
+        return self.source.captions_of(self.indices[index])
 
     def group(self, index: int) -> str:
         return self.source.group(self.indices[index])

@@ -1,5 +1,6 @@
 """Which pictures a step sees, as a function of seed and step, so that a resumed run sees what it would have seen."""
 
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 
@@ -29,6 +30,11 @@ def _permutation(size: int, seed: int, epoch: int) -> Tensor:
 def step_seed(seed: int, step: int) -> int:
     """A seed of its own for every step of a run."""
     return (seed << 32) + step
+
+
+def choose_caption(captions: Sequence[str], seed: int, step: int, index: int) -> str:
+    """The caption that step `step` sees of picture `index`: one of its captions, all of them equally often."""
+    return captions[np.random.default_rng((seed, step, index)).integers(len(captions))]
 
 
 class Pictures:

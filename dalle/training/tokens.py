@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -53,7 +54,8 @@ class Tokens:
 
     codes: Tensor
     """int64 [n, rows, columns]."""
-    captions: list[str]
+    captions: list[list[str]]
+    """At least one for each picture."""
     keys: list[str]
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Pictures left out, as (name, reason)."""
@@ -78,7 +80,7 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
 
         parts[part] = _tokenize_part(dvae, split(source, part), config.batch_size, report)
 
-    tokenizer = Tokenizer.train(parts["train"].captions, config.text_vocab)
+    tokenizer = Tokenizer.train(chain.from_iterable(parts["train"].captions), config.text_vocab)
     with replacing(out / "tokenizer.json") as temporary:
         tokenizer.save(temporary)
     listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
@@ -102,6 +104,8 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
     listing = read_json(captions_path)
     if metadata.get("captions") != digest(captions_path.read_text(encoding="utf-8")):
         raise UserError(f"{captions_path} does not belong to {codes_path.name}: run `dalle tokenize` again")
+    if any(isinstance(captions, str) for part in PARTS for captions in listing[part]["captions"]):
+        raise UserError(f"{captions_path} is of an earlier version: run `dalle tokenize` again")
     return {part: Tokens(codes[part].long(), **listing[part]) for part in PARTS}
 
 
@@ -117,7 +121,7 @@ def _tokenize_part(dvae: DiscreteVAE, source: Source, batch_size: int, report: C
         if not samples:
             continue
         codes.append(dvae.codes(torch.stack([sample.image for sample in samples]).to(device)).cpu())
-        captions += [sample.caption for sample in samples]
+        captions += [list(sample.captions) for sample in samples]
         keys += [sample.key for sample in samples]
         report(last)
     return Tokens(torch.cat(codes), captions, keys, source.skipped)

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from dalle import images
 from dalle.model_files import fingerprint, load_dvae, save_part
 from dalle.prior import Prior, PriorConfig
 from dalle.tokenizer import Tokenizer
-from dalle.training.feed import batch_indices, step_seed
+from dalle.training.feed import batch_indices, choose_caption, step_seed
 from dalle.training.loop import OnStep, Result, TrainConfig, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
@@ -79,18 +80,22 @@ class PriorTask:
         indices = batch_indices(len(self.training.captions), config.batch_size, config.seed, step)
         seed = step_seed(config.seed, step)
         captions = [
-            self.tokenizer.encode(self.training.captions[i], dropout=config.bpe_dropout, seed=(seed << 32) + i)
+            self.tokenizer.encode(
+                choose_caption(self.training.captions[i], config.seed, step, i),
+                dropout=config.bpe_dropout,
+                seed=(seed << 32) + i,
+            )
             for i in indices.tolist()
         ]
         return self.model.loss(self.pack(captions), self.training.codes[indices].flatten(1).to(self.device))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Nats per token of text and image, and the two weighted, on whole captions."""
+        """Nats per token of text and image, and the two weighted, on whole captions, the first of each picture."""
         count = min(HELD_OUT, len(self.held_out.captions))
         sums = {}
         for first in range(0, count, self.config.batch_size):
             last = min(first + self.config.batch_size, count)
-            captions = [self.tokenizer.encode(caption) for caption in self.held_out.captions[first:last]]
+            captions = [self.tokenizer.encode(caption) for caption, *_ in self.held_out.captions[first:last]]
             codes = self.held_out.codes[first:last].flatten(1).to(self.device)
             for name, value in model.loss(self.pack(captions), codes).items():
                 sums[name] = sums.get(name, 0.0) + value.item() * (last - first)
@@ -100,7 +105,7 @@ class PriorTask:
         """For a few captions, held-out ones if there are any: the picture as the dVAE sees it, then drawn ones."""
         part: Tokens = self.held_out if self.held_out.captions else self.training
         chosen = torch.linspace(0, len(part.captions) - 1, min(SHOWN, len(part.captions))).long()
-        captions = [part.captions[i] for i in chosen]
+        captions = [part.captions[i][0] for i in chosen]
         text = self.pack([self.tokenizer.encode(caption) for caption in captions])
         seeds = torch.arange(len(captions) * CANDIDATES, device=self.device)
         drawn = model.generate(text, candidates=CANDIDATES, seeds=seeds).unflatten(0, (-1, CANDIDATES))
@@ -120,6 +125,6 @@ class PriorTask:
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a prior; `on_step` receives Progress. Raises UserError for what the user can mend."""
     task = PriorTask(config)
-    identity = {"dvae": fingerprint(task.dvae), "captions": digest("\n".join(task.training.captions))}
+    identity = {"dvae": fingerprint(task.dvae), "captions": digest("\n".join(chain(*task.training.captions)))}
     identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))
     return train(task, config, identity, on_step)
