@@ -6,6 +6,8 @@ from dalle.errors import UserError
 
 # The models need torch; they are imported when first asked for, so that `import dalle` stays instant.
 _LAZY = {
+    "CLIP": "dalle.clip",
+    "CLIPConfig": "dalle.clip",
     "DiscreteVAE": "dalle.dvae",
     "DiscreteVAEConfig": "dalle.dvae",
     "Pipeline": "dalle.pipeline",

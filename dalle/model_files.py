@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from dalle import config as configs
+from dalle.clip import CLIP, CLIPConfig
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UserError
 from dalle.files import load_weights, read_tensors, write_json, write_tensors
@@ -27,6 +28,11 @@ def load_dvae(directory: Path) -> DiscreteVAE:
 def load_prior(directory: Path) -> Prior:
     """The prior of a model directory, on the CPU; a UserError if there is none or it is damaged."""
     return _load_part(directory, "prior", Prior, PriorConfig)
+
+
+def load_clip(directory: Path) -> CLIP:
+    """The CLIP of a model directory, on the CPU; a UserError if there is none or it is damaged."""
+    return _load_part(directory, "clip", CLIP, CLIPConfig)
 
 
 def fingerprint(model: nn.Module) -> str:

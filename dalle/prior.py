@@ -90,10 +90,9 @@ PRESETS = {
 class Layer(nn.Module):
     """Pre-norm residual block: sparse attention, then an MLP four times as wide."""
 
-    def __init__(self, config: PriorConfig, pattern: dk.AttentionPattern):
+    def __init__(self, width: int, heads: int, pattern: dk.AttentionPattern):
         super().__init__()
-        width = config.width
-        self.heads, self.pattern = config.heads, pattern
+        self.heads, self.pattern = heads, pattern
         self.attention_norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
@@ -146,7 +145,7 @@ class Prior(nn.Module):
         self.image_embedding = nn.Embedding(config.image_vocab, width)
         self.row_embedding = nn.Embedding(rows, width)
         self.column_embedding = nn.Embedding(columns, width)
-        self.layers = nn.ModuleList(Layer(config, pattern) for pattern in config.schedule())
+        self.layers = nn.ModuleList(Layer(width, config.heads, pattern) for pattern in config.schedule())
         self.norm = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.text_vocab + 1)
         self.image_head = nn.Linear(width, config.image_vocab)

@@ -15,6 +15,7 @@ COMMANDS = {
     "train dvae": "train the dVAE, which turns pictures into codes and back",
     "tokenize": "turn captioned pictures into codes, once, with a trained dVAE",
     "train prior": "train the prior, which writes the codes of a picture for a caption",
+    "train clip": "train a CLIP, which says how well a picture fits a caption",
     "generate": "draw pictures for captions",
     "reconstruct": "pass pictures through the dVAE and back",
     "info": "what a model directory holds, or what is installed here",

@@ -1,0 +1,227 @@
+"""CLIP: pictures and captions as points that lie close where they belong together (Radford et al. 2021).
+
+The prior draws many pictures for a caption, and CLIP says which of them fit it best (Ramesh et al. 2021, section 2.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dalle_kernels as dk
+from dalle import config as configs
+from dalle.dvae import ENCODER_KERNELS, groups
+from dalle.errors import UserError
+from dalle.prior import Layer
+
+FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the cosines; the scale is learned (Radford et al. 2021, section 2.5)
+
+
+@dataclass(frozen=True)
+class CLIPConfig:
+    """Size of a CLIP. The first convolution halves a picture, and so does pooling after every group but the last."""
+
+    image_size: int
+    """Side of a picture in pixels."""
+    text_len: int
+    """Text positions, that of the end of text included: a caption may have up to text_len - 1 tokens."""
+    text_vocab: int
+    """Number of text tokens."""
+    widths: tuple[int, ...]
+    """Channels of the image encoder's groups, first to last."""
+    text_width: int
+    """Channels of the text encoder, a multiple of its heads."""
+    text_layers: int
+    """Residual blocks of attention and MLP in the text encoder."""
+    blocks: int = 1
+    """Residual blocks in a group of the image encoder."""
+    text_heads: int = 4
+    """Attention heads of the text encoder."""
+    embedding_dim: int = 128
+    """Dimensions in which pictures and captions are compared."""
+
+    def __post_init__(self):
+        sizes = self.image_size, self.text_vocab, self.text_width, self.text_layers, self.text_heads
+        if min(*sizes, self.blocks, self.embedding_dim) < 1 or not self.widths or self.text_len < 2:
+            raise UserError(f"every size of a CLIP must be at least 1, and text_len at least 2, not {self}")
+        if self.image_size % self.downsampling:
+            raise UserError(
+                f"image_size {self.image_size} is not a multiple of {self.downsampling}, "
+                f"the number of pixels a side that {len(self.widths)} groups fold into one"
+            )
+        if bad := [width for width in self.widths if width < 4 or width % 4]:
+            raise UserError(f"widths must be multiples of 4 (blocks narrow to a quarter), not {bad[0]}")
+        if self.text_width % self.text_heads:
+            raise UserError(f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels a side that share a position of the last group."""
+        return 2 ** len(self.widths)
+
+    @property
+    def end_id(self) -> int:
+        """Text id of the end of text, which also fills what follows it."""
+        return self.text_vocab
+
+    @classmethod
+    def preset(cls, name: str) -> CLIPConfig:
+        """A named size; "tiny" and "small" go with the dVAEs and priors of these names."""
+        return configs.preset(PRESETS, name)
+
+
+PRESETS = {
+    "tiny": CLIPConfig(32, 32, 1024, (32, 64, 128), text_width=64, text_layers=2, text_heads=2, embedding_dim=64),
+    "small": CLIPConfig(64, 48, 2048, (48, 96, 192, 256), text_width=128, text_layers=2),
+}
+
+
+class ImageEncoder(nn.Module):
+    """Pictures mapped to [-1, 1], [B, 3, S, S], to [B, embedding_dim]; the dVAE's residual blocks, then the mean."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        widths = config.widths
+        self.input = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
+        self.groups = groups([widths[0], *widths], config.blocks, ENCODER_KERNELS)
+        self.norm = nn.LayerNorm(widths[-1])
+        self.output = nn.Linear(widths[-1], config.embedding_dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.input(x)
+        for i, group in enumerate(self.groups):
+            x = group(F.max_pool2d(x, 2) if i else x)
+        return _project(self.norm, self.output, F.relu(x).mean((2, 3)))
+
+
+class TextEncoder(nn.Module):
+    """Text, int64 [B, text_len], to [B, embedding_dim]: a causal transformer, read where the text ends."""
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.end_id = config.end_id
+        self.embedding = nn.Embedding(config.text_vocab + 1, config.text_width)
+        self.position = nn.Embedding(config.text_len, config.text_width)
+        # The pattern's grid must hold something; no sequence is long enough to reach it.
+        pattern = dk.AttentionPattern.causal(text_len=config.text_len, grid=(1, 1))
+        self.layers = nn.ModuleList(
+            Layer(config.text_width, config.text_heads, pattern) for _ in range(config.text_layers)
+        )
+        self.norm = nn.LayerNorm(config.text_width)
+        self.output = nn.Linear(config.text_width, config.embedding_dim, bias=False)
+
+    def forward(self, text: Tensor) -> Tensor:
+        ends = (text == self.end_id).int().argmax(1)
+        length = int(ends.max()) + 1  # no caption of the batch is longer, and attention does not look ahead
+        x = self.embedding(text[:, :length]) + self.position.weight[:length]
+        for layer in self.layers:
+            x = layer(x)
+        return _project(self.norm, self.output, x[torch.arange(len(x), device=x.device), ends])
+
+
+def _project(norm: nn.LayerNorm, linear: nn.Linear, x: Tensor) -> Tensor:
+    # In float32 under autocast too: candidates of one caption differ by little.
+    with torch.autocast(x.device.type, enabled=False):
+        return F.normalize(linear(norm(x.to(linear.weight.dtype))).float(), dim=-1)
+
+
+class CLIP(nn.Module):
+    """Image encoder, text encoder and a learned scale.
+
+    Pictures are [B, 3, S, S], float in [0, 1] or uint8 in [0, 255]; text is int64 [B, text_len], from `pack_text`. The
+    dot product of their embeddings, which have length 1, says how well a picture fits a caption: -1 to 1.
+    """
+
+    def __init__(self, config: CLIPConfig):
+        super().__init__()
+        self.config = config
+        self.image = ImageEncoder(config)
+        self.text = TextEncoder(config)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(FIRST_SCALE)))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Convolutions and projections ~ N(0, 1/sqrt(n_in)), the transformer as the prior's."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            elif isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for layer in self.text.layers:
+            for linear in (layer.attention_out, layer.mlp_out):
+                nn.init.normal_(linear.weight, std=0.02 / (2 * len(self.text.layers)) ** 0.5)
+        for linear in (self.image.output, self.text.output):
+            nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+
+    def pack_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
+        """Token ids of captions as int64 [B, text_len]: the ids, then ends of text.
+
+        Raises:
+            UserError: a caption has more than text_len - 1 tokens and `truncate` is off, or an id is out of range.
+        """
+        vocab, room = self.config.text_vocab, self.config.text_len - 1
+        text = torch.full((len(captions), self.config.text_len), self.config.end_id)
+        for row, ids in zip(text, captions, strict=True):
+            if len(ids) > room and not truncate:
+                raise UserError(
+                    f"the caption has {len(ids)} tokens and CLIP reads at most {room}: "
+                    "shorten it or have it cut (--truncate)"
+                )
+            if bad := [i for i in ids if not 0 <= i < vocab]:
+                raise UserError(f"text id {bad[0]} is not in the vocabulary of {vocab} tokens")
+            ids = torch.as_tensor(ids[:room], dtype=torch.int64)
+            row[: len(ids)] = ids
+        return text.to(self.log_scale.device)
+
+    def encode_text(self, text: Tensor) -> Tensor:
+        """Captions, int64 [B, text_len], to float32 [B, embedding_dim] of length 1."""
+        if text.ndim != 2 or text.shape[1] != self.config.text_len:
+            raise UserError(
+                f"text must be [B, {self.config.text_len}], as pack_text lays it out, not {list(text.shape)}"
+            )
+        return self.text(text)
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Pictures, [B, 3, S, S], to float32 [B, embedding_dim] of length 1."""
+        size = self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (3, size, size):
+            raise UserError(f"pictures must be [B, 3, {size}, {size}], not {list(images.shape)}")
+        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+        return self.image((2 * pixels - 1).contiguous(memory_format=torch.channels_last))
+
+    def loss(self, images: Tensor, text: Tensor, keys: Tensor | None = None) -> dict[str, Tensor]:
+        """Symmetric cross-entropy: which caption of the batch belongs to a picture, and which picture to a caption.
+
+        Two rows with the same caption are no negatives of each other: their scores are left out of both sums.
+
+        Args:
+            images: pictures [B, 3, S, S].
+            text: a caption of each, int64 [B, text_len].
+            keys: int64 [B]; rows with the same key, such as one picture with two of its captions, are no negatives of
+                each other either.
+
+        Returns:
+            "loss": in nats, the mean of both directions, differentiable; "accuracy": the share of rows and columns
+            whose own partner scores best; "scale": the factor on the cosines; both detached.
+        """
+        with torch.no_grad():
+            self.log_scale.clamp_(max=math.log(LARGEST_SCALE))
+        scale = self.log_scale.exp()
+        seen, read = self.encode_images(images), self.encode_text(text)
+        with torch.autocast(images.device.type, enabled=False):
+            scores = scale * seen @ read.t()
+        same = (text[:, None] == text).all(-1)
+        if keys is not None:
+            same |= keys[:, None] == keys
+        scores = scores.masked_fill(same.fill_diagonal_(False), -math.inf)
+        targets = torch.arange(len(scores), device=scores.device)
+        loss = (F.cross_entropy(scores, targets) + F.cross_entropy(scores.t(), targets)) / 2
+        right = torch.stack([scores.argmax(dim) == targets for dim in (0, 1)])
+        return {"loss": loss, "accuracy": right.float().mean(), "scale": scale.detach()}
