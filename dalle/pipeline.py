@@ -1,25 +1,84 @@
-"""A trained model, ready to draw: load, save, generate, complete, reconstruct."""
+"""A trained model, ready to draw: load, save, generate, complete, rank, reconstruct."""
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import ModelHubMixin
 from PIL import Image
 from torch import Tensor
 
 import dalle_kernels as dk
+from dalle import config as configs
 from dalle import images
+from dalle.clip import CLIP
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
-from dalle.files import replacing, writable_directory
-from dalle.model_files import load_dvae, load_prior, save_part
+from dalle.files import replacing, writable_directory, write_text
+from dalle.model_directory import model_directory
+from dalle.model_files import load_clip, load_dvae, load_prior, save_part
 from dalle.prior import Prior
 from dalle.tokenizer import Tokenizer
+
+MOST_AT_ONCE = 512  # pictures; more of them gain no speed
+PIXELS_AT_ONCE = 2**20  # of the pictures that the dVAE and the CLIP take in one pass
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+A DALL·E 1: a discrete VAE, a sparse transformer prior, its tokenizer, and a CLIP if there is one.
+
+```python
+import dalle
+
+pipeline = dalle.Pipeline.from_pretrained("owner/name")
+[drawings] = pipeline.generate("a caption", candidates=16)
+drawings[0].image.save("best.png")
+```
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawOptions:
+    """How pictures are drawn: the options of `Pipeline.generate` and `Pipeline.complete`."""
+
+    candidates: int = 1
+    """Pictures for every caption."""
+    top: int | None = None
+    """How many of the candidates to keep, those that the CLIP finds to fit the caption best; by default all."""
+    seed: int | None = None
+    """Of the first candidate; the others have the numbers that follow. By default another one every time."""
+    temperature: float = 1.0
+    """Below 1 the likely is made likelier, above 1 less so."""
+    top_k: int | None = None
+    """Draw every code from the k most likely ones only."""
+    top_p: float | None = None
+    """Draw every code from the fewest codes that have this probability together."""
+    truncate: bool = False
+    """Cut captions that are too long for the model instead of refusing them."""
+    batch_size: int | None = None
+    """Pictures at a time, with no influence on what is drawn; by default as many as fit into memory, at most 512."""
+
+    def __post_init__(self):
+        batch_size = 1 if self.batch_size is None else self.batch_size
+        configs.check(self, "be at least 1", candidates=self.candidates >= 1, batch_size=batch_size >= 1)
+        top = self.candidates if self.top is None else self.top
+        configs.check(self, f"be in [1, {self.candidates}], the candidates", top=1 <= top <= self.candidates)
+        configs.check(self, "be in [0, 2^62)", seed=self.seed is None or 0 <= self.seed < 2**62)
+        try:  # what `sample_tokens` says about a single row, before the work
+            dk.sample_tokens(torch.zeros(1, 1), seed=0, **self.sampling)
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+
+    @property
+    def sampling(self) -> dict:
+        """What is passed on to `dalle_kernels.sample_tokens`."""
+        return dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -33,108 +92,148 @@ class Drawing:
     """int64 [rows, columns]."""
     image: Image.Image
     """RGB."""
+    score: float | None
+    """How well it fits the prompt: the cosine similarity of the CLIP's embeddings, None without a CLIP."""
 
 
-class Pipeline:
-    """dVAE, prior and tokenizer of a model directory.
+class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=MODEL_CARD):
+    """dVAE, prior, tokenizer and, if there is one, CLIP of a model directory.
 
     >>> pipeline = Pipeline.from_pretrained("model")
     >>> [drawings] = pipeline.generate("a red heart", candidates=4, seed=7)
     >>> drawings[0].image.save("heart.png")
     """
 
-    def __init__(self, dvae: DiscreteVAE, prior: Prior, tokenizer: Tokenizer):
+    def __init__(self, dvae: DiscreteVAE, prior: Prior, tokenizer: Tokenizer, clip: CLIP | None = None):
+        self._hub_mixin_config = None  # there is no config.json: every part has its own
         side = dvae.config.grid
         if prior.config.grid != (side, side) or prior.config.image_vocab != dvae.config.vocab:
             raise UserError(
                 f"the prior draws {prior.config.grid} codes out of {prior.config.image_vocab} and the dVAE reads "
                 f"{(side, side)} out of {dvae.config.vocab}: they are not parts of one model"
             )
-        if prior.config.text_vocab != tokenizer.vocab_size:
-            raise UserError(
-                f"the prior reads {prior.config.text_vocab} text tokens and the tokenizer has {tokenizer.vocab_size}: "
-                "they are not parts of one model"
-            )
+        _check_text_vocab("prior", prior, tokenizer)
         self.dvae, self.prior, self.tokenizer = dvae.eval(), prior.eval(), tokenizer
+        self.clip = clip
+        if clip is not None:
+            _check_text_vocab("CLIP", clip, tokenizer)
+            if clip.config.image_size != dvae.config.image_size:
+                raise UserError(
+                    f"the CLIP looks at pictures of {clip.config.image_size} pixels and the dVAE makes them of "
+                    f"{dvae.config.image_size}: they are not parts of one model"
+                )
+            clip.eval()
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike, device: str = "cpu") -> Pipeline:
-        """Loads a model directory, or "owner/name" from the Hugging Face Hub.
+    def from_pretrained(cls, model: str | os.PathLike | None = None, *, device: str = "cpu", **download) -> Pipeline:
+        """Loads a model.
+
+        Args:
+            model: a directory, or "owner/name" on the Hugging Face Hub; None is the one that comes with the package.
+            device: where to compute.
+            download: for a model on the Hub: revision, token, cache_dir, force_download, local_files_only.
 
         Raises:
             UserError: there is no such model, it is incomplete or damaged, or its parts do not fit together.
         """
-        directory = _directory(model)
-        pipeline = cls(load_dvae(directory), load_prior(directory), Tokenizer.load(directory / "tokenizer.json"))
-        return pipeline.to(device)
+        # Not the inherited method: it asks for a config.json and passes what a stranger wrote there to __init__.
+        return cls._from_pretrained(model_id=model, device=device, **download)
 
-    def save_pretrained(self, directory: str | os.PathLike) -> None:
-        """Writes dvae.json, dvae.safetensors, prior.json, prior.safetensors and tokenizer.json, each atomically."""
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str | os.PathLike | None, device: str = "cpu", **download) -> Pipeline:
+        directory = model_directory(model_id, **download)
+        dvae, prior = load_dvae(directory), load_prior(directory)
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+        clip = load_clip(directory) if (directory / "clip.json").exists() else None
+        return cls(dvae, prior, tokenizer, clip).to(device)
+
+    def save_pretrained(self, directory: str | os.PathLike, *, model_card_kwargs: dict | None = None, **push):
+        """Writes every part's .json and .safetensors, tokenizer.json and a README.md if there is none, each atomically.
+
+        `push_to_hub`, which is `huggingface_hub`'s, uploads the same files. The other arguments are those of
+        `huggingface_hub.ModelHubMixin.save_pretrained`.
+        """
         directory = writable_directory(Path(directory))
-        save_part(directory, "dvae", self.dvae)
-        save_part(directory, "prior", self.prior)
-        with replacing(directory / "tokenizer.json") as temporary:
+        if not (directory / "README.md").exists():
+            write_text(directory / "README.md", str(self.generate_model_card(**model_card_kwargs or {})))
+        return super().save_pretrained(directory, model_card_kwargs=model_card_kwargs, **push)
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        save_part(save_directory, "dvae", self.dvae)
+        save_part(save_directory, "prior", self.prior)
+        with replacing(save_directory / "tokenizer.json") as temporary:
             self.tokenizer.save(temporary)
+        if self.clip is not None:
+            save_part(save_directory, "clip", self.clip)
+        else:  # that of an earlier model must not rank this one's pictures
+            for name in ("clip.json", "clip.safetensors"):
+                (save_directory / name).unlink(missing_ok=True)
 
     def to(self, device: str | torch.device) -> Pipeline:
         """Moves the models; returns self."""
-        self.dvae.to(device)
-        self.prior.to(device)
+        for model in (self.dvae, self.prior, self.clip):
+            if model is not None:
+                model.to(device)
         return self
 
     @property
     def device(self) -> torch.device:
         return next(self.prior.parameters()).device
 
-    def generate(
-        self,
-        prompts: str | Sequence[str],
-        *,
-        candidates: int = 1,
-        seed: int | None = None,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        truncate: bool = False,
-        batch_size: int = 64,
-        complete: Image.Image | Tensor | None = None,
-        keep_rows: int = 0,
-    ) -> list[list[Drawing]]:
-        """Draws `candidates` pictures for every prompt.
+    def generate(self, prompts: str | Sequence[str], **options) -> list[list[Drawing]]:
+        """Draws pictures for every prompt: the best first if the model has a CLIP, and else in the order of the seeds.
 
         Args:
             prompts: one caption or several.
-            candidates: pictures per prompt.
-            seed: of the first candidate; candidate c has seed + c, for every prompt. None draws one.
-            temperature, top_k, top_p: see `dalle_kernels.sample_tokens`.
-            truncate: cut prompts that are too long instead of refusing them.
-            batch_size: pictures drawn at a time; no influence on what is drawn.
-            complete, keep_rows: a picture whose first `keep_rows` rows of codes are kept, the rest drawn anew.
+            options: candidates, top, seed, temperature, top_k, top_p, truncate, batch_size: see `DrawOptions`.
 
         Returns:
             A list for every prompt.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if candidates < 1 or batch_size < 1:
-            raise UserError(f"candidates and batch_size must be at least 1, not {candidates} and {batch_size}")
-        sampling = dict(temperature=temperature, top_k=top_k, top_p=top_p)
-        _check_sampling(sampling)
-        text = self.prior.pack_text([self.tokenizer.encode(prompt) for prompt in prompts], truncate)
-        seed = int(torch.randint(2**31, ())) if seed is None else seed
-        prefix = self._prefix(complete, keep_rows)
-        drawings = [[] for _ in prompts]
-        step = max(1, batch_size // candidates)
-        for first in range(0, len(prompts), step):
-            rows = text[first : first + step]
-            for start in range(0, candidates, batch_size):
-                count = min(batch_size, candidates - start)
-                seeds = torch.arange(seed + start, seed + start + count, device=self.device).repeat(len(rows))
-                given = None if prefix is None else prefix.expand(len(rows), -1)
-                codes = self.prior.generate(rows, candidates=count, seeds=seeds, prefix=given, **sampling)
-                for i, drawing in enumerate(self._draw(codes, seeds)):
-                    prompt = first + i // count
-                    drawings[prompt].append(Drawing(prompts[prompt], *drawing))
-        return drawings
+        if not prompts:
+            raise UserError("there is no caption to draw: give at least one")
+        return self._draw(prompts, DrawOptions(**options))
+
+    def complete(
+        self,
+        picture: Image.Image | Tensor,
+        *,
+        prompt: str,
+        rows: int | None = None,
+        mask: Tensor | None = None,
+        **options,
+    ) -> list[Drawing]:
+        """Draws a part of a picture anew. What is kept conditions what is drawn after it, in reading order.
+
+        Args:
+            picture: of any size, or a tensor [3, S, S] of the model's, or codes, int64 [rows, columns].
+            prompt: the caption of the whole.
+            rows: how many rows of codes to keep, from the top.
+            mask: in place of `rows`, the codes to draw anew, bool [rows, columns]; the last, at the bottom right, must
+                be among them.
+            options: as of `generate`.
+
+        Returns:
+            The drawings, ordered as those of `generate`.
+        """
+        codes = self.codes(picture)
+        return self._draw([prompt], DrawOptions(**options), codes, self._redraw(rows, mask))[0]
+
+    @torch.inference_mode()
+    def score(self, pictures: Tensor | Sequence[Image.Image], prompt: str, truncate: bool = False) -> Tensor:
+        """How well pictures fit a prompt: cosine similarities of the CLIP's embeddings, float32 [B], on the CPU.
+
+        Args:
+            pictures: images of any size, or a tensor [B, 3, S, S] of the model's size, uint8 or float in [0, 1].
+            prompt: the caption.
+            truncate: cut the prompt if it is too long instead of refusing it.
+        """
+        text = self._clip().encode_text(self._clip().pack_text([self.tokenizer.encode(prompt)], truncate))
+        if not isinstance(pictures, Tensor):
+            pictures = torch.cat([self._square(picture).cpu() for picture in pictures])
+        parts = [self._clip().encode_images(part.to(self.device)) @ text[0] for part in self._passes(pictures)]
+        return torch.cat(parts).float().cpu()
 
     @torch.inference_mode()
     def reconstruct(self, image: Image.Image | Tensor) -> Image.Image:
@@ -142,50 +241,111 @@ class Pipeline:
         return images.to_pil(self.dvae.reconstruct(self._square(image))[0])
 
     @torch.inference_mode()
-    def _draw(self, codes: Tensor, seeds: Tensor) -> list[tuple[int, Tensor, Image.Image]]:
-        pictures = self.dvae.decode(codes)
-        return [(int(s), c, images.to_pil(p)) for s, c, p in zip(seeds, codes.cpu(), pictures, strict=True)]
+    def codes(self, picture: Image.Image | Tensor) -> Tensor:
+        """Codes of a picture as `complete` takes it, int64 [rows, columns]; codes stay as they are."""
+        if isinstance(picture, Tensor) and picture.dtype == torch.int64:
+            return picture
+        return self.dvae.codes(self._square(picture))[0]
 
-    @torch.no_grad()
-    def _prefix(self, complete: Image.Image | Tensor | None, keep_rows: int) -> Tensor | None:
+    @torch.inference_mode()
+    def decode(self, codes: Tensor) -> Tensor:
+        """Pictures of codes [B, rows, columns], uint8 [B, 3, S, S] on the CPU."""
+        parts = (self.dvae.decode(part.to(self.device)) for part in self._passes(codes))
+        return torch.cat([images.to_uint8(part).cpu() for part in parts])
+
+    def _draw(
+        self, prompts: list[str], options: DrawOptions, given: Tensor | None = None, redraw: Tensor | None = None
+    ) -> list[list[Drawing]]:
+        top = options.candidates if options.top is None else options.top
+        if top < options.candidates:
+            self._clip()
+        ids = [self.tokenizer.encode(prompt) for prompt in prompts]
+        text = self.prior.pack_text(ids, options.truncate)
+        if self.clip is not None:
+            self.clip.pack_text(ids, options.truncate)  # a caption it cannot read is refused before the work
+        first = int(torch.randint(2**31, ())) if options.seed is None else options.seed
+        seeds = torch.arange(first, first + options.candidates)
+        codes = self._codes(text, seeds, options, given, redraw)
+        return [self._best(*of_prompt, seeds, top, options.truncate) for of_prompt in zip(prompts, codes, strict=True)]
+
+    def _codes(
+        self, text: Tensor, seeds: Tensor, options: DrawOptions, given: Tensor | None, redraw: Tensor | None
+    ) -> Tensor:
+        """Codes of a picture for every prompt and seed, int64 [P, C, rows, columns] on the CPU, drawn pass by pass."""
+        batch_size = options.batch_size or self._fitting(options.candidates)
+        prompts_at_once = max(1, batch_size // len(seeds))
+        found = []
+        for rows in text.split(prompts_at_once):
+            parts = []
+            for part in seeds.split(batch_size):
+                codes = self.prior.generate(
+                    rows,
+                    candidates=len(part),
+                    seeds=part.repeat(len(rows)).to(self.device),
+                    given=None if given is None else given.expand(len(rows), *given.shape),
+                    redraw=redraw,
+                    **options.sampling,
+                )
+                parts.append(codes.cpu().unflatten(0, (len(rows), len(part))))
+            found.append(torch.cat(parts, 1))
+        return torch.cat(found)
+
+    def _best(self, prompt: str, codes: Tensor, seeds: Tensor, top: int, truncate: bool) -> list[Drawing]:
+        """The `top` drawings that fit the prompt best, or all in the order of their seeds."""
+        pictures = self.decode(codes)
+        scores, order = [None] * len(seeds), range(len(seeds))
+        if self.clip is not None:
+            scores = self.score(pictures, prompt, truncate).tolist()
+            order = sorted(order, key=lambda i: -scores[i])
+        return [Drawing(prompt, int(seeds[i]), codes[i], images.to_pil(pictures[i]), scores[i]) for i in order[:top]]
+
+    def _clip(self) -> CLIP:
+        if self.clip is None:
+            raise UserError("the model has no CLIP, which ranking needs: train one with dalle train clip")
+        return self.clip
+
+    def _redraw(self, rows: int | None, mask: Tensor | None) -> Tensor:
         side = self.dvae.config.grid
-        if complete is None:
-            if keep_rows:
-                raise UserError(f"keep_rows is {keep_rows}, but there is no picture to complete")
-            return None
-        if not 0 <= keep_rows < side:
-            raise UserError(f"keep_rows must be in [0, {side}), the rows of codes, not {keep_rows}")
-        return self.dvae.codes(self._square(complete))[:, :keep_rows].flatten(1)
+        if (rows is None) == (mask is None):
+            raise UserError("say what to keep of the picture: give either its first rows or a mask of what to redraw")
+        if mask is not None:
+            return torch.as_tensor(mask)
+        if not 1 <= rows < side:
+            raise UserError(f"rows, the rows of codes to keep, must be in [1, {side}), not {rows}")
+        return (torch.arange(side) >= rows)[:, None].expand(side, side)
 
     def _square(self, image: Image.Image | Tensor) -> Tensor:
         side = self.dvae.config.image_size
         picture = images.to_tensor(images.square(image, side)) if isinstance(image, Image.Image) else image
+        if picture.shape != (3, side, side):
+            raise UserError(f"a picture as a tensor must be {[3, side, side]}, not {list(picture.shape)}")
         return picture[None].to(self.device)
 
+    def _passes(self, batch: Tensor) -> Iterator[Tensor]:
+        """A batch in parts whose pictures fit into memory."""
+        return batch.split(max(1, PIXELS_AT_ONCE // self.dvae.config.image_size**2))
 
-def _check_sampling(sampling: dict) -> None:
-    """Before the work: what `sample_tokens` says about a single row."""
+    def _fitting(self, candidates: int) -> int:
+        """How many pictures to draw at once: as many as half the free memory holds, at most MOST_AT_ONCE."""
+        fit = free_memory(self.device) // 2 // self.prior.sequence_bytes(candidates)
+        return max(1, min(fit, MOST_AT_ONCE))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device."""
+    if device.type == "cuda":
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch holds it for us
+        return torch.cuda.mem_get_info(device)[0] + idle
     try:
-        dk.sample_tokens(torch.zeros(1, 1), seed=0, **sampling)
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux: a part of what is built in
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 
 
-def _directory(model: str | os.PathLike) -> Path:
-    directory = Path(model)
-    if directory.is_dir():
-        return directory
-    if directory.exists():
-        raise UserError(f"{model} is a file: give the directory of a trained model")
-    if not isinstance(model, str) or not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise UserError(f"{model} does not exist: give the directory of a trained model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "dvae.safetensors", "prior.safetensors"]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+def _check_text_vocab(name: str, model: Prior | CLIP, tokenizer: Tokenizer) -> None:
+    if model.config.text_vocab != tokenizer.vocab_size:
         raise UserError(
-            f"{model} is neither a directory nor a model that the Hugging Face Hub gives out ({reason})"
-        ) from error
+            f"the {name} reads {model.config.text_vocab} text tokens and the tokenizer has {tokenizer.vocab_size}: "
+            "they are not parts of one model"
+        )

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 import dalle_kernels as dk
 from dalle import config as configs
 from dalle.errors import UserError
+from dalle_kernels.decode_schedule import compile_schedule
 
 TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8  # of the two cross-entropies (section 2.2)
 IGNORE = -100  # target of a position that does not count
+LOGIT_COPIES = 6  # float32 copies of a step's logits that sampling may hold at once: sorted, with indices, cumulated
+RESIDUAL_COPIES = 16  # of the residual stream, for a block's input, queries, keys, values and MLP
 
 
 @dataclass(frozen=True)
@@ -228,12 +231,14 @@ class Prior(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
-        prefix: Tensor | None = None,
+        given: Tensor | None = None,
+        redraw: Tensor | None = None,
     ) -> Tensor:
         """Draw the codes of `candidates` pictures for every caption.
 
         A caption is run once, whatever the number of its candidates; then every step feeds one code per picture
-        through the decode cache.
+        through the decode cache. Of a given picture the codes before the first one to redraw are run with the caption,
+        and later ones are fed in their turn in place of a draw, so all that follows is conditioned on them.
 
         Args:
             text: captions, int64 [P, text_len], from `pack_text`.
@@ -241,10 +246,15 @@ class Prior(nn.Module):
             seeds: int64 [P * C], one per picture, in the order p * C + c; None draws them. A picture depends on its
                 seed and caption, not on the others in the batch.
             temperature, top_k, top_p: see `dalle_kernels.sample_tokens`.
-            prefix: the first n codes of the pictures of each caption, int64 [P, n], to be completed.
+            given: the codes of a picture for each caption, int64 [P, rows, columns] or [P, rows * columns].
+            redraw: which codes of the given pictures to draw anew, bool [rows, columns], the last one among them: what
+                comes after all that is drawn conditions nothing.
 
         Returns:
             Codes, int64 [P * C, rows, columns].
+
+        Raises:
+            UserError: counts, shapes or dtypes are wrong, or `redraw` does not reach the end of the picture.
         """
         config = self.config
         if candidates < 1:
@@ -254,24 +264,61 @@ class Prior(nn.Module):
             seeds = torch.randint(2**62, (count,), device=text.device)
         if seeds.shape != (count,):
             raise UserError(f"there must be {count} seeds, one per picture, not {list(seeds.shape)}")
-        prefix = text.new_empty(len(text), 0) if prefix is None else prefix
-        start = prefix.shape[1]
-        if start >= config.image_len:
-            raise UserError(f"a picture has {config.image_len} codes, so a prefix of {start} leaves nothing to draw")
+        given, drawn = self._check_given(given, redraw, text)
+        start = drawn.index(True)
 
-        codes = text.new_empty(count, config.image_len)
-        codes[:, :start] = prefix.repeat_interleave(candidates, 0)
+        codes = given.repeat_interleave(candidates, 0)
         with torch.inference_mode():
             cache = self._cache(len(text), candidates, start)
-            hidden = self._run(text, prefix, cache)[:, -1].repeat_interleave(candidates, 0)
+            hidden = self._run(text, given[:, :start], cache)[:, -1].repeat_interleave(candidates, 0)
             for i in range(start, config.image_len):
-                logits = self._logits(self.image_head, hidden)
-                codes[:, i] = dk.sample_tokens(
-                    logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=i
-                )
+                if drawn[i]:
+                    logits = self._logits(self.image_head, hidden)
+                    codes[:, i] = dk.sample_tokens(
+                        logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=i
+                    )
                 if i + 1 < config.image_len:
                     hidden = self._step(codes[:, i], i, cache)
         return codes.unflatten(1, config.grid)
+
+    def sequence_bytes(self, candidates: int) -> int:
+        """About how much memory each of `candidates` pictures of a caption takes in `generate`, in bytes.
+
+        Its keys and values in the decode cache and its logits; of the caption, which they share, the keys and values
+        and what running it takes.
+        """
+        config, weight = self.config, self.text_embedding.weight.element_size()
+        key_and_value = 2 * config.width * weight
+        slots = sum(compile_schedule(layer.pattern).slots for layer in self.layers)
+        picture = slots * key_and_value + LOGIT_COPIES * 4 * config.image_vocab
+        caption = config.text_len * (len(self.layers) * key_and_value + RESIDUAL_COPIES * config.width * weight)
+        return picture + caption // candidates
+
+    def _check_given(self, given: Tensor | None, redraw: Tensor | None, text: Tensor) -> tuple[Tensor, list[bool]]:
+        """Codes [P, rows * columns], and for each whether it is drawn."""
+        config, shape = self.config, (len(text), *self.config.grid)
+        if (given is None) != (redraw is None):
+            raise UserError("given codes and what of them to redraw go together: give both or neither")
+        if given is None:
+            return text.new_zeros(len(text), config.image_len), [True] * config.image_len
+        if given.dtype != torch.int64 or given.shape not in (shape, (len(text), config.image_len)):
+            raise UserError(f"given codes must be int64 {list(shape)}, not {_kind(given)}")
+        if redraw.dtype != torch.bool or redraw.shape != config.grid:
+            raise UserError(f"what to redraw must be bool {list(config.grid)}, not {_kind(redraw)}")
+        given, drawn = given.flatten(1).to(text.device), redraw.flatten().cpu()
+        if not drawn.any():
+            raise UserError("what to redraw is empty, so there is nothing to draw: mark the codes to draw anew")
+        if not drawn[-1]:
+            raise UserError(
+                "what to redraw must reach the end of the picture, its bottom right corner: "
+                "codes are drawn in reading order and cannot heed what comes after them"
+            )
+        kept = given[:, ~drawn]
+        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < config.image_vocab:
+            raise UserError(
+                f"given codes must be in [0, {config.image_vocab}), not {int(kept.min())} to {int(kept.max())}"
+            )
+        return given, drawn.tolist()
 
     def _cache(self, prompts: int, candidates: int, start: int) -> dk.DecodeCache:
         weights = self.text_embedding.weight
@@ -319,3 +366,7 @@ class Prior(nn.Module):
         # Logits in 16 bits shift the loss (App. D), so the heads stay in float32 under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return head(self.norm(hidden).to(head.weight.dtype)).float()
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"

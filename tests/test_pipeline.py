@@ -1,12 +1,19 @@
-"""The pipeline: a model directory out and in again, and drawing that depends on prompt and seed alone."""
+"""The pipeline: a model directory out and in again, drawing that depends on prompt and seed alone, and ranking."""
 
 import json
+import shutil
+from dataclasses import replace
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
-from dalle import DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, UserError
+from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, UserError
+from dalle import model_directory as places
+from dalle import pipeline as pipelines
 from dalle.tokenizer import Tokenizer
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle above a red square"]
@@ -24,31 +31,138 @@ def pipeline():
     return Pipeline(dvae, prior, tokenizer)
 
 
+@pytest.fixture(scope="module")
+def ranking(pipeline):
+    """The pipeline with a CLIP."""
+    torch.manual_seed(1)
+    size = CLIPConfig(16, 10, pipeline.tokenizer.vocab_size, (8, 16), text_width=16, text_layers=1, text_heads=2)
+    clip = CLIP(size)
+    for parameter in clip.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return Pipeline(pipeline.dvae, pipeline.prior, pipeline.tokenizer, clip)
+
+
 @pytest.fixture
-def directory(pipeline, tmp_path):
-    pipeline.save_pretrained(tmp_path / "model")
+def directory(ranking, tmp_path):
+    ranking.save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture
+def picture():
+    return Image.effect_mandelbrot((30, 20), (-2, -1, 1, 1), 50).convert("RGB")
 
 
 def codes(drawings):
     return torch.stack([drawing.codes for row in drawings for drawing in row])
 
 
-def test_a_saved_model_draws_the_same(pipeline, directory):
-    assert sorted(p.name for p in directory.iterdir()) == [
-        "dvae.json", "dvae.safetensors", "prior.json", "prior.safetensors", "tokenizer.json"
-    ]  # fmt: skip
+# Out and in again
+
+PARTS = ["dvae.json", "dvae.safetensors", "prior.json", "prior.safetensors", "tokenizer.json"]
+CLIP_PARTS = ["clip.json", "clip.safetensors"]
+
+
+def test_a_saved_model_draws_the_same(ranking, directory):
+    assert sorted(p.name for p in directory.iterdir()) == ["README.md", *CLIP_PARTS, *PARTS]
     loaded = Pipeline.from_pretrained(directory)
-    assert loaded.dvae.config == pipeline.dvae.config and loaded.prior.config == pipeline.prior.config
-    first, second = (p.generate(CAPTIONS, candidates=2, seed=5) for p in (pipeline, loaded))
+    assert loaded.dvae.config == ranking.dvae.config and loaded.prior.config == ranking.prior.config
+    first, second = (p.generate(CAPTIONS, candidates=2, seed=5) for p in (ranking, loaded))
     assert torch.equal(codes(first), codes(second))
     assert first[1][1].image.tobytes() == second[1][1].image.tobytes()
+    assert [d.score for row in first for d in row] == [d.score for row in second for d in row]
+
+
+def test_a_model_without_a_clip_leaves_none_behind(pipeline, directory):
+    (directory / "README.md").write_text("mine")
+    pipeline.save_pretrained(directory)
+    assert sorted(p.name for p in directory.iterdir()) == ["README.md", *PARTS]
+    assert (directory / "README.md").read_text() == "mine"
+    assert Pipeline.from_pretrained(directory).clip is None
+
+
+def test_saving_that_fails_leaves_the_earlier_model(pipeline, directory, monkeypatch):
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
+
+    def fail(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr("dalle.files.save_file", fail)
+    with pytest.raises(UserError, match=r"no space left.*what was there before is intact"):
+        pipeline.save_pretrained(directory)
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
+    with pytest.raises(UserError, match="not a directory that can be written to"):
+        pipeline.save_pretrained(directory / "dvae.json")
+
+
+def test_the_shipped_model(directory, monkeypatch):
+    """Its weights are stored in half precision and computed with in single."""
+    for path in directory.glob("*.safetensors"):
+        save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
+    monkeypatch.setattr(places, "SHIPPED", directory)
+    loaded = Pipeline.from_pretrained()
+    stored = load_file(directory / "prior.safetensors")
+    assert all(torch.equal(p, stored[name].float()) for name, p in loaded.prior.named_parameters())
+    assert loaded.generate("a red circle", candidates=2, top=1)[0][0].score is not None
+
+
+def test_an_installation_without_a_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(places, "SHIPPED", tmp_path / "shipped")
+    with pytest.raises(UserError, match=r"no model came with this installation .*shipped is missing"):
+        Pipeline.from_pretrained()
+
+
+def test_a_model_from_the_hub(directory, monkeypatch):
+    asked = {}
+
+    def download(model, allow_patterns, **how):
+        asked.update(how, model=model, allow_patterns=allow_patterns)
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert Pipeline.from_pretrained("someone/emoji", revision="v1").clip is not None
+    assert asked["model"] == "someone/emoji" and asked["revision"] == "v1"
+    assert all(any(huggingface_hub.utils.filter_repo_objects([name], allow_patterns=asked["allow_patterns"]))
+               for name in PARTS + CLIP_PARTS)  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [LocalEntryNotFoundError("cannot be reached\nat all"), OSError("cannot be reached")])
+def test_a_hub_that_cannot_be_reached(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(UserError, match=r"someone/emoji is neither a directory nor .* \(cannot be reached\)"):
+        Pipeline.from_pretrained("someone/emoji")
+
+
+def test_pushing_uploads_what_saving_writes(ranking, tmp_path, monkeypatch):
+    class Hub:
+        def __init__(self, token=None):
+            pass
+
+        def create_repo(self, repo_id, **_):
+            return huggingface_hub.RepoUrl(f"https://huggingface.co/{repo_id}")
+
+        def upload_folder(self, *, folder_path, **_):
+            shutil.copytree(folder_path, tmp_path / "uploaded")
+
+    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
+    ranking.push_to_hub("someone/emoji")
+    uploaded = tmp_path / "uploaded"
+    assert sorted(path.name for path in uploaded.iterdir()) == ["README.md", *CLIP_PARTS, *PARTS]
+    assert "library_name: dalle-kernels" in (uploaded / "README.md").read_text()
+    drawn = Pipeline.from_pretrained(uploaded).generate("a red circle", seed=1)
+    assert torch.equal(codes(drawn), codes(ranking.generate("a red circle", seed=1)))
+
+
+# Drawing
 
 
 def test_what_a_drawing_is(pipeline):
     rows = pipeline.generate(CAPTIONS[:2], candidates=3, seed=7)
     assert [[d.prompt for d in row] for row in rows] == [[CAPTIONS[0]] * 3, [CAPTIONS[1]] * 3]
-    assert [d.seed for d in rows[1]] == [7, 8, 9]
+    assert [d.seed for d in rows[1]] == [7, 8, 9] and rows[1][0].score is None
     drawing = rows[0][2]
     assert drawing.image.size == (16, 16) and drawing.image.mode == "RGB" and drawing.codes.shape == (4, 4)
     expected = (pipeline.dvae.decode(drawing.codes[None])[0] * 255).round().to(torch.uint8)
@@ -61,23 +175,107 @@ def test_a_seed_draws_its_picture_again(pipeline):
     assert torch.equal(again.codes, row[3].codes)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7, None])
 def test_the_batch_size_changes_nothing(pipeline, batch_size):
-    expected = pipeline.generate(CAPTIONS, candidates=3, seed=1, top_k=8)
+    expected = pipeline.generate(CAPTIONS, candidates=3, seed=1, top_k=8, batch_size=9)
     found = pipeline.generate(CAPTIONS, candidates=3, seed=1, top_k=8, batch_size=batch_size)
     assert torch.equal(codes(found), codes(expected))
     assert [[d.seed for d in row] for row in found] == [[1, 2, 3]] * 3
+
+
+@pytest.mark.parametrize(("room", "passes"), [(10**6, [512, 88]), (600, [300, 300]), (0, [1] * 600)])
+def test_passes_fit_into_half_of_the_free_memory(pipeline, monkeypatch, room, passes):
+    free = room * pipeline.prior.sequence_bytes(600)
+    monkeypatch.setattr(pipelines, "free_memory", lambda device: free)
+    drawn = []
+
+    def generate(rows, *, candidates, **_):
+        drawn.append(candidates)
+        return torch.zeros(candidates, 4, 4, dtype=torch.int64)
+
+    monkeypatch.setattr(pipeline.prior, "generate", generate)
+    assert len(pipeline.generate("red", candidates=600)[0]) == 600
+    assert drawn == passes
+
+
+def test_free_memory():
+    assert 2**20 < pipelines.free_memory(torch.device("cpu")) < 2**60
 
 
 def test_without_a_seed_pictures_differ(pipeline):
     assert not torch.equal(codes(pipeline.generate(CAPTIONS)), codes(pipeline.generate(CAPTIONS)))
 
 
-def test_completion_keeps_the_upper_rows(pipeline):
-    picture = Image.effect_mandelbrot((30, 20), (-2, -1, 1, 1), 50).convert("RGB")
+# Ranking
+
+
+def test_the_best_come_first(ranking, pipeline):
+    rows, plain = (p.generate(CAPTIONS, candidates=6, seed=4) for p in (ranking, pipeline))
+    for row, in_order in zip(rows, plain, strict=True):
+        assert sorted(d.seed for d in row) == [d.seed for d in in_order] == list(range(4, 10))
+        for drawing in row:  # one by one, from the picture that was handed out
+            text = ranking.clip.encode_text(ranking.clip.pack_text([ranking.tokenizer.encode(drawing.prompt)]))
+            seen = ranking.clip.encode_images(pipeline._square(drawing.image))
+            cosine = torch.nn.functional.cosine_similarity(seen.double(), text.double()).item()
+            assert drawing.score == pytest.approx(cosine, abs=1e-5)
+            assert torch.equal(drawing.codes, in_order[drawing.seed - 4].codes)
+        scores = [d.score for d in row]
+        assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
+
+
+def test_top_keeps_the_best(ranking, monkeypatch):
+    everything = ranking.generate(CAPTIONS, candidates=6, seed=4)
+    monkeypatch.setattr(pipelines, "PIXELS_AT_ONCE", 4 * 16**2)  # decoded and scored in passes of four and two
+    best = ranking.generate(CAPTIONS, candidates=6, top=2, seed=4)
+    assert [[d.seed for d in row] for row in best] == [[d.seed for d in row[:2]] for row in everything]
+    assert all(len(row) == 2 for row in best)
+
+
+def test_scores_of_pictures_of_any_size(ranking, picture):
+    small = ranking._square(picture)
+    found = ranking.score([picture, picture.rotate(180)], CAPTIONS[0])
+    assert found.shape == (2,) and found.dtype == torch.float32 and found.abs().max() <= 1
+    assert found[0].item() == pytest.approx(ranking.score(small / 255, CAPTIONS[0]).item(), abs=1e-5)
+    assert found[0] != found[1]
+
+
+def test_ranking_needs_a_clip(pipeline, picture):
+    with pytest.raises(UserError, match=r"no CLIP.*dalle train clip"):
+        pipeline.generate("red", candidates=3, top=2)
+    with pytest.raises(UserError, match=r"no CLIP.*dalle train clip"):
+        pipeline.score([picture], "red")
+    assert len(pipeline.generate("red", candidates=3, top=3)[0]) == 3
+
+
+# Completing
+
+
+def test_completion_keeps_the_upper_rows(pipeline, picture):
     kept = pipeline.dvae.codes(pipeline._square(picture))[0, :3]
-    drawings = pipeline.generate(CAPTIONS, candidates=2, complete=picture, keep_rows=3, seed=3)
-    assert all(torch.equal(c[:3], kept) for c in codes(drawings))
+    drawings = pipeline.complete(picture, prompt=CAPTIONS[0], rows=3, candidates=2, seed=3)
+    assert [d.seed for d in drawings] == [3, 4]
+    assert all(torch.equal(d.codes[:3], kept) for d in drawings)
+
+
+def test_completion_draws_what_the_mask_marks(ranking, picture):
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[1:, 2:] = True
+    given = ranking.codes(picture)
+    drawings = ranking.complete(picture, prompt=CAPTIONS[0], mask=mask, candidates=8, top=5, seed=3, batch_size=3)
+    assert len(drawings) == 5 and drawings[0].score == max(d.score for d in drawings)
+    assert all(torch.equal(d.codes[~mask], given[~mask]) for d in drawings)
+    assert len({tuple(d.codes[mask].tolist()) for d in drawings}) > 1
+    by_codes = ranking.complete(given, prompt=CAPTIONS[0], mask=mask, candidates=8, top=5, seed=3)
+    assert torch.equal(codes([drawings]), codes([by_codes]))
+
+
+def test_completing_from_rows_is_completing_with_their_mask(pipeline, picture):
+    mask = torch.arange(4)[:, None].expand(4, 4) >= 2
+    drawn = [pipeline.complete(picture, prompt="red", seed=3, **part) for part in (dict(rows=2), dict(mask=mask))]
+    assert torch.equal(codes(drawn[:1]), codes(drawn[1:]))
+
+
+# Reconstructing
 
 
 def test_reconstruction(pipeline):
@@ -111,9 +309,12 @@ def test_grey_pictures_of_16_bits_are_scaled_not_clipped(pipeline):
         (dict(prompts="red", temperature=0.0), "temperature must be a positive"),
         (dict(prompts="red", top_p=1.5), "top_p must lie in"),
         (dict(prompts="red", top_k=0), "top_k must be an int of at least 1"),
-        (dict(prompts="red", keep_rows=2), "no picture to complete"),
-        (dict(prompts="red", complete=Image.new("RGB", (4, 4)), keep_rows=4), r"keep_rows must be in \[0, 4\)"),
+        (dict(prompts="red", batch_size=0), "batch_size must be at least 1, not 0"),
+        (dict(prompts="red", seed=-1), r"seed must be in \[0, 2\^62\), not -1"),
+        (dict(prompts="red", candidates=2, top=3), r"top must be in \[1, 2\], the candidates, not 3"),
+        (dict(prompts="red", candidates=2, top=0), r"top must be in \[1, 2\], the candidates, not 0"),
         (dict(prompts=[b"red"]), "must be a string"),
+        (dict(prompts=[]), "no caption to draw"),
     ],
 )
 def test_bad_requests(pipeline, arguments, reason):
@@ -121,8 +322,31 @@ def test_bad_requests(pipeline, arguments, reason):
         pipeline.generate(**arguments)
 
 
-def test_a_long_prompt_can_be_cut(pipeline):
-    assert len(pipeline.generate("red " * 40, truncate=True)[0]) == 1
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (dict(rows=0), r"rows, the rows of codes to keep, must be in \[1, 4\), not 0"),
+        (dict(rows=4), r"must be in \[1, 4\), not 4"),
+        (dict(), "either its first rows or a mask"),
+        (dict(rows=2, mask=torch.ones(4, 4, dtype=torch.bool)), "either its first rows or a mask"),
+        (dict(mask=torch.ones(4, 5, dtype=torch.bool)), r"bool \[4, 4\], not bool \[4, 5\]"),
+        (dict(mask=torch.eye(4)), r"bool \[4, 4\], not float32"),
+        (dict(mask=torch.zeros(4, 4, dtype=torch.bool)), "nothing to draw"),
+        (dict(mask=torch.eye(4).bool().logical_not()), "must reach the end"),
+        (dict(rows=2, picture=torch.zeros(3, 8, 8)), r"must be \[3, 16, 16\], not \[3, 8, 8\]"),
+        (dict(rows=2, picture=torch.zeros(3, 3, dtype=torch.int64)), r"int64 \[1, 4, 4\], not int64 \[1, 3, 3\]"),
+        (dict(rows=2, picture=torch.full((4, 4), 32)), r"must be in \[0, 32\)"),
+        (dict(rows=2, candidates=1, top=2), "top must be in"),
+        (dict(rows=2, prompt=""), "is empty"),
+    ],
+)
+def test_bad_completions(pipeline, picture, arguments, reason):
+    with pytest.raises(UserError, match=reason):
+        pipeline.complete(**dict(picture=picture, prompt="red") | arguments)
+
+
+def test_a_long_prompt_can_be_cut(ranking):
+    assert len(ranking.generate("red " * 40, truncate=True)[0]) == 1
 
 
 def test_not_a_model(tmp_path):
@@ -135,7 +359,7 @@ def test_not_a_model(tmp_path):
         Pipeline.from_pretrained(tmp_path / "file")
 
 
-@pytest.mark.parametrize("name", ["prior.json", "prior.safetensors", "tokenizer.json", "dvae.safetensors"])
+@pytest.mark.parametrize("name", ["prior.json", "prior.safetensors", "tokenizer.json", "clip.safetensors"])
 @pytest.mark.parametrize("damage", ["missing", "empty", "truncated", "garbage"])
 def test_damaged_files(directory, name, damage):
     path = directory / name
@@ -164,9 +388,13 @@ def test_edited_configurations(directory, change, reason):
         Pipeline.from_pretrained(directory)
 
 
-def test_parts_that_do_not_fit(pipeline):
+def test_parts_that_do_not_fit(pipeline, ranking):
     other = DiscreteVAE(DiscreteVAEConfig(16, 31, (8, 8, 16), blocks=1))
     with pytest.raises(UserError, match="not parts of one model"):
         Pipeline(other, pipeline.prior, pipeline.tokenizer)
     with pytest.raises(UserError, match="not parts of one model"):
         Pipeline(pipeline.dvae, pipeline.prior, Tokenizer.train(CAPTIONS, 256))
+    for change in (dict(text_vocab=7), dict(image_size=32)):
+        clip = CLIP(replace(ranking.clip.config, **change))
+        with pytest.raises(UserError, match="not parts of one model"):
+            Pipeline(pipeline.dvae, pipeline.prior, pipeline.tokenizer, clip)

@@ -158,15 +158,21 @@ def test_pads_differ_by_position_and_are_attended_to(seed):
     assert not text.any() and image.all()
 
 
-def draw_slowly(model, text, candidates, seeds, prefix=None, **how):
+def draw_slowly(model, text, candidates, seeds, given=None, redraw=None, **how):
     """Generation without a cache: the whole sequence runs again for every code."""
-    text = text.repeat_interleave(candidates, 0)
-    codes = text.new_empty(len(text), 0) if prefix is None else prefix.repeat_interleave(candidates, 0)
+    text, grid = text.repeat_interleave(candidates, 0), model.config.grid
+    given = None if given is None else given.repeat_interleave(candidates, 0)
+    codes = text.new_empty(len(text), 0)
     with torch.no_grad():
-        for i in range(codes.shape[1], model.config.image_len):
-            logits = model(text, codes)[1][:, i]
-            codes = torch.cat([codes, dk.sample_tokens(logits, seed=seeds, offset=i, **how)[:, None]], 1)
-    return codes.unflatten(1, model.config.grid)
+        for i in range(model.config.image_len):
+            row, column = divmod(i, grid[1])
+            if redraw is None or redraw[row, column]:
+                logits = model(text, codes)[1][:, i]
+                code = dk.sample_tokens(logits, seed=seeds, offset=i, **how)
+            else:
+                code = given[:, row, column]
+            codes = torch.cat([codes, code[:, None]], 1)
+    return codes.unflatten(1, grid)
 
 
 @settings(max_examples=8, deadline=None)
@@ -184,18 +190,46 @@ def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates
     model = make(config)
     captions, codes = batch(config, prompts)
     text, seeds = model.pack_text(captions), torch.randint(2**62, (prompts * candidates,))
-    start = number % config.image_len
-    for prefix in (None, codes[:, :start]):
+    given = codes.unflatten(1, grid)
+    corner, scattered = torch.zeros(grid, dtype=torch.bool), torch.rand(grid) < 0.5
+    corner[number % grid[0] :, number % grid[1] :] = True
+    scattered[-1, -1] = True
+    for part in ({}, dict(given=given, redraw=corner), dict(given=given, redraw=scattered)):
         for how in (dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(top_k=1), dict(top_p=0.8)):
-            found = model.generate(text, candidates=candidates, seeds=seeds, prefix=prefix, **how)
-            assert torch.equal(found, draw_slowly(model, text, candidates, seeds, prefix, **how)), (start, how)
+            found = model.generate(text, candidates=candidates, seeds=seeds, **part, **how)
+            assert torch.equal(found, draw_slowly(model, text, candidates, seeds, **part, **how)), (part, how)
 
 
-def test_a_prefix_is_kept(seed):
+def test_what_is_not_redrawn_stays_and_changes_what_follows(seed):
     model = make()
     captions, codes = batch(SMALL, 3)
-    drawn = model.generate(model.pack_text(captions), candidates=2, prefix=codes[:, :5]).flatten(1)
-    assert torch.equal(drawn[:, :5], codes[:, :5].repeat_interleave(2, 0))
+    redraw = torch.zeros(3, 4, dtype=torch.bool)
+    redraw[1:, 2:] = True
+    text, seeds = model.pack_text(captions), torch.randint(2**62, (96,))
+    drawn = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
+    assert torch.equal(drawn[:, ~redraw], codes.unflatten(1, (3, 4))[:, ~redraw].repeat_interleave(32, 0))
+    codes[:, 8:10] = (codes[:, 8:10] + 1) % SMALL.image_vocab  # below the first two redrawn codes, left of the last two
+    again = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
+    assert torch.equal(again[:, 1, 2:], drawn[:, 1, 2:]) and not torch.equal(again[:, 2, 2:], drawn[:, 2, 2:])
+
+
+def test_codes_under_what_is_redrawn_do_not_matter(seed):
+    model = make()
+    redraw = torch.ones(3, 4, dtype=torch.bool)
+    seeds = torch.randint(2**62, (1,))
+    given = torch.full((1, 12), -1)
+    text = model.pack_text([[1, 2]])
+    assert torch.equal(model.generate(text, seeds=seeds, given=given, redraw=redraw), model.generate(text, seeds=seeds))
+
+
+def test_memory_of_the_published_model():
+    """147 GB of image keys and values for 512 candidates in bfloat16, and a few of text and logits."""
+    with torch.device("meta"):
+        model = Prior(PriorConfig.preset("dalle-12b")).bfloat16()
+    text = 2 * 64 * 256 * 3968 * 2 / 512
+    found = model.sequence_bytes(512)
+    assert 147e9 / 512 + text < found < 1.01 * (147e9 / 512 + text)
+    assert model.sequence_bytes(1) - found > 2 * 64 * 256 * 3968 * 2 * 511 / 512
 
 
 def test_draws_do_not_depend_on_the_batch(seed):
@@ -279,11 +313,34 @@ def test_bad_input():
         model.generate(text, candidates=0)
     with pytest.raises(UserError, match="2 seeds"):
         model.generate(text, candidates=2, seeds=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(UserError, match="leaves nothing to draw"):
-        model.generate(text, prefix=torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(UserError, match="a picture has 12 codes, not 3"):
         model.loss(text, torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(UserError, match="as pack_text lays it out"):
         model.loss(text[:, :3], torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(UserError, match="no preset 'huge'"):
         PriorConfig.preset("huge")
+
+
+CODES, REDRAW = torch.zeros(1, 12, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    ("given", "redraw", "reason"),
+    [
+        (CODES, None, "give both or neither"),
+        (None, REDRAW, "give both or neither"),
+        (CODES[:, :8], REDRAW, r"must be int64 \[1, 3, 4\], not int64 \[1, 8\]"),
+        (CODES.repeat(2, 1), REDRAW, r"must be int64 \[1, 3, 4\], not int64 \[2, 12\]"),
+        (CODES.float(), REDRAW, r"must be int64 \[1, 3, 4\], not float32 \[1, 12\]"),
+        (CODES, REDRAW.flatten(), r"must be bool \[3, 4\], not bool \[12\]"),
+        (CODES, REDRAW.long(), r"must be bool \[3, 4\], not int64 \[3, 4\]"),
+        (CODES, ~REDRAW, "nothing to draw"),
+        (CODES, REDRAW.clone().index_put_((torch.tensor(2), torch.tensor(3)), torch.tensor(False)), "reach the end"),
+        (CODES + 9, torch.arange(12).view(3, 4) > 3, r"must be in \[0, 9\), not 9 to 9"),
+        (CODES - 1, torch.arange(12).view(3, 4) > 3, r"must be in \[0, 9\), not -1 to -1"),
+    ],
+)
+def test_what_cannot_be_completed(given, redraw, reason):
+    model = Prior(SMALL)
+    with pytest.raises(UserError, match=reason):
+        model.generate(model.pack_text([[1]]), given=given, redraw=redraw)
