@@ -87,16 +87,14 @@ class CLIPTask:
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         """Every picture of the batch is shown as it is or as the dVAE gives it back, a little aside."""
         config, rng = self.config, np.random.default_rng((self.config.seed, step))
-        indices = batch_indices(len(self.training), config.batch_size, config.seed, step)
+        wanted = batch_indices(len(self.training), config.batch_size, config.seed, step)
         pictures, copies = self.pictures.batch(step).chunk(2, dim=1)
-        as_copy = torch.from_numpy(rng.random(len(indices)) < 0.5)
+        as_copy = torch.from_numpy(rng.random(len(wanted)) < 0.5)
         shown = shift(torch.where(as_copy[:, None, None, None], copies, pictures), rng)
-
-        skipped = {key for key, _ in self.training.skipped}  # another picture stands in for each of these
-        kept = [row for row, i in enumerate(indices.tolist()) if self.training.key(i) not in skipped]
-        captions = [choose_caption(self.training.captions_of(i), config.seed, step, i) for i in indices[kept].tolist()]
-        text = self.pack(captions)
-        return self.model.loss(shown[kept].to(self.device), text, indices[kept].to(self.device))
+        indices = self.training.present(wanted.tolist())
+        captions = [choose_caption(self.training.captions_of(i), config.seed, step, i) for i in indices]
+        keys = torch.tensor(indices, device=self.device)
+        return self.model.loss(shown.to(self.device), self.pack(captions), keys)
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Retrieval among held-out pictures that went through the dVAE.
@@ -144,6 +142,12 @@ class WithCopies(Subset):
         sample = super().load(index)
         copy = images.to_uint8(self.dvae.reconstruct(sample.image[None].to(self.device))[0])
         return sample._replace(image=torch.cat([sample.image, copy.cpu()]))
+
+    def present(self, indices: list[int]) -> list[int]:
+        """Where the pictures come from that `self[i]` gave for each index: the next readable one, if need be."""
+        skipped = {key for key, _ in self.skipped}
+        count = len(self)
+        return [next(j % count for j in range(i, i + count) if self.key(j % count) not in skipped) for i in indices]
 
 
 def shift(pictures: Tensor, rng: np.random.Generator) -> Tensor:
