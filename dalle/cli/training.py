@@ -1,4 +1,4 @@
-"""What the two training commands share: progress, the summary, and what to say after Ctrl-C."""
+"""What the training commands share: progress, the summary, and what to say after Ctrl-C."""
 
 import shlex
 import sys

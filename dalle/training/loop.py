@@ -1,4 +1,4 @@
-"""The training loop that the dVAE and the prior share."""
+"""The training loop that the dVAE, the prior and CLIP share."""
 
 import math
 import signal
@@ -94,7 +94,7 @@ class Result:
 
 
 class Task(Protocol):
-    """What differs between the dVAE and the prior."""
+    """What differs between the dVAE, the prior and CLIP."""
 
     name: ClassVar[str]
     model: nn.Module
