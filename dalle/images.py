@@ -30,10 +30,12 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 def square(image: Image.Image, size: int) -> Image.Image:
     """The image upright by its EXIF data, on white, scaled by an area filter and cropped to the centre square."""
-    return ImageOps.fit(_on_white(ImageOps.exif_transpose(image)), (size, size), Image.Resampling.BOX)
+    return ImageOps.fit(upright(image), (size, size), Image.Resampling.BOX)
 
 
-def _on_white(image: Image.Image) -> Image.Image:
+def upright(image: Image.Image) -> Image.Image:
+    """The image upright by its EXIF data, in RGB on white."""
+    image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16-bit grey, which convert("RGB") would clip instead of scale
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if not image.has_transparency_data:

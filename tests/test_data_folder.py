@@ -39,15 +39,16 @@ def png_header(width, height):
 def test_reads_every_format_recursively_in_the_order_of_names(tmp_path):
     names = ["a.jpg", "B.JPEG", "c.png", "deep/er/d.webp", "e.gif", "f.bmp"]
     for name in names:
-        add(tmp_path, name, caption=f"  picture\n of\t{name} \n")
+        add(tmp_path, name, caption=f"  picture\t of  {name} \r\n\n second {name}\n")
     source = open_source(str(tmp_path), 16)
     assert [sample.key for sample in source] == sorted(names)
     assert source.skipped == []
     for index, sample in enumerate(source):
         assert sample.image.dtype == torch.uint8 and sample.image.shape == (3, 16, 16)
         assert sample.caption == source.caption(index) == f"picture of {sample.key}"
+        assert sample.captions == source.captions_of(index) == (sample.caption, f"second {sample.key}")
         assert (sample.image.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 40.0])).abs().max() < 6
-    assert list(source.captions()) == [sample.caption for sample in source]
+    assert list(source.captions()) == [caption for sample in source for caption in sample.captions]
 
 
 def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
@@ -77,8 +78,10 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
     assert len(reasons) == len(source.skipped)
     for name, reason in {
         "lonely.png": "no caption",
-        "blank.png": "empty",
-        "long.png": "longer than",
+        "blank.png": "no caption",
+        "blank.txt": "empty",
+        "long.png": "no caption",
+        "long.txt": "longer than",
         "orphan.txt": "without a picture",
         "text.jpg": "not a picture",
         "zero.jpg": "empty file",
@@ -86,7 +89,8 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
         "huge.png": f"{MAX_PIXELS} pixels",
         "flat.png": "",
         "tiff.png": "not a picture",
-        "latin.png": "caption cannot be read",
+        "latin.png": "no caption",
+        "latin.txt": "not UTF-8",
         "pipe.jpg": "not a regular file",
         "dangling.jpg": "",
     }.items():

@@ -1,49 +1,54 @@
-"""A folder of pictures, searched recursively, each with its caption in a text file of the same stem."""
+"""A folder of captioned pictures, searched recursively."""
 
 import os
 import stat
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
 
+from dalle.data import crops
+from dalle.data.captions import TABLES, FolderCaptions
 from dalle.data.source import Sample, Source, UnreadablePicture
 from dalle.errors import UserError
-from dalle.images import square, to_tensor
+from dalle.images import square, to_tensor, upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # everything else Pillow can parse is attack surface
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
-MAX_CAPTION_BYTES = 65_536
 
 
 class FolderSource(Source):
     """The captioned pictures under ``root``, in the order of their names.
 
-    Opening reads every caption and every picture's header; pixels are decoded on use, so a truncated picture is found
-    then. A picture is turned upright by its EXIF orientation, composited on white, scaled by an area filter until its
-    short side is ``image_size``, and cropped to the centre square. The whitespace in a caption is collapsed to single
-    spaces.
+    Captions are in .txt files of the pictures' stems and in tables (`captions.FolderCaptions`). Opening reads all of
+    them and every picture's header; pixels are decoded on use, so a truncated picture is found then. A picture is
+    turned upright by its EXIF orientation, composited on white, scaled by an area filter until its short side is
+    ``image_size``, and cropped to the centre square.
     """
 
     def __init__(self, root: str | Path, image_size: int):
         self.root = Path(root)
         self.image_size = image_size
-        self.skipped = []
+        files, self.skipped = _find_files(self.root)
+        pictures = [name for name in files if name.lower().endswith(SUFFIXES)]
+        captions = FolderCaptions(self.root, files, pictures)
         self._items: list[tuple[str, tuple[str, ...]]] = []  # (key, captions)
-        pictures, texts = _find_files(self.root)
         for key in pictures:
             try:
                 _check_picture(self.root / key)
-                self._items.append((key, (_read_caption(self.root / key, texts),)))
+                if not captions.of(key):
+                    raise UnreadablePicture("no caption")
+                self._items.append((key, captions.of(key)))
             except UnreadablePicture as error:
                 self.skipped.append((key, str(error)))
-        stems = {os.path.splitext(key)[0] for key in pictures}
-        lonely = [text for text in texts if os.path.splitext(text)[0] not in stems]
-        self.skipped += [(text, "caption without a picture") for text in lonely]
+        self.skipped += captions.skipped
         if not self._items:
             raise UserError(f"{self.root} holds no captioned picture ({_what_was_found(self.skipped)}): "
-                            f"it needs pictures ({', '.join(SUFFIXES)}) with captions in .txt files of the same name")
+                            f"it needs pictures ({', '.join(SUFFIXES)}) with captions, in "
+                            f".txt files of the same name or in {TABLES[0]}")
 
     def __len__(self) -> int:
         return len(self._items)
@@ -58,12 +63,21 @@ class FolderSource(Source):
         key, captions = self._items[index]
         return Sample(to_tensor(read_picture(self.root / key, self.image_size)), captions, key)
 
+    def load_whole(self, index: int) -> Sample:
+        key, captions = self._items[index]
+        picture = _read(self.root / key, lambda picture: crops.reduced(upright(picture), self.image_size))
+        return Sample(to_tensor(picture), captions, key)
+
 
 def read_picture(path: Path, image_size: int) -> Image.Image:
     """A picture file as an upright RGB square of ``image_size`` pixels; raises UnreadablePicture."""
+    return _read(path, partial(square, size=image_size))
+
+
+def _read(path: Path, prepare: Callable[[Image.Image], Image.Image]) -> Image.Image:
     try:
         with _open(path) as picture:
-            return square(picture, image_size)
+            return prepare(picture)
     except UnreadablePicture:
         raise
     except FileNotFoundError:
@@ -72,16 +86,17 @@ def read_picture(path: Path, image_size: int) -> Image.Image:
         raise UnreadablePicture(f"damaged or truncated ({error})") from error
 
 
-def _find_files(root: Path) -> tuple[list[str], dict[str, None]]:
-    """Sorted relative paths of the pictures and of the captions under ``root``; links to folders are not followed."""
+def _find_files(root: Path) -> tuple[list[str], list[tuple[str, str]]]:
+    """Sorted relative paths of the files under ``root``, and what is skipped; links to folders are not followed."""
     if not root.is_dir():
         problem = "is not a folder" if root.exists() else "does not exist"
         raise UserError(f'{root} {problem}: give a folder of captioned pictures, or "emoji", or "shapes"')
     names = sorted(
         (Path(folder) / name).relative_to(root).as_posix() for folder, _, files in os.walk(root) for name in files
     )
-    pictures = [name for name in names if name.lower().endswith(SUFFIXES)]
-    return pictures, dict.fromkeys(name for name in names if name.lower().endswith(".txt"))
+    readable = [os.fsencode(name).decode("utf-8", "backslashreplace") for name in names]
+    skipped = [(shown, "its name is not UTF-8") for name, shown in zip(names, readable, strict=True) if name != shown]
+    return [name for name, shown in zip(names, readable, strict=True) if name == shown], skipped
 
 
 def _check_picture(path: Path) -> None:
@@ -113,23 +128,6 @@ def _open(path: Path) -> Image.Image:
         picture.close()
         raise UnreadablePicture(f"{width}x{height} is not between 1 and {MAX_PIXELS} pixels")
     return picture
-
-
-def _read_caption(picture: Path, texts: dict[str, None]) -> str:
-    path = picture.with_suffix(".txt")
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise UnreadablePicture("its caption is not a regular file")
-        if path.stat().st_size > MAX_CAPTION_BYTES:
-            raise UnreadablePicture(f"its caption is longer than {MAX_CAPTION_BYTES} bytes")
-        caption = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except FileNotFoundError:
-        raise UnreadablePicture("no caption") from None
-    except (UnicodeDecodeError, OSError) as error:
-        raise UnreadablePicture(f"its caption cannot be read ({error})") from error
-    if not caption:
-        raise UnreadablePicture("its caption is empty")
-    return caption
 
 
 def _what_was_found(skipped: list[tuple[str, str]]) -> str:

@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -34,7 +34,8 @@ class UnreadablePicture(Exception):
 class Source(Sequence[Sample]):
     """A fixed list of captioned pictures.
 
-    A subclass gives ``__len__``, ``key``, ``captions_of`` and ``load``; only ``load`` touches pixels.
+    A subclass gives ``__len__``, ``key``, ``captions_of`` and ``load``, and ``load_whole`` if its pictures are not
+    square by nature; only the last two touch pixels.
     ``skipped`` lists what was left out as (name, reason). It grows when a picture turns out to be unreadable during
     training; in a DataLoader worker it is the worker's own copy that grows.
     """
@@ -51,6 +52,10 @@ class Source(Sequence[Sample]):
     def load(self, index: int) -> Sample:
         """The sample itself; raises UnreadablePicture."""
         raise NotImplementedError
+
+    def load_whole(self, index: int) -> Sample:
+        """The sample with the whole picture, uint8 [3, h, w], of which `crops` cuts squares; may raise likewise."""
+        return self.load(index)
 
     def group(self, index: int) -> str:
         """Samples of one group never end up on different sides of a split."""
@@ -70,12 +75,19 @@ class Source(Sequence[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``, or the next readable one, so that one bad file does not end a training run."""
+        return self._first_readable(index, self.load)
+
+    def whole(self, index: int) -> Sample:
+        """The same with the whole picture (`load_whole`)."""
+        return self._first_readable(index, self.load_whole)
+
+    def _first_readable(self, index: int, load: Callable[[int], Sample]) -> Sample:
         if not -len(self) <= index < len(self):
             raise IndexError(f"index {index} is outside a source of {len(self)} pictures")
         for step in range(len(self)):
             candidate = (index + step) % len(self)
             try:
-                return self.load(candidate)
+                return load(candidate)
             except UnreadablePicture as error:
                 entry = (self.key(candidate), str(error))
                 with _listing:
@@ -107,6 +119,9 @@ class Subset(Source):
 
     def load(self, index: int) -> Sample:
         return self.source.load(self.indices[index])
+
+    def load_whole(self, index: int) -> Sample:
+        return self.source.load_whole(self.indices[index])
 
 
 def _is_held_out(group: str) -> bool:

@@ -1,14 +1,16 @@
 """Which pictures a step sees, as a function of seed and step, so that a resumed run sees what it would have seen."""
 
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dalle.data import Source
+from dalle.data.crops import Crop
 
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept decoded
 
@@ -37,25 +39,45 @@ def choose_caption(captions: Sequence[str], seed: int, step: int, index: int) ->
     return captions[np.random.default_rng((seed, step, index)).integers(len(captions))]
 
 
-class Pictures:
-    """The pictures of a source in batches: all decoded at once if they fit, otherwise one batch ahead in threads."""
+def crop_generator(seed: int, step: int, index: int) -> np.random.Generator:
+    """The randomness of the crop that step `step` sees of picture `index`."""
+    return np.random.default_rng((seed, step, index, 1))  # 1: other numbers than those that choose the caption
 
-    def __init__(self, source: Source, batch_size: int, seed: int):
-        self.source, self.batch_size, self.seed = source, batch_size, seed
+
+class Pictures:
+    """The pictures of a source in batches, made one batch ahead in threads; as many as fit in memory stay decoded.
+
+    crop: how a square is cut from a whole picture, anew in every step; without it the source's own squares come.
+    """
+
+    def __init__(self, source: Source, batch_size: int, seed: int, crop: Crop | None = None):
+        self.source, self.batch_size, self.seed, self.crop = source, batch_size, seed, crop
+        self.size = source[0].image.shape[-1]
+        self._decoded: dict[int, Tensor] = {}
+        self._room, self._counting = IN_MEMORY, threading.Lock()
         self._ahead: tuple[int, Future] | None = None
         self._decoders, self._prefetcher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
-        fits = len(source) * source[0].image.numel() <= IN_MEMORY
-        self._decoded = self._load(range(len(source))) if fits else None
 
     def batch(self, step: int) -> Tensor:
         """uint8 [batch_size, 3, S, S]."""
-        indices = batch_indices(len(self.source), self.batch_size, self.seed, step)
-        if self._decoded is not None:
-            return self._decoded[indices]
-        ready = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._load(indices.tolist())
-        following = batch_indices(len(self.source), self.batch_size, self.seed, step + 1).tolist()
-        self._ahead = step + 1, self._prefetcher.submit(self._load, following)
+        ready = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._load(step)
+        self._ahead = step + 1, self._prefetcher.submit(self._load, step + 1)
         return ready
 
-    def _load(self, indices) -> Tensor:
-        return torch.stack(list(self._decoders.map(lambda i: self.source[i].image, indices)))
+    def _load(self, step: int) -> Tensor:
+        indices = batch_indices(len(self.source), self.batch_size, self.seed, step).tolist()
+        return torch.stack(list(self._decoders.map(partial(self._picture, step), indices)))
+
+    def _picture(self, step: int, index: int) -> Tensor:
+        picture = self._decode(index)
+        return self.crop(picture, self.size, crop_generator(self.seed, step, index)) if self.crop else picture
+
+    def _decode(self, index: int) -> Tensor:
+        if index in self._decoded:
+            return self._decoded[index]
+        picture = self.source.whole(index).image if self.crop else self.source[index].image
+        with self._counting:
+            if index not in self._decoded and picture.numel() <= self._room:
+                self._decoded[index] = picture
+                self._room -= picture.numel()
+        return picture

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dalle import config as configs
 from dalle.config import read_json
-from dalle.data import Source, open_source, split
+from dalle.data import Sample, Source, open_source, split
+from dalle.data.crops import prior_crop
 from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
 from dalle.files import read_tensors, replacing, writable_directory, write_tensors, write_text
@@ -36,6 +38,9 @@ class TokenizeConfig:
     """Captioned pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
+    crops: int = 1
+    """Squares of each training picture of a folder: 1 is the centre, more are random ones as published for the prior.
+    Pictures that leave no room to choose, as drawn ones, have one."""
     text_vocab: int = 2048
     """Number of text tokens, fewer if the captions run out of pairs to merge (published: 16384)."""
     batch_size: int = 64
@@ -44,13 +49,16 @@ class TokenizeConfig:
     """Where to compute: cpu, cuda, cuda:1."""
 
     def __post_init__(self):
-        configs.check(self, "be at least 1", batch_size=self.batch_size >= 1)
+        configs.check(self, "be at least 1", batch_size=self.batch_size >= 1, crops=self.crops >= 1)
         configs.check(self, "be at least 256, one for each byte", text_vocab=self.text_vocab >= 256)
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Codes and captions of one part of the data: picture i has `codes[i]`, `captions[i]` and the name `keys[i]`."""
+    """Codes and captions of one part of the data: picture i has `codes[i]`, `captions[i]` and the name `keys[i]`.
+
+    A picture of which several squares were cut counts as several.
+    """
 
     codes: Tensor
     """int64 [n, rows, columns]."""
@@ -66,7 +74,7 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
     out = writable_directory(config.out)
     dvae = load_dvae(out)
     source = open_source(config.data, dvae.config.image_size, font=config.font)
-    mark = fingerprint(dvae)
+    mark = fingerprint(dvae.encoder)
     dvae.to(choose_device(config.device))
     began, total, parts = time.monotonic(), len(source), {}
     for part in PARTS:
@@ -78,7 +86,8 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
                 left = seconds / fraction * (1 - fraction)
                 on_step(Progress(done + count, fraction, {}, (done + count) / seconds, left))
 
-        parts[part] = _tokenize_part(dvae, split(source, part), config.batch_size, report)
+        crops = config.crops if part == "train" else 1
+        parts[part] = _tokenize_part(dvae, split(source, part), crops, config.batch_size, report)
 
     tokenizer = Tokenizer.train(chain.from_iterable(parts["train"].captions), config.text_vocab)
     with replacing(out / "tokenizer.json") as temporary:
@@ -99,7 +108,7 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
     if not codes_path.exists():
         raise UserError(f"{directory} holds no codes ({codes_path.name} is missing): run `dalle tokenize` first")
     codes, metadata = read_tensors(codes_path)
-    if metadata.get("dvae") != fingerprint(dvae):
+    if metadata.get("dvae") != fingerprint(dvae.encoder):
         raise UserError(f"{codes_path} was made with another dVAE than the one beside it: run `dalle tokenize` again")
     listing = read_json(captions_path)
     if metadata.get("captions") != digest(captions_path.read_text(encoding="utf-8")):
@@ -110,21 +119,34 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
 
 
 @torch.inference_mode()
-def _tokenize_part(dvae: DiscreteVAE, source: Source, batch_size: int, report: Callable[[int], None]) -> Tokens:
+def _tokenize_part(
+    dvae: DiscreteVAE, source: Source, crops: int, batch_size: int, report: Callable[[int], None]
+) -> Tokens:
     device = next(dvae.parameters()).device
     codes = [torch.empty(0, dvae.config.grid, dvae.config.grid, dtype=torch.int64)]
     captions, keys = [], []
     for first in range(0, len(source), batch_size):
         last = min(first + batch_size, len(source))
-        # A source gives another picture for an unreadable one, and lists that; here it would only come twice.
-        samples = [sample for i in range(first, last) if (sample := source[i]).key == source.key(i)]
+        samples = [sample for i in range(first, last) for sample in _squares(source, i, crops, dvae.config.image_size)]
         if not samples:
             continue
-        codes.append(dvae.codes(torch.stack([sample.image for sample in samples]).to(device)).cpu())
+        batches = torch.stack([sample.image for sample in samples]).split(batch_size)
+        codes += [dvae.codes(batch.to(device)).cpu() for batch in batches]
         captions += [list(sample.captions) for sample in samples]
         keys += [sample.key for sample in samples]
         report(last)
     return Tokens(torch.cat(codes), captions, keys, source.skipped)
+
+
+def _squares(source: Source, index: int, crops: int, size: int) -> list[Sample]:
+    """The squares of a picture; none if it cannot be read."""
+    sample = source[index] if crops == 1 else source.whole(index)
+    if sample.key != source.key(index):  # a source gives another picture for an unreadable one, which would come twice
+        return []
+    if crops == 1:
+        return [sample]
+    generators = [np.random.default_rng((n, index)) for n in range(crops if max(sample.image.shape) > size else 1)]
+    return [sample._replace(image=prior_crop(sample.image, size, rng)) for rng in generators]
 
 
 def digest(text: str) -> str:
