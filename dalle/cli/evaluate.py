@@ -1,0 +1,40 @@
+"""`dalle evaluate`."""
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+
+from dalle.cli.parsing import parse
+from dalle.cli.progress import shown
+from dalle.evaluation.evaluate import REPORT, EvaluateConfig, evaluate
+from dalle.evaluation.plots import plot
+from dalle.evaluation.table import table
+from dalle.training.loop import Progress
+
+
+def main(argv: list[str]) -> int:
+    config = parse(EvaluateConfig, "evaluate", argv)
+    try:
+        report = evaluate(config, track)
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured until then is in {config.out / REPORT}", file=sys.stderr)
+        return 130
+    print(table(report))
+    files = [config.out / REPORT]
+    try:
+        files += plot(report, config.out)
+    except ImportError:
+        print("plots are left out: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    print("in", ", ".join(map(str, files)))
+    return 0
+
+
+def track(title: str, items: Sequence[Sequence]) -> Iterator[Sequence]:
+    """Gives out the items, batches of pictures or captions, and shows how many are done."""
+    total, done, began = sum(map(len, items)), 0, time.monotonic()
+    with shown(title) as on_step:
+        for item in items:
+            yield item
+            done += len(item)
+            seconds = time.monotonic() - began
+            on_step(Progress(done, done / total, {}, done / seconds, seconds / done * (total - done)))

@@ -1,0 +1,197 @@
+"""All measurements of a model, section by section; what is measured is in the report's file at once."""
+
+import datetime
+import json
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import dalle_kernels.info
+from dalle import config as configs
+from dalle.data import Source, open_source, split
+from dalle.data.shapes import ShapesSource
+from dalle.data.source import Subset
+from dalle.evaluation import shapes
+from dalle.evaluation.measures import likelihood, reconstruction, retrieval
+from dalle.evaluation.pictures import Pictures, Track, draw, first_and_best, look, silently, spaced
+from dalle.evaluation.ranking import Gallery
+from dalle.files import writable_directory, write_text
+from dalle.model_files import fingerprint
+from dalle.pipeline import Pipeline
+from dalle.training.loop import choose_device
+
+TRAINING, HELD_OUT, PLAIN = "training", "held-out", "training without skin tones"
+REPORT = "evaluation.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Measures a model: reconstructions, losses, retrieval, and whether drawn pictures show what was asked for."""
+
+    model: str | None = None
+    """Directory of a trained model, or owner/name on the Hugging Face Hub; by default the model that comes along."""
+    data: str = "emoji"
+    """Captioned pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
+    out: Path = Path("evaluation")
+    """Directory for evaluation.json and the plots."""
+    captions: int = 200
+    """At most so many pictures and captions of each part, evenly spaced."""
+    candidates: int = 16
+    """Pictures drawn for a caption, of which CLIP takes the best."""
+    ranked: int = 512
+    """Most candidates in the curve of accuracy against candidates, for drawn shapes."""
+    ranked_captions: int = 48
+    """Captions of each part for this curve."""
+    seed: int = 0
+    """Of the first picture drawn; the others have the numbers that follow."""
+    font: str | None = None
+    """Colour-emoji font, if the system's is not found."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda, cuda:1."""
+    threads: int | None = None
+    """CPU threads; by default as many as PyTorch chooses."""
+
+    def __post_init__(self):
+        counts = "captions", "candidates", "ranked", "ranked_captions"
+        configs.check(self, "be at least 1", **{name: getattr(self, name) >= 1 for name in counts})
+        configs.check(self, "be at least 1", threads=self.threads is None or self.threads >= 1)
+        configs.check(self, "be in [0, 2^62)", seed=0 <= self.seed < 2**62)
+
+
+class Report:
+    """Sections by name, written whole whenever one is added."""
+
+    def __init__(self, path: Path, conditions: dict):
+        self.path, self.sections = path, {"conditions": conditions, "notes": [], "seconds": {}}
+        self._began = time.monotonic()
+        self._write()
+
+    def add(self, section: str, content: dict) -> None:
+        """Also takes the time since the last addition."""
+        now = time.monotonic()
+        seconds = self.sections["seconds"]
+        seconds[section] = round(seconds.get(section, 0) + now - self._began, 1)
+        self.sections[section] = content
+        self._began = now
+        self._write()
+
+    def note(self, text: str) -> None:
+        """What was left out, and why, in one line."""
+        self.sections["notes"].append(text)
+
+    def _write(self) -> None:
+        write_text(self.path, json.dumps(self.sections, indent=1, ensure_ascii=False) + "\n")
+
+
+def evaluate(config: EvaluateConfig, track: Track = silently) -> dict:
+    """Writes `config.out`/evaluation.json, section by section, and returns what it holds. Raises UserError."""
+    out = writable_directory(config.out)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    choose_device(config.device)
+    pipeline = Pipeline.from_pretrained(config.model, device=config.device)
+    source = open_source(config.data, pipeline.dvae.config.image_size, font=config.font)
+    parts = choose_parts(source, config.data)
+    report = Report(out / REPORT, conditions(config, pipeline, parts))
+    groups = {}
+    for name, part in parts.items():
+        found = look(pipeline.dvae, part, spaced(len(part), config.captions), track, f"pictures, {name}")
+        if found.indices:
+            groups[name] = found
+        else:
+            report.note(f"{name}: there are no pictures")
+
+    report.add("dvae", {name: reconstruction(pipeline, group) for name, group in groups.items()})
+    report.add("prior", {name: likelihood(pipeline, group) for name, group in groups.items()})
+    if pipeline.clip is None:
+        report.note("the model has no CLIP: retrieval, ranking and accuracy against candidates are left out")
+    else:
+        report.add("retrieval", retrieval(pipeline, groups))
+    if isinstance(source, ShapesSource):
+        measure_shapes(config, pipeline, parts, groups, report, track)
+    else:
+        measure_ranks(config, pipeline, parts, groups, report, track)
+    return report.sections
+
+
+def choose_parts(source: Source, data: str) -> dict[str, Source]:
+    """The training and the held-out part, and for emoji the training part without skin tones."""
+    training = split(source, "train")
+    parts = {TRAINING: training, HELD_OUT: split(source, "heldout")}
+    if data == "emoji":
+        plain = [i for i in range(len(training)) if "skin tone" not in training.caption(i)]
+        parts[PLAIN] = Subset(training, plain)
+    return parts
+
+
+def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Source]) -> dict:
+    """What was measured, where and with what."""
+    info = dalle_kernels.info.collect()
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    models = {"dvae": pipeline.dvae, "prior": pipeline.prior, "clip": pipeline.clip}
+    return {
+        "options": configs.to_dict(config),
+        "fingerprints": {name: fingerprint(model) for name, model in models.items() if model is not None},
+        "pictures of the source": {name: len(part) for name, part in parts.items()},
+        "date": datetime.date.today().isoformat(),
+        "machine": info["machine"],
+        "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor()),
+        "threads": torch.get_num_threads(),
+        "versions": {"dalle-kernels": info["dalle_kernels"], "Python": info["python"], "PyTorch": info["torch"]},
+    }
+
+
+def measure_ranks(
+    config: EvaluateConfig,
+    pipeline: Pipeline,
+    parts: dict[str, Source],
+    groups: dict[str, Pictures],
+    report: Report,
+    track: Track,
+) -> None:
+    """The ranks of a caption's picture, seen from what is drawn for it, its reconstruction and another's picture."""
+    gallery = Gallery(parts[TRAINING], parts[HELD_OUT], track)
+    found = {}
+    for name, group in groups.items():
+        drawn = first_and_best(pipeline, group.captions, config.candidates, config.seed, track, f"drawing, {name}")
+        found[name] = {kind: gallery.rank(group.captions, pictures) for kind, pictures in drawn.items()}
+        if len(set(gallery.known)) > 1:
+            found[name]["most alike training caption"] = gallery.rank_of_most_alike(group.captions)
+        found[name]["reconstruction"] = gallery.rank(group.captions, group.copies)
+        report.add("ranks", {"pictures": len(gallery.captions), **found})
+
+
+def measure_shapes(
+    config: EvaluateConfig,
+    pipeline: Pipeline,
+    parts: dict[str, Source],
+    groups: dict[str, Pictures],
+    report: Report,
+    track: Track,
+) -> None:
+    """What drawn pictures show of their captions, and how that grows with the number of candidates."""
+    reader, found = shapes.Reader(), {}
+    for name, group in groups.items():
+        scenes = [parts[name].scene(i) for i in group.indices]
+        drawn = first_and_best(pipeline, group.captions, config.candidates, config.seed, track, f"drawing, {name}")
+        kinds = {"real pictures": group.images, "reconstructions": group.copies, **drawn}
+        found[name] = {kind: shapes.accuracy(reader, scenes, pictures) for kind, pictures in kinds.items()}
+        report.add("shapes", found)
+    if pipeline.clip is None:
+        return
+    found = {}
+    for name, group in groups.items():
+        chosen = spaced(len(group.indices), config.ranked_captions)
+        captions = [group.captions[i] for i in chosen]
+        scenes = [parts[name].scene(group.indices[i]) for i in chosen]
+        drawn = draw(pipeline, captions, config.ranked, config.seed, track, f"{config.ranked} candidates, {name}")
+        right, scores = [], []
+        for caption, scene, pictures in zip(captions, scenes, drawn, strict=True):
+            right.append([reader.attributes(scene, picture) for picture in pictures])
+            scores.append(pipeline.score(pictures, caption, truncate=True))
+        found[name] = shapes.curves(right, torch.stack(scores))
+        report.add("candidates", found)

@@ -1,0 +1,82 @@
+"""What dVAE, prior and CLIP do with real pictures."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dalle.dvae import codebook_usage, psnr
+from dalle.evaluation import ranking
+from dalle.evaluation.pictures import BATCH, Pictures, chunks, spaced
+from dalle.evaluation.statistics import share, ssim
+from dalle.pipeline import Pipeline
+from dalle.prior import IGNORE
+
+
+def reconstruction(pipeline: Pipeline, group: Pictures) -> dict:
+    """How well the codes carry pictures."""
+    real, copies = group.images / 255, group.copies / 255
+    vocab = pipeline.dvae.config.vocab
+    used, perplexity = codebook_usage(group.codes, vocab)
+    similarity = torch.cat([ssim(a, b) for a, b in zip(real.split(BATCH), copies.split(BATCH))])
+    return {
+        "pictures": len(group.indices),
+        "PSNR, dB": psnr(real, copies),
+        "SSIM": similarity.mean().item(),
+        "codes in use": used,
+        "codes": vocab,
+        "perplexity": perplexity,
+    }
+
+
+@torch.inference_mode()
+def likelihood(pipeline: Pipeline, group: Pictures) -> dict:
+    """The prior's loss in nats per token, on whole captions."""
+    text_sum = image_sum = text_count = image_count = 0
+    for chunk in chunks(range(len(group.indices)), BATCH):
+        tokens = [pipeline.tokenizer.encode(group.captions[i]) for i in chunk]
+        text = pipeline.prior.pack_text(tokens, truncate=True).to(pipeline.device)
+        codes = group.codes[chunk[0] : chunk[-1] + 1].flatten(1).to(pipeline.device)
+        losses = pipeline.prior.loss(text, codes)
+        counted = int((pipeline.prior.text_targets(text) != IGNORE).sum())
+        text_sum, text_count = text_sum + losses["text"].item() * counted, text_count + counted
+        image_sum, image_count = image_sum + losses["image"].item() * codes.numel(), image_count + codes.numel()
+    return {
+        "captions": len(group.indices),
+        "text tokens": text_count,
+        "nats per text token": text_sum / text_count,
+        "image tokens": image_count,
+        "nats per image token": image_sum / image_count,
+    }
+
+
+def retrieval(pipeline: Pipeline, groups: dict[str, Pictures]) -> dict:
+    """How often CLIP finds a picture's caption among those of its group, and a caption's picture.
+
+    All groups are cut to the size of the smallest, for the more there are to choose from, the harder it is.
+    """
+    count = min(len(group.indices) for group in groups.values())
+    found = {}
+    for name, group in groups.items():
+        chosen = spaced(len(group.indices), count)
+        captions = [group.captions[i] for i in chosen]
+        same = ranking.places([caption] for caption in captions)
+        wanted = [same[caption] for caption in captions]
+        found[name] = {}
+        for kind, pictures in {"pictures": group.images, "reconstructions": group.copies}.items():
+            scores = similarities(pipeline, pictures[chosen], captions)
+            for direction, table in {"picture to caption": scores, "caption to picture": scores.T}.items():
+                ranks = ranking.ranks(-table, wanted)
+                found[name][f"{kind}, {direction}"] = {
+                    f"top-{top}": share(int((ranks <= top).sum()), count) for top in (1, 5)
+                }
+    return found
+
+
+@torch.inference_mode()
+def similarities(pipeline: Pipeline, pictures: Tensor, captions: Sequence[str]) -> Tensor:
+    """Cosine similarities of the model's CLIP, float32 [pictures, captions]."""
+    tokens = [pipeline.tokenizer.encode(caption) for caption in captions]
+    text = pipeline.clip.encode_text(pipeline.clip.pack_text(tokens, truncate=True))
+    seen = [pipeline.clip.encode_images(batch.to(pipeline.device)) for batch in pictures.split(BATCH)]
+    return (torch.cat(seen).float() @ text.float().T).cpu()

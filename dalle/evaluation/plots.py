@@ -1,0 +1,51 @@
+"""An evaluation as plots; they need matplotlib."""
+
+from pathlib import Path
+
+from dalle.files import replacing
+
+SHOWN = ("joint", "colour", "shape")
+
+
+def plot(report: dict, out: Path) -> list[Path]:
+    """Writes ranks.png and candidates.png, if the report has what they show, and returns their paths.
+
+    Raises ImportError without matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    drawn = []
+    for name, draw in {"ranks": _ranks, "candidates": _candidates}.items():
+        if name not in report:
+            continue
+        groups = {group: found for group, found in report[name].items() if isinstance(found, dict)}
+        figure = Figure(figsize=(4.8 * len(groups), 3.8), layout="constrained")
+        for axes, (group, found) in zip(figure.subplots(1, len(groups), squeeze=False, sharey=True)[0], groups.items()):
+            draw(axes, found)
+            axes.set(title=group, ylim=(0, 1))
+            axes.grid(alpha=0.3)
+        axes.legend(fontsize="small")
+        drawn.append(out / f"{name}.png")
+        with replacing(drawn[-1]) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+    return drawn
+
+
+def _ranks(axes, found: dict) -> None:
+    """The share of captions whose picture has at most a rank, for every rank."""
+    for kind, entry in found.items():
+        ranks = sorted(entry["ranks"])
+        axes.step(ranks, [(i + 1) / len(ranks) for i in range(len(ranks))], where="post", label=kind)
+    axes.set(xscale="log", xlabel="rank k of the caption's picture", ylabel="share of captions within k")
+
+
+def _candidates(axes, found: dict) -> None:
+    """Accuracy against the number of candidates with its intervals; dashed, whether any candidate is right."""
+    for name in SHOWN:
+        curve = found[name]
+        low, high = zip(*curve["ranked, 95 %"])
+        (line,) = axes.plot(curve["candidates"], curve["ranked"], marker=".", label=f"{name}, best by CLIP")
+        axes.fill_between(curve["candidates"], low, high, color=line.get_color(), alpha=0.15)
+        axes.plot(curve["candidates"], curve["oracle"], "--", color=line.get_color(), label=f"{name}, any right")
+    axes.set(xlabel="candidates", ylabel="accuracy")
+    axes.set_xscale("log", base=2)

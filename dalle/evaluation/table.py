@@ -1,0 +1,92 @@
+"""An evaluation as a few short lines of text."""
+
+from collections.abc import Iterable
+
+from dalle.evaluation.shapes import ATTRIBUTES
+
+
+def table(report: dict) -> str:
+    """What `evaluate` returns, as aligned columns."""
+    sections = {
+        "dvae": _dvae,
+        "prior": _prior,
+        "retrieval": _retrieval,
+        "ranks": _ranks,
+        "shapes": _shapes,
+        "candidates": _candidates,
+    }
+    lines = [line for name, write in sections.items() if name in report for line in ["", *write(report[name])]]
+    return "\n".join([*lines, "", *report["notes"]]).strip()
+
+
+def _dvae(section: dict) -> list[str]:
+    rows = []
+    for name, x in section.items():
+        used = f"{x['codes in use']} of {x['codes']}"
+        numbers = f"{x['PSNR, dB']:.2f}", f"{x['SSIM']:.3f}", used, f"{x['perplexity']:.0f}"
+        rows.append([name, str(x["pictures"]), *numbers])
+    return _columns(["dVAE", "pictures", "PSNR, dB", "SSIM", "codes in use", "perplexity"], rows)
+
+
+def _prior(section: dict) -> list[str]:
+    rows = [
+        [name, str(x["captions"]), f"{x['nats per text token']:.3f}", f"{x['nats per image token']:.3f}"]
+        for name, x in section.items()
+    ]
+    return _columns(["prior, nats per token", "captions", "text", "image"], rows)
+
+
+def _retrieval(section: dict) -> list[str]:
+    lines = []
+    for name, found in section.items():
+        count = next(iter(found.values()))["top-1"]["of"]
+        rows = [[kind, *(_percent(x[top]) for top in ("top-1", "top-5"))] for kind, x in found.items()]
+        lines += _columns([f"CLIP among {count}, %, {name}", "top-1", "top-5"], rows)
+    return lines
+
+
+def _ranks(section: dict) -> list[str]:
+    lines = [f"rank of the caption's picture among {section['pictures']}, 16x16 pixels, %"]
+    for name, found in section.items():
+        if name == "pictures":
+            continue
+        tops = [top for top in next(iter(found.values())) if top.startswith("top-")]
+        rows = [[kind, *(_percent(x[top]) for top in tops), f"{x['median rank']:g}"] for kind, x in found.items()]
+        count = next(iter(found.values()))[tops[0]]["of"]
+        lines += _columns([f"{name}, {count} captions", *tops, "median"], rows)
+    return lines
+
+
+def _shapes(section: dict) -> list[str]:
+    lines = ["attributes of drawn shapes that are as the caption says, %"]
+    for name, found in section.items():
+        names = [attribute for attribute in ATTRIBUTES if attribute in next(iter(found.values()))]
+        rows = [[kind, *(_percent(x[attribute], interval=attribute == "joint") for attribute in names)]
+                for kind, x in found.items()]  # fmt: skip
+        count = next(iter(found.values()))["joint"]["of"]
+        lines += _columns([f"{name}, {count} captions", *names], rows)
+    return lines
+
+
+def _candidates(section: dict) -> list[str]:
+    lines = ["joint accuracy of the best of N candidates, %"]
+    for name, found in section.items():
+        joint = found["joint"]
+        rows = [[kind, *(f"{100 * value:.0f}" for value in joint[kind])] for kind in ("ranked", "oracle")]
+        lines += _columns([f"{name}, {joint['captions']} captions", *map(str, joint["candidates"])], rows)
+    return lines
+
+
+def _percent(found: dict, interval: bool = True) -> str:
+    low, high = found["95 %"]
+    return f"{100 * found['share']:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if interval else "")
+
+
+def _columns(head: list[str], rows: Iterable[list[str]]) -> list[str]:
+    """A heading and indented rows, each column as wide as its widest cell."""
+    cells = [head, *(["  " + row[0], *row[1:]] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(x.rjust(w) for x, w in zip(row[1:], widths[1:]))]).rstrip()
+        for row in cells
+    ]
