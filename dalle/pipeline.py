@@ -217,8 +217,19 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         Returns:
             The drawings, ordered as those of `generate`.
         """
-        codes = self.codes(picture)
-        return self._draw([prompt], DrawOptions(**options), codes, self._redraw(rows, mask))[0]
+        options, region = DrawOptions(**options), self.region(rows, mask)
+        return self._draw([prompt], options, self.codes(picture), region)[0]
+
+    def region(self, rows: int | None = None, mask: Tensor | None = None) -> Tensor:
+        """The codes that `complete` draws anew when it is told `rows` or `mask`, bool [rows, columns]."""
+        side = self.dvae.config.grid
+        if (rows is None) == (mask is None):
+            raise UserError("say what to keep of the picture: give either its first rows or a mask of what to redraw")
+        if mask is not None:
+            return torch.as_tensor(mask)
+        if not 1 <= rows < side:
+            raise UserError(f"rows, the rows of codes to keep, must be in [1, {side}), not {rows}")
+        return (torch.arange(side) >= rows)[:, None].expand(side, side)
 
     @torch.inference_mode()
     def score(self, pictures: Tensor | Sequence[Image.Image], prompt: str, truncate: bool = False) -> Tensor:
@@ -303,16 +314,6 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         if self.clip is None:
             raise UserError("the model has no CLIP, which ranking needs: train one with dalle train clip")
         return self.clip
-
-    def _redraw(self, rows: int | None, mask: Tensor | None) -> Tensor:
-        side = self.dvae.config.grid
-        if (rows is None) == (mask is None):
-            raise UserError("say what to keep of the picture: give either its first rows or a mask of what to redraw")
-        if mask is not None:
-            return torch.as_tensor(mask)
-        if not 1 <= rows < side:
-            raise UserError(f"rows, the rows of codes to keep, must be in [1, {side}), not {rows}")
-        return (torch.arange(side) >= rows)[:, None].expand(side, side)
 
     def _square(self, image: Image.Image | Tensor) -> Tensor:
         side = self.dvae.config.image_size

@@ -18,9 +18,11 @@ import torch
 from PIL import Image, ImageColor
 
 import dalle
-from dalle import DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
+from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
+from dalle import model_directory as places
 from dalle.cli import COMMANDS, main
-from dalle.cli.generate import sheet
+from dalle.cli.complete import read_mask
+from dalle.cli.drawing import sheet
 from dalle.cli.progress import duration, shown
 from dalle.data import emoji
 from dalle.tokenizer import Tokenizer
@@ -43,7 +45,8 @@ def trained(tmp_path_factory):
     tokenizer = Tokenizer.train(["a red circle", "a blue square"], 300)
     dvae = DiscreteVAE(DiscreteVAEConfig(16, 32, (8, 8, 16), blocks=1, codebook_dim=8, codebook_std=1.0))
     prior = Prior(PriorConfig(10, tokenizer.vocab_size, (4, 4), 32, layers=2, heads=2, head_dim=16, conv_kernel=3))
-    Pipeline(dvae, prior, tokenizer).save_pretrained(directory)
+    size = CLIPConfig(16, 10, tokenizer.vocab_size, (8, 16), text_width=16, text_layers=1, text_heads=2)
+    Pipeline(dvae, prior, tokenizer, CLIP(size)).save_pretrained(directory)
     return directory
 
 
@@ -51,7 +54,7 @@ def trained(tmp_path_factory):
 def here(tmp_path, monkeypatch, trained):
     """The working directory, with a model, a picture and all kinds of broken things in it."""
     monkeypatch.chdir(tmp_path)
-    for name in ("model", "other", "truncated", "mixed", "half"):
+    for name in ("model", "other", "truncated", "mixed", "half", "unranked"):
         shutil.copytree(trained, name)
     settings = json.loads(Path("other/dvae.json").read_text())
     Path("other/dvae.json").write_text(json.dumps(settings | {"vocab": 64}))
@@ -60,9 +63,11 @@ def here(tmp_path, monkeypatch, trained):
     settings = json.loads(Path("mixed/prior.json").read_text())
     Path("mixed/prior.json").write_text(json.dumps(settings | {"layers": "two"}))
     Path("half/prior.json").unlink()
+    Path("unranked/clip.json").unlink()
     Path("nothing").mkdir()
     Path("file.txt").write_text("hello")
     Image.new("RGB", (20, 30), "red").save("picture.png")
+    Image.new("1", (20, 30), 0).save("black.png")
     broken_pictures(Path("broken"))
     return tmp_path
 
@@ -114,10 +119,11 @@ def test_from_pictures_to_pictures(capsys, tmp_path, monkeypatch):
     assert code == 0 and "4 steps, model in m; held-out pictures: loss" in out and "pictures/s" in err
     options = ["--model", "m", "--candidates", "3", "--seed", "7"]
     code, out, err = run(capsys, "generate", "a red circle", "a blue cross", *options)
-    assert code == 0 and "6 pictures, seeds 7 to 9, in grid.png" in out and "96 image tokens" in err
+    assert code == 0 and "96 image tokens" in err
+    assert out == "a red circle: seeds 7, 8, 9\na blue cross: seeds 7, 8, 9\n6 pictures in grid.png\n"
     assert Image.open("grid.png").format == "PNG"
     code, out, err = run(capsys, "info", "m")
-    assert code == 0 and "parameters" in out and "train: 57" in out and "grid: 4, 4" in out
+    assert code == 0 and "parameters" in out and "train: 57" in out and "grid: 4, 4" in out and "clip" not in out
 
 
 def test_the_same_seed_draws_the_same_grid(capsys, here):
@@ -125,6 +131,60 @@ def test_the_same_seed_draws_the_same_grid(capsys, here):
     for seed, out in ((3, "a.png"), (3, "b.png"), (4, "c.png")):
         assert run(capsys, *command, "--seed", str(seed), "--out", out)[0] == 0
     assert Path("a.png").read_bytes() == Path("b.png").read_bytes() != Path("c.png").read_bytes()
+
+
+def test_the_best_are_shown_first_and_named(capsys, here, trained):
+    command = ["generate", "a  red circle", "--model", "model", "--candidates", "5", "--top", "3", "--seed", "2"]
+    code, out, _ = run(capsys, *command)
+    assert code == 0
+    drawings = Pipeline.from_pretrained(trained).generate("a red circle", candidates=5, seed=2)[0]
+    best = sorted(drawings, key=lambda drawing: -drawing.score)[:3]
+    seeds = ", ".join(f"{drawing.seed} ({drawing.score:.3f})" for drawing in best)
+    assert out == f"a red circle: seeds {seeds}\n3 of 5 pictures in grid.png\n"
+    assert Image.open("grid.png").tobytes() == sheet([[d.image for d in best]], ["a red circle"]).tobytes()
+
+
+def test_the_shipped_model_is_the_default(capsys, here, monkeypatch):
+    monkeypatch.setattr(places, "SHIPPED", Path("model"))
+    assert run(capsys, "generate", "a red circle", "--candidates", "1")[0] == 0
+    assert run(capsys, "complete", "picture.png", "a red circle", "--rows", "2", "--candidates", "1")[0] == 0
+    assert run(capsys, "reconstruct", "picture.png")[0] == 0
+
+
+def test_complete_shows_the_picture_what_is_kept_and_the_candidates(capsys, here, trained):
+    picture = Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).convert("RGB")
+    picture.save("fractal.png")
+    mask = Image.new("L", (32, 32), 0)
+    mask.paste(255, (16, 8, 32, 32))  # of 4 x 4 codes the last three rows of the last two columns
+    mask.save("mask.png")
+    command = ["complete", "fractal.png", "a red circle", "--model", "model", "--seed", "2", "--candidates", "3"]
+    code, out, _ = run(capsys, *command, "--mask", "mask.png", "--top", "2", "--out", "masked.png")
+    region = torch.zeros(4, 4, dtype=torch.bool)
+    region[1:, 2:] = True
+    assert code == 0 and torch.equal(read_mask(Path("mask.png"), 4), region)
+    pipeline = Pipeline.from_pretrained(trained)
+    small = images.square(picture, 16)
+    best = pipeline.complete(small, prompt="a red circle", mask=region, candidates=3, top=2, seed=2)
+    assert out.splitlines()[0] == f"a red circle: seeds {', '.join(f'{d.seed} ({d.score:.3f})' for d in best)}"
+    kept = pipeline.reconstruct(small)
+    kept.paste((128, 128, 128), (8, 4, 16, 16))
+    expected = sheet([[small, kept, *(d.image for d in best)]], ["a red circle"])
+    assert Image.open("masked.png").tobytes() == expected.tobytes()
+
+    assert run(capsys, *command, "--rows", "2")[0] == 0
+    best = pipeline.complete(small, prompt="a red circle", rows=2, candidates=3, seed=2)
+    kept = pipeline.reconstruct(small)
+    kept.paste((128, 128, 128), (0, 8, 16, 16))
+    expected = sheet([[small, kept, *(d.image for d in best)]], ["a red circle"])
+    assert Image.open("grid.png").tobytes() == expected.tobytes()
+
+
+def test_info_lists_every_part(capsys, here):
+    code, out, _ = run(capsys, "info", "model", "--json")
+    found = json.loads(out)
+    assert code == 0 and sorted(found) == ["clip", "dvae", "prior"]
+    clip = Pipeline.from_pretrained("model").clip
+    assert found["clip"]["parameters"] == sum(p.numel() for p in clip.parameters())
 
 
 def test_a_sheet_shows_every_candidate_in_order():
@@ -192,13 +252,14 @@ def test_truncate_cuts_a_prompt(capsys, here):
 # What the user gets wrong
 
 GENERATE = ("generate", "a red circle", "--model", "model")
+COMPLETE = ("complete", "picture.png", "a red circle", "--model", "model")
 TRAIN = ("train", "dvae", "--data", DATA, *TINY)
 TRAIN_HERE = (*TRAIN, "--out", "m")
 
 WRONG = [
     (("paint",), "'paint'"),
     (("train",), "'train'"),
-    (("train", "clip"), "'train clip'"),
+    (("train", "painter"), "'train painter'"),
     # Prompts
     (("generate", "--model", "model"), "no caption"),
     (("generate", "", "--model", "model"), "''"),
@@ -215,6 +276,34 @@ WRONG = [
     ((*GENERATE, "--top-k", "0"), ("top_k", "0")),
     ((*GENERATE, "--top-p", "1.5"), ("top_p", "1.5")),
     ((*GENERATE, "--device", "toaster"), "toaster"),
+    ((*GENERATE, "--top", "0"), ("top", "0", "[1, 8]")),
+    ((*GENERATE, "--candidates", "2", "--top", "3"), ("top", "3", "[1, 2]")),
+    (("generate", "red", "--model", "unranked", "--top", "2"), ("no CLIP", "dalle train clip")),
+    # Completing
+    (COMPLETE, ("--rows", "--mask")),
+    ((*COMPLETE, "--rows", "2", "--mask", "black.png"), ("--rows", "--mask")),
+    ((*COMPLETE, "--rows", "0"), ("rows", "[1, 4)", "0")),
+    ((*COMPLETE, "--rows", "4"), ("rows", "[1, 4)", "4")),
+    ((*COMPLETE, "--rows", "-1"), ("rows", "[1, 4)", "-1")),
+    ((*COMPLETE, "--mask", "black.png"), ("black.png", "bottom right")),
+    ((*COMPLETE, "--mask", "missing.png"), "missing.png"),
+    ((*COMPLETE, "--mask", "broken/truncated.png"), "broken/truncated.png"),
+    ((*COMPLETE, "--mask", "nothing"), "nothing"),
+    ((*COMPLETE, "--rows", "2", "--top", "9"), ("top", "9", "[1, 8]")),
+    ((*COMPLETE, "--rows", "2", "--candidates", "0"), ("candidates", "0")),
+    ((*COMPLETE, "--rows", "2", "--seed", "-1"), ("seed", "-1")),
+    ((*COMPLETE, "--rows", "2", "--top-p", "1.5"), ("top_p", "1.5")),
+    ((*COMPLETE, "--rows", "2", "--device", "toaster"), "toaster"),
+    ((*COMPLETE, "--rows", "2", "--out", "missing/grid.png"), "missing/grid.png"),
+    ((*COMPLETE, "--rows", "2", "--out", "folder.png"), ("folder.png", "directory")),
+    (("complete", "picture.png", "", "--rows", "2", "--model", "model"), "''"),
+    (("complete", "picture.png", "red " * 50, "--rows", "2", "--model", "model"), ("50 tokens", "--truncate")),
+    (("complete", "missing.png", "red", "--rows", "2", "--model", "model"), "missing.png"),
+    (("complete", "nothing", "red", "--rows", "2", "--model", "model"), "nothing"),
+    *((("complete", f"broken/{name}.png", "red", "--rows", "2", "--model", "model"), f"broken/{name}.png")
+      for name in ("truncated", "zero", "garbage", "huge", "no-pixels")),
+    (("complete", "picture.png", "red", "--rows", "2", "--model", "unranked", "--top", "2"), "dalle train clip"),
+    (("complete", "picture.png", "red", "--rows", "2", "--model", "truncated"), "truncated/dvae.safetensors"),
     # Output
     ((*GENERATE, "--out", "missing/grid.png"), "missing/grid.png"),
     ((*GENERATE, "--out", "file.txt/grid.png"), "file.txt/grid.png"),
@@ -280,8 +369,7 @@ WRONG = [
     ((*TRAIN, "--out", "/proc/model"), "/proc/model"),
     ((*TRAIN_HERE, "--resume"), "m/dvae.run.safetensors"),
     (("demo", "--out", "file.txt"), "file.txt"),
-    (("demo", "--out", "m", "--minutes", "-1"), ("minutes", "-1")),
-    (("demo", "--out", "m", "--font", "missing.ttf"), "missing.ttf"),
+    (("demo", "--out", "m", "--seed", "-1"), ("seed", "-1")),
 ]
 
 
@@ -301,7 +389,10 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, here, argv, named):
     [
         ((*GENERATE, "--candidates", "many"), ("--candidates", "'many'")),
         ((*GENERATE, "--colour", "red"), ("--colour",)),
+        ((*COMPLETE, "--rows", "many"), ("--rows", "'many'")),
+        (("complete", "picture.png", "--rows", "2"), ("CAPTION", "required")),
         (("train", "dvae", "--data", DATA), ("--out", "required")),
+        (("train", "dvae"), ("--out", "required")),
         ((*TRAIN_HERE, "--precision", "float8"), ("--precision", "float8")),
     ],
 )

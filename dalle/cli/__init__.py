@@ -11,12 +11,15 @@ from importlib import import_module
 from dalle.errors import UserError
 
 COMMANDS = {
-    "demo": "train a tiny model in a few minutes and draw with it",
+    "demo": "draw with the model that ships in the package",
     "train dvae": "train the dVAE, which turns pictures into codes and back",
+    "train decoder": "train the dVAE's decoder further, on codes as they are drawn",
     "tokenize": "turn captioned pictures into codes, once, with a trained dVAE",
     "train prior": "train the prior, which writes the codes of a picture for a caption",
     "train clip": "train a CLIP, which says how well a picture fits a caption",
     "generate": "draw pictures for captions",
+    "complete": "draw a part of a picture anew",
+    "evaluate": "measure a model: reconstructions, losses, retrieval, what its drawings show",
     "reconstruct": "pass pictures through the dVAE and back",
     "info": "what a model directory holds, or what is installed here",
 }  # modules are imported when their command is run: torch takes seconds to load
@@ -49,7 +52,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<13}{summary}" for name, summary in COMMANDS.items()]
+    lines = [f"  {name:<15}{summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: dalle COMMAND [OPTIONS]",

@@ -11,7 +11,7 @@ import tyro
 from dalle import config as configs
 from dalle.cli.parsing import parse
 from dalle.errors import UserError
-from dalle.model_files import load_dvae, load_prior
+from dalle.model_files import load_clip, load_dvae, load_prior
 from dalle.training.tokens import load_tokens
 
 
@@ -52,8 +52,13 @@ def _model(directory: Path) -> dict:
     if (directory / "prior.json").exists():
         prior = load_prior(directory)
         found["prior"] = configs.to_dict(prior.config) | {"parameters": _count(prior)}
+    if (directory / "clip.json").exists():
+        clip = load_clip(directory)
+        found["clip"] = configs.to_dict(clip.config) | {"parameters": _count(clip)}
     if not found:
-        raise UserError(f"{directory} holds neither dvae.json nor prior.json: give the directory of a trained model")
+        raise UserError(
+            f"{directory} holds no dvae.json, prior.json or clip.json: give the directory of a trained model"
+        )
     return found
 
 

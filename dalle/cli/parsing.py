@@ -44,7 +44,7 @@ def parse_with_preset(config_class: type[Config], command: str, argv: list[str],
 
 
 def _preset_name(argv: list[str]) -> str | None:
-    for option, value in zip(argv, [*argv[1:], ""], strict=True):
+    for option, value in zip(argv, [*argv[1:], ""]):
         if option == "--preset":
             return value
         if option.startswith("--preset="):

@@ -8,12 +8,12 @@ import torch
 import tyro
 
 from dalle import images
+from dalle.cli.input import read_square
 from dalle.cli.output import picture_path
 from dalle.cli.parsing import parse
-from dalle.data.folder import read_picture
-from dalle.data.source import UnreadablePicture
 from dalle.dvae import codebook_usage, psnr
 from dalle.errors import UserError
+from dalle.model_directory import model_directory
 from dalle.model_files import load_dvae
 from dalle.training.loop import choose_device
 
@@ -28,8 +28,8 @@ class ReconstructConfig:
         tyro.conf.arg(metavar="PICTURE [PICTURE ...]", help_behavior_hint="(required)"),
     ]
     """Picture files."""
-    model: Path = Path("demo")
-    """Directory of a trained model; by default what `dalle demo` trains."""
+    model: str | None = None
+    """Directory of a trained model, or owner/name on the Hugging Face Hub; by default the one in the package."""
     out: Path = Path("reconstructions.png")
     """The PNG to write."""
     device: str = "cpu"
@@ -48,8 +48,8 @@ def main(argv: list[str]) -> int:
     config = parse(ReconstructConfig, "reconstruct", argv)
     out = picture_path(config.out)
     device = choose_device(config.device)
-    dvae = load_dvae(config.model).to(device)
-    originals = [_read(path, dvae.config.image_size) for path in config.pictures]
+    dvae = load_dvae(model_directory(config.model)).to(device)
+    originals = [images.to_tensor(read_square(path, dvae.config.image_size)) for path in config.pictures]
     codes = torch.cat([dvae.codes(picture[None].to(device)) for picture in originals])
     copies = torch.cat([dvae.decode(grid[None]) for grid in codes]).cpu()
 
@@ -64,10 +64,3 @@ def main(argv: list[str]) -> int:
     whole = psnr(torch.stack(originals) / 255, copies)
     print(f"all: PSNR {whole:.2f} dB, {used} of {dvae.config.vocab} codes used, pictures in {out}")
     return 0
-
-
-def _read(path: Path, size: int) -> torch.Tensor:
-    try:
-        return images.to_tensor(read_picture(path, size))
-    except UnreadablePicture as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
