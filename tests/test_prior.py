@@ -220,6 +220,7 @@ def test_codes_under_what_is_redrawn_do_not_matter(seed):
     given = torch.full((1, 12), -1)
     text = model.pack_text([[1, 2]])
     assert torch.equal(model.generate(text, seeds=seeds, given=given, redraw=redraw), model.generate(text, seeds=seeds))
+    assert (given == -1).all()
 
 
 def test_memory_of_the_published_model():
