@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import json
 import math
 import os
 import resource
@@ -27,7 +28,7 @@ from dalle.training import feed
 from dalle.training.feed import Pictures, batch_indices, choose_caption
 from dalle.training.optimizer import adamw, average
 from dalle.training.schedules import cosine, warmup
-from dalle.training.tokens import TokenizeConfig, load_tokens, tokenize
+from dalle.training.tokens import TokenizeConfig, digest, load_tokens, tokenize
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 
@@ -58,6 +59,17 @@ def tokenized(tmp_path):
     save_part(tmp_path, "dvae", DiscreteVAE(DVAE_PRESETS["test"]))
     tokenize(TokenizeConfig(out=tmp_path, data=DATA))
     return tmp_path
+
+
+@pytest.fixture
+def folder(tmp_path_factory, seed):
+    """Twelve pictures that are larger than the model, with three captions each."""
+    root = tmp_path_factory.mktemp("pictures")
+    for i in range(12):
+        Image.fromarray(torch.randint(256, (24, 40, 3), dtype=torch.uint8).numpy()).save(root / f"{i}.png")
+    lines = [f"{i}.png,{adjective} picture {i}\n" for i in range(12) for adjective in ("first", "second", "third")]
+    (root / "captions.csv").write_text("".join(["file,caption\n", *lines]))
+    return str(root)
 
 
 # Schedules, order, optimiser
@@ -164,7 +176,18 @@ def test_dvae_resumes_exactly(tmp_path):
     assert_same_weights(tmp_path / "a/dvae.run.safetensors", tmp_path / "b/dvae.run.safetensors")
 
 
-def test_prior_resumes_exactly(tokenized, tmp_path):
+def test_dvae_resumes_exactly_on_crops(tmp_path, folder):
+    losses, _ = run_through(train_dvae, dvae_config(tmp_path / "a", data=folder))
+    assert run_with_break(train_dvae, dvae_config(tmp_path / "b", data=folder), at=3)[0] == losses
+    assert_same_weights(tmp_path / "a/dvae.safetensors", tmp_path / "b/dvae.safetensors")
+    centred, _ = run_through(train_dvae, dvae_config(tmp_path / "c", data=folder, crops="center"))
+    assert centred[1] != losses[1]
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_prior_resumes_exactly(tokenized, tmp_path, folder, several):
+    if several:
+        tokenize(TokenizeConfig(out=tokenized, data=folder, crops=2))
     files = ("dvae.json", "dvae.safetensors", "codes.safetensors", "captions.json", "tokenizer.json")
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -325,6 +348,27 @@ def test_tokens_are_the_codes_of_the_pictures(tokenized):
         assert len(tokens.keys) == len(view) == len(tokens.codes)
         for i in range(0, len(view), 5):
             assert torch.equal(tokens.codes[i], dvae.codes(view[i].image[None])[0])
+
+
+def test_tokens_of_crops_with_several_captions(tokenized, folder):
+    tokens = tokenize(TokenizeConfig(out=tokenized, data=folder, crops=3))
+    for part, count in {"train": 3, "heldout": 1}.items():
+        assert len(tokens[part].codes) == count * len(split(open_source(folder, 16), part))
+    for part in tokens.values():
+        for key, captions in zip(part.keys, part.captions, strict=True):
+            assert captions == [f"{adjective} picture {key[:-4]}" for adjective in ("first", "second", "third")]
+    assert load_tokens(tokenized, load_dvae(tokenized))["train"].captions == tokens["train"].captions
+
+
+def test_captions_of_an_earlier_version_are_refused(tokenized):
+    dvae = load_dvae(tokenized)
+    listing = {part: {"captions": ["x"] * n, "keys": ["k"] * n} for part, n in (("train", 38), ("heldout", 2))}
+    text = json.dumps(listing)
+    write_text(tokenized / "captions.json", text)
+    codes, metadata = read_tensors(tokenized / "codes.safetensors")
+    write_tensors(tokenized / "codes.safetensors", codes, metadata | {"captions": digest(text)})
+    with pytest.raises(UserError, match="of an earlier version: run `dalle tokenize` again"):
+        load_tokens(tokenized, dvae)
 
 
 def test_codes_of_another_dvae_are_refused(tokenized):
