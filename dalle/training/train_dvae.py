@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from dalle import config as configs
 from dalle import images
 from dalle.data import open_source, split
+from dalle.data.crops import dvae_crop
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig, codebook_usage, logit_laplace_nll, psnr, to_range
 from dalle.model_files import save_part
 from dalle.training.feed import Pictures, step_seed
@@ -26,6 +28,9 @@ class TrainDVAEConfig(TrainConfig):
 
     data: str = "emoji"
     """Pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
+    crops: Literal["published", "center"] = "published"
+    """What is seen of a folder's pictures: random squares as published, without the flip, or the centre square. Drawn
+    pictures are always seen whole, and evaluations look at the centre."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
     preset: str = "tiny"
@@ -66,7 +71,8 @@ class DVAETask:
         source = open_source(config.data, self.size.image_size, font=config.font)
         training, held_out = split(source, "train"), split(source, "heldout")
         self.skipped = source.skipped
-        self.pictures = Pictures(training, config.batch_size, config.seed)
+        crop = dvae_crop if config.crops == "published" else None
+        self.pictures = Pictures(training, config.batch_size, config.seed, crop)
         self.held_out = [held_out[i].image for i in range(min(HELD_OUT, len(held_out)))]
         self.count = len(training)
         self.model = DiscreteVAE(self.size).to(self.device, memory_format=torch.channels_last)
