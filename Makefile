@@ -6,7 +6,7 @@ export PATH := $(abspath $(BIN)):$(PATH)
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
 
-.PHONY: demo test test-full lint bench install clean
+.PHONY: demo test test-full lint bench install shipped-model clean
 
 # -- set-up
 
@@ -29,7 +29,7 @@ install: $(STAMP)
 
 # -- what people run
 
-demo: $(STAMP)   ## train a tiny model on emoji and draw with it: demo/demo.png
+demo: $(STAMP)   ## draw with the model that ships in the package: demo/demo.png
 	$(BIN)/dalle demo --out demo
 
 test: $(DEV_STAMP)   ## the tests that take minutes
@@ -43,6 +43,25 @@ lint: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)   ## operations against dense attention and plain PyTorch
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only
+
+# -- the model that ships in the package, from the emoji font: about two and a half hours on two cores
+
+RUN := build/shipped-model
+GOES_ON = $(if $(wildcard $(RUN)/$(1).run.safetensors),--resume)
+
+shipped-model: $(DEV_STAMP)   ## train, pack and evaluate it; interrupted, it goes on where it was
+	$(BIN)/dalle train dvae --out $(RUN) --data emoji --minutes 32 --threads 1 --batch-size 16 --lr 3e-3 \
+		--model.image-size 64 --model.vocab 1024 --model.widths 32 64 128 --model.blocks 1 --model.codebook-dim 64 \
+		$(call GOES_ON,dvae)
+	$(BIN)/dalle tokenize --out $(RUN) --data emoji
+	$(BIN)/dalle train decoder --out $(RUN) --data emoji --minutes 30 --threads 1 --batch-size 16 --lr 3e-3 \
+		--widths 32 96 192 --blocks 2 $(call GOES_ON,decoder)
+	$(BIN)/dalle train clip --out $(RUN) --data emoji --minutes 12 --threads 1 --preset small $(call GOES_ON,clip)
+	$(BIN)/dalle train prior --out $(RUN) --minutes 78 --batch-size 16 --lr 2e-3 --bpe-dropout 0 \
+		--model.text-len 32 --model.layers 8 --model.heads 6 --model.head-dim 32 --model.conv-kernel 7 \
+		$(call GOES_ON,prior)
+	$(BIN)/dalle export --model $(RUN) --out dalle/shipped
+	$(BIN)/dalle evaluate --model dalle/shipped --data emoji --out benchmarks/results/shipped-model
 
 clean:
 	rm -rf build $(VENV) dalle_kernels/*.so

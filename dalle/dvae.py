@@ -31,13 +31,18 @@ class DiscreteVAEConfig:
     """Output channels of the encoder's groups, first to last; the decoder has them reversed."""
     blocks: int = 2
     """Residual blocks in a group."""
+    decoder_widths: tuple[int, ...] | None = None
+    """Widths of the decoder, in the same order, if they are not the encoder's."""
+    decoder_blocks: int | None = None
+    """Residual blocks in a group of the decoder, if not as many as in the encoder."""
     codebook_dim: int = 128
     """Size of a code's embedding: the output channels of the decoder's first 1x1 convolution."""
     codebook_std: float | None = None
     """Standard deviation of the initial embeddings, by default 1/sqrt(vocab) as published; 1.0 finds colours sooner."""
 
     def __post_init__(self):
-        if min(self.image_size, self.vocab, self.blocks, self.codebook_dim) < 1 or not self.widths:
+        decoder_widths, decoder_blocks = self.decoder_size
+        if min(self.image_size, self.vocab, self.blocks, decoder_blocks, self.codebook_dim) < 1 or not self.widths:
             raise UserError(f"every size of a dVAE must be at least 1, not {self}")
         configs.check(
             self, "be positive and finite", codebook_std=self.codebook_std is None or 0 < self.codebook_std < math.inf
@@ -47,8 +52,18 @@ class DiscreteVAEConfig:
                 f"image_size {self.image_size} is not a multiple of {self.downsampling}, "
                 f"the number of pixels a side that {len(self.widths)} groups fold into one code"
             )
-        if bad := [width for width in self.widths if width < 4 or width % 4]:
+        if len(decoder_widths) != len(self.widths):
+            raise UserError(f"decoder_widths must be as many as widths, {len(self.widths)}, not {len(decoder_widths)}")
+        if bad := [width for width in self.widths + decoder_widths if width < 4 or width % 4]:
             raise UserError(f"widths must be multiples of 4 (blocks narrow to a quarter), not {bad[0]}")
+
+    @property
+    def decoder_size(self) -> tuple[tuple[int, ...], int]:
+        """Widths and blocks of the decoder."""
+        return (
+            self.widths if self.decoder_widths is None else self.decoder_widths,
+            self.blocks if self.decoder_blocks is None else self.decoder_blocks,
+        )
 
     @property
     def downsampling(self) -> int:
@@ -124,9 +139,10 @@ class Decoder(nn.Module):
 
     def __init__(self, config: DiscreteVAEConfig):
         super().__init__()
+        widths, blocks = config.decoder_size
         self.input = nn.Conv2d(config.vocab, config.codebook_dim, 1)
-        self.groups = groups([config.codebook_dim, *reversed(config.widths)], config.blocks, DECODER_KERNELS)
-        self.output = nn.Conv2d(config.widths[0], 6, 1)
+        self.groups = groups([config.codebook_dim, *reversed(widths)], blocks, DECODER_KERNELS)
+        self.output = nn.Conv2d(widths[0], 6, 1)
 
     def forward(self, z: Tensor) -> Tensor:
         """From a distribution over codes at every position, [B, vocab, h, w]."""
@@ -170,7 +186,7 @@ class DiscreteVAE(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Pictures to float32 logits over the codes, [B, vocab, h, w]."""
-        return self.encoder(to_range(self._pixels(images)))
+        return self.encoder(self.targets(images))
 
     def codes(self, images: Tensor) -> Tensor:
         """Pictures to their most likely codes, int64 [B, h, w]; without noise, as the prior is trained on (App. B)."""
@@ -201,21 +217,22 @@ class DiscreteVAE(nn.Module):
             "nll": negative log-likelihood, nats per colour value, and "kl": KL to the uniform distribution from the
             unrelaxed logits, nats per position, both detached.
         """
-        x = to_range(self._pixels(images))
+        x = self.targets(images)
         z, kl = dk.gumbel_softmax(self.encoder(x), tau, dim=1, seed=seed, return_kl=True)
         nll = logit_laplace_nll(x, self.decoder(z).float()).mean()
         kl = kl.mean()
         values_per_position = x[0].numel() / z[0, 0].numel()
         return {"loss": nll + beta * kl / values_per_position, "nll": nll.detach(), "kl": kl.detach()}
 
-    def _pixels(self, images: Tensor) -> Tensor:
+    def targets(self, images: Tensor) -> Tensor:
+        """Pictures as the encoder reads them and the likelihood is taken of them, float32 in [eps, 1 - eps]."""
         factor = self.config.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
             raise UserError(
                 f"pictures must be [B, 3, H, W] with sides a multiple of {factor}, not {list(images.shape)}"
             )
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-        return pixels.contiguous(memory_format=torch.channels_last)
+        return to_range(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def to_range(pixels: Tensor) -> Tensor:

@@ -1,81 +1,60 @@
-"""The demo: end to end on a model of toy size, resumed, interrupted, and without an emoji font."""
+"""The demo, with a toy model in place of the shipped one, and the captions it draws."""
 
 import pytest
 import torch
 from PIL import Image
 
-from dalle import DiscreteVAEConfig, PriorConfig, UserError, images
+from dalle import DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
 from dalle.cli import demo, main
-from dalle.data import emoji, open_source, split
-from dalle.data.shapes import COLOURS
-from dalle.dvae import PRESETS as DVAE_PRESETS
-from dalle.prior import PRESETS as PRIOR_PRESETS
-from dalle.training.loop import Result
+from dalle.clip import CLIP, CLIPConfig
+from dalle.data import open_source, split
+from dalle.tokenizer import Tokenizer
+
+SIDE = 16
 
 
 @pytest.fixture
 def toy(monkeypatch):
-    """Presets of toy size, and few pictures."""
+    """A model of toy size that has learnt nothing, in place of the shipped one."""
     torch.set_num_threads(1)
-    monkeypatch.setitem(DVAE_PRESETS, "tiny", DiscreteVAEConfig(16, 32, (8, 8, 16), blocks=1, codebook_dim=8))
-    prior = PriorConfig(24, 300, (4, 4), 32, layers=2, heads=2, head_dim=16, conv_kernel=3)
-    monkeypatch.setitem(PRIOR_PRESETS, "tiny", prior)
+    torch.manual_seed(0)
+    tokenizer = Tokenizer.train([*demo.CAPTIONS, *demo.HELD_OUT, demo.COMPLETION], 600)
+    pipeline = Pipeline(
+        DiscreteVAE(DiscreteVAEConfig(SIDE, 32, (8, 8, 16), blocks=1, codebook_dim=8)),
+        Prior(PriorConfig(24, tokenizer.vocab_size, (4, 4), 32, layers=2, heads=2, head_dim=16, conv_kernel=3)),
+        tokenizer,
+        CLIP(CLIPConfig(SIDE, 24, tokenizer.vocab_size, (8, 8), text_width=16, text_layers=1, text_heads=2)),
+    )
+    monkeypatch.setattr(Pipeline, "from_pretrained", lambda: pipeline)
+    return pipeline
 
 
-def run(capsys, *argv):
-    capsys.readouterr()
-    code = main(["demo", *argv])
-    said = capsys.readouterr()
-    return code, said.out, said.err
+def test_the_captions_are_what_the_demo_says_of_them():
+    source = open_source("emoji", 32)
+    seen, unseen = set(split(source, "train").captions()), set(split(source, "heldout").captions())
+    assert len(demo.CAPTIONS) == len(set(demo.CAPTIONS)) == 8
+    assert {*demo.CAPTIONS, demo.COMPLETION} <= seen and set(demo.HELD_OUT) <= unseen
 
 
-@pytest.mark.parametrize(("data", "captions"), [(demo.SHAPES_DATA, demo.SHAPES), (demo.EMOJI_DATA, demo.EMOJI)])
-def test_the_captions_are_those_of_training_pictures(data, captions):
-    known = set(split(open_source(data, 32), "train").captions())
-    assert len(captions) == len(set(captions)) == 8 and set(captions) <= known
-
-
-@pytest.mark.slow
-def test_the_demo_draws_and_goes_on(capsys, tmp_path, toy):
-    command = ["--out", str(tmp_path / "demo"), "--minutes", "0.05", "--data", "shapes"]
-    code, out, err = run(capsys, *command)
-    assert code == 0
-    for part in ("PSNR", "of 32 codes in use", "nats per text token", "per image token", "demo.png"):
-        assert part in out
-    for stage in ("1/3 dVAE", "2/3 pictures to codes", "3/3 prior"):
-        assert stage in err
+def test_the_demo_draws(capsys, tmp_path, toy):
+    assert main(["demo", "--out", str(tmp_path / "demo")]) == 0
+    said = capsys.readouterr().out
+    assert f"{demo.CANDIDATES * 11} pictures" in said and "demo.png" in said and "dalle generate" in said
     picture = Image.open(tmp_path / "demo" / "demo.png")
-    # The first row shows a large red circle at the center, as it is.
-    side = demo.SCALE * 16
-    column = [picture.getpixel((images.MARGIN + side // 2, y)) for y in range(picture.height // 8)]
-    assert COLOURS["red"] in column
-    assert picture.width == images.MARGIN + (2 + demo.CANDIDATES) * (side + images.MARGIN)
-
-    (tmp_path / "demo" / "demo.png").unlink()
-    code, again, _ = run(capsys, *command)  # nothing is left to train
-    assert code == 0 and again.splitlines()[:2] == out.splitlines()[:2]
-    assert Image.open(tmp_path / "demo" / "demo.png").tobytes() == picture.tobytes()
+    assert picture.width == images.MARGIN + demo.TOP * (demo.SCALE * SIDE + images.MARGIN)
 
 
-@pytest.mark.parametrize("without", ["font", "raqm"])
-def test_without_emoji_the_demo_draws_shapes_and_says_so(capsys, monkeypatch, without):
-    monkeypatch.setattr(emoji, "_ask_fontconfig", lambda: None)
-    if without == "font":
-        monkeypatch.setattr(emoji, "WELL_KNOWN_FONTS", ())
-    else:
-        monkeypatch.setattr(emoji.features, "check", lambda feature: False)
-    data, captions = demo.choose_data(demo.DemoConfig())
-    assert (data, captions) == (demo.SHAPES_DATA, demo.SHAPES)
+def test_the_completed_row_keeps_the_upper_half(toy):
+    rows, labels = demo.draw(toy, seed=3)
+    assert len(rows) == len(labels) == len(demo.CAPTIONS) + len(demo.HELD_OUT) + 1
+    assert all(len(row) == demo.TOP for row in rows)
+    kept = toy.dvae.codes(images.to_tensor(rows[demo.COMPLETED][0])[None])[0, :2]
+    again = toy.complete(rows[demo.COMPLETED][0], prompt=demo.COMPLETION, rows=2, candidates=4, seed=3)
+    assert all(torch.equal(drawing.codes[:2], kept) for drawing in again)
+
+
+@pytest.mark.parametrize("arguments", [["--seed", "-1"], ["--out", "/dev/null/demo"]])
+def test_bad_input_is_one_line(capsys, toy, arguments):
+    assert main(["demo", *arguments]) == 2
     said = capsys.readouterr().err
-    assert "shapes instead" in said and without in said and said.count("\n") == 1
-
-
-def test_a_wrong_font_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"missing\.ttf"):
-        demo.choose_data(demo.DemoConfig(font=str(tmp_path / "missing.ttf")))
-
-
-def test_ctrl_c_says_how_to_go_on(capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "train_dvae", lambda config, on_step: Result(7, True, {}))
-    code, out, err = run(capsys, "--out", str(tmp_path), "--data", "shapes")
-    assert code == 130 and out == "" and "run the same command again" in err
+    assert said.startswith("dalle: ") and said.count("\n") == 1

@@ -21,6 +21,7 @@ COMMANDS = {
     "complete": "draw a part of a picture anew",
     "evaluate": "measure a model: reconstructions, losses, retrieval, what its drawings show",
     "reconstruct": "pass pictures through the dVAE and back",
+    "export": "copy what drawing needs of a model, with weights of 16 bits",
     "info": "what a model directory holds, or what is installed here",
 }  # modules are imported when their command is run: torch takes seconds to load
 

@@ -67,7 +67,8 @@ class DVAETask:
 
     def __init__(self, config: TrainDVAEConfig):
         self.config, self.device = config, prepare(config, self.name)
-        self.size = config.model or DiscreteVAEConfig.preset(config.preset)
+        self.model = self.start().to(self.device, memory_format=torch.channels_last)
+        self.size = self.model.config
         source = open_source(config.data, self.size.image_size, font=config.font)
         training, held_out = split(source, "train"), split(source, "heldout")
         self.skipped = source.skipped
@@ -75,19 +76,21 @@ class DVAETask:
         self.pictures = Pictures(training, config.batch_size, config.seed, crop)
         self.held_out = [held_out[i].image for i in range(min(HELD_OUT, len(held_out)))]
         self.count = len(training)
-        self.model = DiscreteVAE(self.size).to(self.device, memory_format=torch.channels_last)
         self.optimizer = adamw(self.model, betas=(0.9, 0.999), weight_decay=1e-4)
-        self.beta = 6.6 * self.size.downsampling / 8 if config.beta is None else config.beta
+
+    def start(self) -> DiscreteVAE:
+        return DiscreteVAE(self.config.model or DiscreteVAEConfig.preset(self.config.preset))
 
     def learning_rate(self, step: int, fraction: float) -> float:
         return cosine(self.config.lr, self.config.lr / 80, fraction)
 
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         config = self.config
+        beta = 6.6 * self.size.downsampling / 8 if config.beta is None else config.beta
         return self.model.loss(
             self.pictures.batch(step).to(self.device, non_blocking=True),
             tau=cosine(1.0, config.tau_end, fraction / config.tau_fall),
-            beta=cosine(0.0, self.beta, fraction / config.beta_warmup) if config.beta_warmup else self.beta,
+            beta=cosine(0.0, beta, fraction / config.beta_warmup) if config.beta_warmup else beta,
             seed=step_seed(config.seed, step),
         )
 

@@ -125,6 +125,6 @@ class PriorTask:
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a prior; `on_step` receives Progress. Raises UserError for what the user can mend."""
     task = PriorTask(config)
-    identity = {"dvae": fingerprint(task.dvae), "captions": digest("\n".join(chain(*task.training.captions)))}
+    identity = {"dvae": fingerprint(task.dvae.encoder), "captions": digest("\n".join(chain(*task.training.captions)))}
     identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))
     return train(task, config, identity, on_step)

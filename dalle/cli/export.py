@@ -1,0 +1,34 @@
+"""`dalle export`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from dalle.cli.parsing import parse
+from dalle.errors import UserError
+from dalle.files import writable_directory
+from dalle.pipeline import Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Copies from a model directory what drawing needs, with weights of 16 bits: to give away, or to upload."""
+
+    model: Path
+    """Directory of a trained model."""
+    out: Path
+    """Directory to write: another one."""
+
+
+def main(argv: list[str]) -> int:
+    config = parse(ExportConfig, "export", argv)
+    if config.out.resolve() == config.model.resolve():
+        raise UserError(f"--out {config.out} is the model itself, whose weights would be rounded: choose another --out")
+    pipeline = Pipeline.from_pretrained(config.model)
+    for model in (pipeline.dvae, pipeline.prior, pipeline.clip):
+        if model is not None:
+            model.half()
+    out = writable_directory(config.out)
+    pipeline.save_pretrained(out)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    print(f"{out}: {size / 1e6:.1f} MB of weights")
+    return 0
