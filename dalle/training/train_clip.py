@@ -45,7 +45,7 @@ class TrainCLIPConfig(TrainConfig):
     dVAE and the tokenizer, whatever is said here."""
     batch_size: int = 128
     """Pictures per update; each is compared with the captions of all others."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Peak of the learning rate (the published one is 5e-4); falls by a cosine to 1/32 of it."""
     warmup: int = 100
     """Updates over which the learning rate rises (the published number is 2000)."""
