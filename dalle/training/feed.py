@@ -70,7 +70,9 @@ class Pictures:
 
     def _picture(self, step: int, index: int) -> Tensor:
         picture = self._decode(index)
-        return self.crop(picture, self.size, crop_generator(self.seed, step, index)) if self.crop else picture
+        if self.crop is None or picture.shape[1:] == (self.size, self.size):  # of which any crop is the picture itself
+            return picture
+        return self.crop(picture, self.size, crop_generator(self.seed, step, index))
 
     def _decode(self, index: int) -> Tensor:
         if index in self._decoded:
