@@ -232,6 +232,10 @@ def test_retrieval_counts_equal_captions_as_right(pipeline, monkeypatch):
     assert found["pictures, caption to picture"]["top-1"]["right"] == 0
     assert all(entry["top-5"] == share(4, 4) for entry in found.values())
 
+    monkeypatch.setattr(measures, "similarities", lambda *_: torch.zeros(4, 4))
+    found = measures.retrieval(pipeline, {"training": group})["training"]
+    assert all(entry["top-1"]["right"] == 0 for entry in found.values())  # nothing is told apart
+
 
 # drawn shapes
 

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dalle.dvae import codebook_usage, psnr
-from dalle.evaluation import ranking
 from dalle.evaluation.pictures import BATCH, Pictures, chunks, spaced
 from dalle.evaluation.statistics import share, ssim
 from dalle.pipeline import Pipeline
@@ -60,15 +59,16 @@ def retrieval(pipeline: Pipeline, groups: dict[str, Pictures]) -> dict:
     for name, group in groups.items():
         chosen = spaced(len(group.indices), count)
         captions = [group.captions[i] for i in chosen]
-        same = ranking.places([caption] for caption in captions)
-        wanted = [same[caption] for caption in captions]
+        same = torch.tensor([[one == other for other in captions] for one in captions])
         found[name] = {}
         for kind, pictures in {"pictures": group.images, "reconstructions": group.copies}.items():
             scores = similarities(pipeline, pictures[chosen], captions)
             for direction, table in {"picture to caption": scores, "caption to picture": scores.T}.items():
-                ranks = ranking.ranks(-table, wanted)
+                best = table.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
+                # Ties count against it: it takes no CLIP to rank equal reconstructions.
+                ahead = ((table >= best) & ~same).sum(1)
                 found[name][f"{kind}, {direction}"] = {
-                    f"top-{top}": share(int((ranks <= top).sum()), count) for top in (1, 5)
+                    f"top-{top}": share(int((ahead < top).sum()), count) for top in (1, 5)
                 }
     return found
 

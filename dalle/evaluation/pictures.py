@@ -81,13 +81,14 @@ def draw(
     Caption i has the seeds from seed + i * candidates on: as no two captions share one, their draws are independent.
     Batches hold pictures of several captions, or, where there are many candidates, only some of one.
     """
-    for chunk in track(title, chunks(range(len(captions)), max(1, AT_ONCE // candidates))):
-        seeds = torch.arange(seed + chunk[0] * candidates, seed + (chunk[-1] + 1) * candidates)
-        yield from _draw(pipeline, [captions[i] for i in chunk], seeds.view(len(chunk), candidates))
+    at_once = max(1, AT_ONCE // candidates) * candidates
+    for chunk in track(title, chunks(range(len(captions) * candidates), at_once)):
+        some = captions[chunk[0] // candidates : chunk[-1] // candidates + 1]
+        yield from _draw(pipeline, some, (seed + torch.tensor(chunk)).view(len(some), candidates))
 
 
 @torch.inference_mode()
-def _draw(pipeline: Pipeline, captions: list[str], seeds: Tensor) -> Tensor:
+def _draw(pipeline: Pipeline, captions: Sequence[str], seeds: Tensor) -> Tensor:
     """One picture for each of the seeds [captions, candidates], uint8 [captions, candidates, 3, S, S]."""
     tokens = [pipeline.tokenizer.encode(caption) for caption in captions]
     text = pipeline.prior.pack_text(tokens, truncate=True).to(pipeline.device)

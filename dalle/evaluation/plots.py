@@ -37,6 +37,7 @@ def _ranks(axes, found: dict) -> None:
         ranks = sorted(entry["ranks"])
         axes.step(ranks, [(i + 1) / len(ranks) for i in range(len(ranks))], where="post", label=kind)
     axes.set(xscale="log", xlabel="rank k of the caption's picture", ylabel="share of captions within k")
+    axes.set_xlim(left=0.9)
 
 
 def _candidates(axes, found: dict) -> None:
