@@ -17,7 +17,7 @@ import dalle_kernels as dk
 from dalle import config as configs
 from dalle.dvae import ENCODER_KERNELS, groups
 from dalle.errors import UserError
-from dalle.prior import Layer
+from dalle.prior import Layer, fit_text
 
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the cosines; the scale is learned (Radford et al. 2021, section 2.5)
 
@@ -169,14 +169,7 @@ class CLIP(nn.Module):
         vocab, room = self.config.text_vocab, self.config.text_len - 1
         text = torch.full((len(captions), self.config.text_len), self.config.end_id)
         for row, ids in zip(text, captions, strict=True):
-            if len(ids) > room and not truncate:
-                raise UserError(
-                    f"the caption has {len(ids)} tokens and CLIP reads at most {room}: "
-                    "shorten it or have it cut (--truncate)"
-                )
-            if bad := [i for i in ids if not 0 <= i < vocab]:
-                raise UserError(f"text id {bad[0]} is not in the vocabulary of {vocab} tokens")
-            ids = torch.as_tensor(ids[:room], dtype=torch.int64)
+            ids = fit_text(ids, vocab, room, truncate, "CLIP")
             row[: len(ids)] = ids
         return text.to(self.log_scale.device)
 
@@ -225,3 +218,12 @@ class CLIP(nn.Module):
         loss = (F.cross_entropy(scores, targets) + F.cross_entropy(scores.t(), targets)) / 2
         right = torch.stack([scores.argmax(dim) == targets for dim in (0, 1)])
         return {"loss": loss, "accuracy": right.float().mean(), "scale": scale.detach()}
+
+
+def outranked(scores: Tensor, same: Tensor) -> Tensor:
+    """How many wrong columns come before the best right one in every row: `scores` [n, m], `same` bool, to int64 [n].
+
+    Ties count against the right one: it takes no CLIP to rank equal pictures.
+    """
+    best = scores.masked_fill(~same, -math.inf).amax(1, keepdim=True)
+    return ((scores >= best) & ~same).sum(1)

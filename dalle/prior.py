@@ -124,6 +124,22 @@ class Layer(nn.Module):
         return x + self.mlp_out(gelu(self.mlp_in(self.mlp_norm(x))))
 
 
+def fit_text(ids: Sequence[int], vocab: int, room: int, truncate: bool, reader: str) -> Tensor:
+    """Token ids of a caption as int64 [n], n <= room.
+
+    Raises:
+        UserError: there are more than `room`, all that `reader` reads, and `truncate` is off; or one is out of range.
+    """
+    if len(ids) > room and not truncate:
+        raise UserError(
+            f"the caption has {len(ids)} tokens and {reader} reads at most {room}: "
+            "shorten it or have it cut (--truncate)"
+        )
+    if bad := [i for i in ids if not 0 <= i < vocab]:
+        raise UserError(f"text id {bad[0]} is not in the vocabulary of {vocab} tokens")
+    return torch.as_tensor(ids[:room], dtype=torch.int64)
+
+
 def gelu(x: Tensor) -> Tensor:
     """x * sigmoid(1.702 x), the approximation of Child et al. 2019."""
     return F.silu(1.702 * x) / 1.702
@@ -175,14 +191,7 @@ class Prior(nn.Module):
         text = torch.arange(vocab + 1, vocab + 1 + self.config.text_len).repeat(len(captions), 1)
         text[:, 0] = self.config.start_id
         for row, ids in zip(text, captions, strict=True):
-            if len(ids) > room and not truncate:
-                raise UserError(
-                    f"the caption has {len(ids)} tokens and the model reads at most {room}: "
-                    "shorten it or have it cut (--truncate)"
-                )
-            if bad := [i for i in ids if not 0 <= i < vocab]:
-                raise UserError(f"text id {bad[0]} is not in the vocabulary of {vocab} tokens")
-            ids = torch.as_tensor(ids[:room], dtype=torch.int64)
+            ids = fit_text(ids, vocab, room, truncate, "the model")
             row[1 : 1 + len(ids)] = ids
         return text.to(self.text_embedding.weight.device)
 

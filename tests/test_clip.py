@@ -247,6 +247,8 @@ def test_retrieval_by_hand():
     assert [found(fits.t(), own, k) for k in (1, 2, 3)] == pytest.approx([2 / 3, 2 / 3, 1])
     shared = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     assert found(fits, shared, 1) == pytest.approx(2 / 3)
+    nothing = torch.zeros(3, 3)  # equal scores tell nothing apart
+    assert [found(nothing, own, k) for k in (1, 2, 3)] == [0, 0, 1]
 
 
 # Training

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dalle.clip import outranked
 from dalle.dvae import codebook_usage, psnr
 from dalle.evaluation.pictures import BATCH, Pictures, chunks, spaced
 from dalle.evaluation.statistics import share, ssim
@@ -64,9 +65,7 @@ def retrieval(pipeline: Pipeline, groups: dict[str, Pictures]) -> dict:
         for kind, pictures in {"pictures": group.images, "reconstructions": group.copies}.items():
             scores = similarities(pipeline, pictures[chosen], captions)
             for direction, table in {"picture to caption": scores, "caption to picture": scores.T}.items():
-                best = table.masked_fill(~same, -torch.inf).amax(1, keepdim=True)
-                # Ties count against it: it takes no CLIP to rank equal reconstructions.
-                ahead = ((table >= best) & ~same).sum(1)
+                ahead = outranked(table, same)
                 found[name][f"{kind}, {direction}"] = {
                     f"top-{top}": share(int((ahead < top).sum()), count) for top in (1, 5)
                 }

@@ -100,7 +100,7 @@ class Task(Protocol):
     model: nn.Module
     optimizer: torch.optim.Optimizer
     average_decay: float
-    clip: float
+    max_grad_norm: float
 
     def learning_rate(self, step: int, fraction: float) -> float: ...
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
@@ -213,8 +213,8 @@ def _update(task: Task, config: TrainConfig, state: State, fraction: float) -> d
         losses = task.losses(state.step, fraction)
     state.optimizer.zero_grad(set_to_none=True)
     losses["loss"].backward()
-    if task.clip < math.inf:
-        nn.utils.clip_grad_norm_(state.model.parameters(), task.clip)
+    if task.max_grad_norm < math.inf:
+        nn.utils.clip_grad_norm_(state.model.parameters(), task.max_grad_norm)
     state.optimizer.step()
     state.average.update_parameters(state.model)
     return {name: value.detach() for name, value in losses.items()}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dalle import config as configs
 from dalle import images
-from dalle.clip import CLIP, CLIPConfig
+from dalle.clip import CLIP, CLIPConfig, outranked
 from dalle.data import Sample, Source, open_source, split
 from dalle.data.source import Subset
 from dalle.dvae import DiscreteVAE
@@ -64,7 +64,7 @@ class CLIPTask:
     """Losses, schedules and evaluation of CLIP, for the shared loop."""
 
     name = "clip"
-    clip = 1.0
+    max_grad_norm = 1.0
     average_decay = 0.999
 
     def __init__(self, config: TrainCLIPConfig):
@@ -170,8 +170,7 @@ def scores(model: CLIP, pictures: list[Tensor], text: Tensor) -> Tensor:
 
 def found(fits: Tensor, same: Tensor, k: int) -> float:
     """The share of rows of `fits` with a right column, `same`, among the k largest."""
-    best = fits.topk(min(k, fits.shape[1]), dim=1).indices
-    return same.gather(1, best).any(1).float().mean().item()
+    return (outranked(fits, same) < k).float().mean().item()
 
 
 def _readable(source: Source, count: int) -> list[Sample]:

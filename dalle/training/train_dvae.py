@@ -63,7 +63,7 @@ class DVAETask:
 
     name = "dvae"
     average_decay = 0.999
-    clip = math.inf
+    max_grad_norm = math.inf
 
     def __init__(self, config: TrainDVAEConfig):
         self.config, self.device = config, prepare(config, self.name)

@@ -53,7 +53,7 @@ class PriorTask:
     """Losses, schedules and evaluation of the prior, for the shared loop."""
 
     name = "prior"
-    clip = 4.0
+    max_grad_norm = 4.0
 
     def __init__(self, config: TrainPriorConfig):
         self.config, self.device = config, prepare(config, self.name)
