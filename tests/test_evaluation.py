@@ -334,6 +334,16 @@ def test_a_folder_with_a_model_without_a_clip(pipeline, tmp_path, capsys):
     assert sum(report["conditions"]["pictures of the source"].values()) >= 30
 
 
+def test_a_folder_of_one_caption_has_no_most_alike_one(pipeline, tmp_path):
+    Pipeline(pipeline.dvae, pipeline.prior, pipeline.tokenizer).save_pretrained(tmp_path / "model")
+    folder, out = write_folder(tmp_path / "pictures", 6), tmp_path / "out"
+    for text in folder.glob("*.txt"):
+        text.write_text("a red circle")
+    assert run("--model", tmp_path / "model", "--data", folder, "--out", out) == 0
+    found = json.loads((out / "evaluation.json").read_text())["ranks"]["training"]
+    assert set(found) == {"first candidate", "reconstruction"} and found["reconstruction"]["top-1"]["of"] >= 1
+
+
 def test_emoji_without_skin_tones_are_a_part_of_their_own():
     captions = [("cat",), ("cook dark skin tone",), ("dog",)]
     source = Listed([torch.zeros(3, 4, 4)] * 3, captions)

@@ -159,7 +159,7 @@ def measure_ranks(
     for name, group in groups.items():
         drawn = first_and_best(pipeline, group.captions, config.candidates, config.seed, track, f"drawing, {name}")
         found[name] = {kind: gallery.rank(group.captions, pictures) for kind, pictures in drawn.items()}
-        if len(set(gallery.known)) > 1:
+        if len({caption for caption, _ in gallery.known}) > 1:
             found[name]["most alike training caption"] = gallery.rank_of_most_alike(group.captions)
         found[name]["reconstruction"] = gallery.rank(group.captions, group.copies)
         report.add("ranks", {"pictures": len(gallery.captions), **found})
