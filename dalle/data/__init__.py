@@ -11,7 +11,7 @@ def open_source(spec: str, image_size: int, *, font: str | None = None) -> Sourc
 
     spec: "emoji" (drawn from the colour-emoji font, or from the file ``font``); "shapes" or "shapes:N" (N drawn scenes
     of the whole grammar); "shapes-simple" or "shapes-simple:N" (one object each); anything else is a folder of pictures
-    with same-stem .txt captions (a folder called emoji is "./emoji"). Raises UserError.
+    with captions beside them (a folder called emoji is "./emoji"). Raises UserError.
     """
     if image_size < 1:
         raise UserError(f"image size {image_size} is not positive")

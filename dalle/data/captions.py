@@ -25,7 +25,7 @@ class FolderCaptions:
 
     root: the folder; files: relative posix paths of what is in it; pictures: those of them that are pictures.
     ``skipped`` lists what was left out as (name, reason), a line of a table as "captions.csv:7".
-    Raises UserError for a table in which nothing can be used.
+    Raises UserError for a table that cannot be opened, or a csv that does not name its columns.
     """
 
     def __init__(self, root: Path, files: Iterable[str], pictures: Iterable[str]):

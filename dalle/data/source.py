@@ -10,7 +10,7 @@ import torch
 from dalle.errors import UserError
 
 Part = Literal["train", "heldout"]
-HELD_OUT_EVERY = 20  # one group in twenty is held out
+HELD_OUT_EVERY = 20  # one picture in twenty is held out
 _listing = threading.Lock()  # pictures are loaded from several threads
 
 
@@ -57,10 +57,6 @@ class Source(Sequence[Sample]):
         """The sample with the whole picture, uint8 [3, h, w], of which `crops` cuts squares; may raise likewise."""
         return self.load(index)
 
-    def group(self, index: int) -> str:
-        """Samples of one group never end up on different sides of a split."""
-        return self.key(index)
-
     def caption(self, index: int) -> str:
         """The first caption of a picture."""
         return self.captions_of(index)[0]
@@ -71,7 +67,7 @@ class Source(Sequence[Sample]):
 
     def split(self, part: Part) -> "Source":
         held_out = part == "heldout"
-        return Subset(self, [i for i in range(len(self)) if _is_held_out(self.group(i)) == held_out])
+        return Subset(self, [i for i in range(len(self)) if _is_held_out(self.key(i)) == held_out])
 
     def __getitem__(self, index: int) -> Sample:
         """The sample at ``index``, or the next readable one, so that one bad file does not end a training run."""
@@ -114,9 +110,6 @@ class Subset(Source):
     def captions_of(self, index: int) -> tuple[str, ...]:
         return self.source.captions_of(self.indices[index])
 
-    def group(self, index: int) -> str:
-        return self.source.group(self.indices[index])
-
     def load(self, index: int) -> Sample:
         return self.source.load(self.indices[index])
 
@@ -124,6 +117,6 @@ class Subset(Source):
         return self.source.load_whole(self.indices[index])
 
 
-def _is_held_out(group: str) -> bool:
-    digest = hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+def _is_held_out(key: str) -> bool:
+    digest = hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % HELD_OUT_EVERY == 0

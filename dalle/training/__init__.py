@@ -1,1 +1,1 @@
-"""Training of the dVAE and the prior."""
+"""Training of the dVAE, its decoder, the prior and CLIP."""
