@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageColor
+from safetensors.torch import load_file
 
 import dalle
 from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
@@ -65,6 +66,8 @@ def here(tmp_path, monkeypatch, trained):
     Path("half/prior.json").unlink()
     Path("unranked/clip.json").unlink()
     Path("nothing").mkdir()
+    Path("running").mkdir()
+    Path("running/prior.run.safetensors").touch()
     Path("file.txt").write_text("hello")
     Image.new("RGB", (20, 30), "red").save("picture.png")
     Image.new("1", (20, 30), 0).save("black.png")
@@ -252,6 +255,17 @@ def test_truncate_cuts_a_prompt(capsys, here):
 # What the user gets wrong
 
 GENERATE = ("generate", "a red circle", "--model", "model")
+def test_export_rounds_the_weights_of_all_parts_and_leaves_the_model_alone(capsys, here, trained):
+    before = {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()}
+    assert run(capsys, "export", "--model", str(trained), "--out", "small")[0] == 0
+    assert {path.name: path.read_bytes() for path in trained.iterdir() if path.is_file()} == before
+    for part in ("dvae", "prior", "clip"):
+        whole, stored = (load_file(folder / f"{part}.safetensors") for folder in (trained, Path("small")))
+        assert stored.keys() == whole.keys()
+        assert all(t.dtype == torch.float16 and torch.equal(t, whole[name].half()) for name, t in stored.items())
+    assert run(capsys, "generate", "a red circle", "--model", "small", "--candidates", "2", "--top", "1")[0] == 0
+
+
 COMPLETE = ("complete", "picture.png", "a red circle", "--model", "model")
 TRAIN = ("train", "dvae", "--data", DATA, *TINY)
 TRAIN_HERE = (*TRAIN, "--out", "m")
@@ -368,6 +382,21 @@ WRONG = [
     ((*TRAIN, "--out", "file.txt"), "file.txt"),
     ((*TRAIN, "--out", "/proc/model"), "/proc/model"),
     ((*TRAIN_HERE, "--resume"), "m/dvae.run.safetensors"),
+    (("train", "clip", "--out", "nothing"), ("nothing", "dvae.json")),
+    (("train", "clip", "--out", "model", "--data", "missing"), "missing"),
+    (("train", "clip", "--out", "model", "--batch-size", "1"), ("batch_size", "1", "at least 2")),
+    (("train", "clip", "--out", "model", "--model.text-heads", "3"), ("text_heads", "3")),
+    (("train", "decoder", "--out", "nothing"), ("nothing", "dvae.json")),
+    (("train", "decoder", "--out", "model", "--data", DATA, "--widths", "8"), ("widths", "1")),
+    (("train", "decoder", "--out", "model", "--data", DATA, "--resume"), "model/decoder.run.safetensors"),
+    (("tokenize", "--out", "model", "--data", DATA, "--crops", "0"), ("crops", "0")),
+    (("tokenize", "--out", "model", "--data", DATA, "--text-vocab", "99"), ("text_vocab", "99")),
+    # Export
+    (("export", "--model", "model", "--out", "./model"), ("model", "--out")),
+    (("export", "--model", "missing", "--out", "m"), "missing"),
+    (("export", "--model", "half", "--out", "m"), ("half", "prior.json")),
+    (("export", "--model", "model", "--out", "file.txt"), "file.txt"),
+    (("export", "--model", "model", "--out", "running"), "running/prior.run.safetensors"),
     (("demo", "--out", "file.txt"), "file.txt"),
     (("demo", "--out", "m", "--seed", "-1"), ("seed", "-1")),
 ]

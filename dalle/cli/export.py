@@ -23,6 +23,8 @@ def main(argv: list[str]) -> int:
     config = parse(ExportConfig, "export", argv)
     if config.out.resolve() == config.model.resolve():
         raise UserError(f"--out {config.out} is the model itself, whose weights would be rounded: choose another --out")
+    if run := next(config.out.glob("*.run.safetensors"), None):
+        raise UserError(f"{run} is of a training, whose model would be replaced: choose another --out")
     pipeline = Pipeline.from_pretrained(config.model)
     for model in (pipeline.dvae, pipeline.prior, pipeline.clip):
         if model is not None:
