@@ -41,15 +41,15 @@ def test_the_demo_draws(capsys, tmp_path, toy):
     said = capsys.readouterr().out
     assert f"{demo.CANDIDATES * 11} pictures" in said and "demo.png" in said and "dalle generate" in said
     picture = Image.open(tmp_path / "demo" / "demo.png")
-    assert picture.width == images.MARGIN + demo.TOP * (demo.SCALE * SIDE + images.MARGIN)
+    assert picture.width == images.MARGIN + demo.CANDIDATES * (demo.SCALE * SIDE + images.MARGIN)
 
 
 def test_the_completed_row_keeps_the_upper_half(toy):
     rows, labels = demo.draw(toy, seed=3)
     assert len(rows) == len(labels) == len(demo.CAPTIONS) + len(demo.HELD_OUT) + 1
-    assert all(len(row) == demo.TOP for row in rows)
+    assert all(len(row) == demo.CANDIDATES for row in rows)
     kept = toy.dvae.codes(images.to_tensor(rows[demo.COMPLETED][0])[None])[0, :2]
-    again = toy.complete(rows[demo.COMPLETED][0], prompt=demo.COMPLETION, rows=2, candidates=4, seed=3)
+    again = toy.complete(rows[demo.COMPLETED][0], prompt=demo.COMPLETION, rows=2, candidates=3, seed=3)
     assert all(torch.equal(drawing.codes[:2], kept) for drawing in again)
 
 

@@ -15,7 +15,7 @@ from dalle.cli.progress import duration
 from dalle.files import writable_directory
 from dalle.pipeline import Pipeline
 
-CANDIDATES, TOP = 16, 6
+CANDIDATES = 8
 SCALE = 2
 CAPTIONS = (
     "red heart",
@@ -38,8 +38,8 @@ COMPLETED, COMPLETION = CAPTIONS.index("grinning face"), "face with tongue"
 class DemoConfig:
     """Draws with the model that ships in the package.
 
-    Writes demo.png: the best of the candidates for each of eight captions that the model was trained on and two that it
-    never saw, as its own CLIP ranks them, and a picture completed from its upper half.
+    Writes demo.png: eight pictures for each of eight captions that the model was trained on and of two that it never
+    saw, those first that its own CLIP finds best; and the upper half of a picture, completed.
     """
 
     out: Path = Path("demo")
@@ -59,15 +59,15 @@ def main(argv: list[str]) -> int:
     rows, labels = draw(pipeline, config.seed)
     images.save(images.grid([[images.to_tensor(image) for image in row] for row in rows], labels, SCALE), picture)
     count = CANDIDATES * (len(CAPTIONS) + len(HELD_OUT) + 1)
-    print(f"{picture}: the best {TOP} of {CANDIDATES} pictures for every caption; {count} pictures in "
-          f"{duration(time.monotonic() - began)} with {torch.get_num_threads()} threads")  # fmt: skip
+    taken = f"{duration(time.monotonic() - began)} with {torch.get_num_threads()} threads"
+    print(f"{picture}: {count} pictures, seeds {config.seed} to {config.seed + CANDIDATES - 1}, in {taken}")
     print('your own: dalle generate "woman teacher dark skin tone" --candidates 16 --top 4')
     return 0
 
 
 def draw(pipeline: Pipeline, seed: int) -> tuple[list[list[Image.Image]], list[str]]:
     """Rows of pictures and their labels: one for every caption, and one completed from its upper half."""
-    sampling = dict(candidates=CANDIDATES, top=TOP, seed=seed)
+    sampling = dict(candidates=CANDIDATES, seed=seed)
     drawings = pipeline.generate(CAPTIONS + HELD_OUT, **sampling)
     labels = [*CAPTIONS, *(f"{caption} (never trained on)" for caption in HELD_OUT)]
     upper = drawings[COMPLETED][0]
