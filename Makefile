@@ -57,7 +57,7 @@ shipped-model: $(DEV_STAMP)   ## train, pack and evaluate it; interrupted, it go
 	$(BIN)/dalle train decoder --out $(RUN) --data emoji --minutes 30 --threads 1 --batch-size 16 --lr 3e-3 \
 		--widths 32 96 192 --blocks 2 $(call GOES_ON,decoder)
 	$(BIN)/dalle train clip --out $(RUN) --data emoji --minutes 9 --threads 1 --preset small $(call GOES_ON,clip)
-	$(BIN)/dalle train prior --out $(RUN) --minutes 78 --batch-size 16 --lr 2e-3 --bpe-dropout 0 \
+	$(BIN)/dalle train prior --out $(RUN) --minutes 70 --batch-size 16 --lr 2e-3 --bpe-dropout 0 \
 		--model.text-len 32 --model.layers 8 --model.heads 6 --model.head-dim 32 --model.conv-kernel 7 \
 		$(call GOES_ON,prior)
 	$(BIN)/dalle export --model $(RUN) --out dalle/shipped
