@@ -34,7 +34,7 @@ def model_directory(model: str | os.PathLike | None = None, **download) -> Path:
 def _shipped() -> Path:
     if not (SHIPPED / "prior.json").exists():
         raise UserError(
-            f"no model came with this installation ({SHIPPED} is missing): "
+            f"no model came with this installation ({SHIPPED}/prior.json is missing): "
             "install the package again, or name the directory of a model that you trained"
         )
     return SHIPPED

@@ -46,6 +46,9 @@ class Tokenizer:
         bpe.train_from_iterator(captions, trainer)
         return cls(bpe)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Tokenizer) and self._bpe.to_str() == other._bpe.to_str()
+
     @property
     def vocab_size(self) -> int:
         return self._bpe.get_vocab_size()

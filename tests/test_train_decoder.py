@@ -1,8 +1,11 @@
 """Training of the decoder alone: what stays, what changes, exact resume, and bad input."""
 
+import os
+import signal
+
 import pytest
 import torch
-from test_training import DATA, assert_same_weights, run_through, run_with_break
+from test_training import DATA, assert_same_weights, dvae_config, run_through, run_with_break
 
 from dalle import DiscreteVAE, DiscreteVAEConfig, UserError
 from dalle.cli import main
@@ -11,6 +14,7 @@ from dalle.dvae import logit_laplace_nll, to_range
 from dalle.model_files import fingerprint, load_dvae, save_part
 from dalle.training.tokens import TokenizeConfig, load_tokens, tokenize
 from dalle.training.train_decoder import TrainDecoderConfig, train_decoder
+from dalle.training.train_dvae import train_dvae
 
 SIZE = DiscreteVAEConfig(16, 32, (8, 16, 16), blocks=1, codebook_dim=8)
 
@@ -62,6 +66,22 @@ def test_it_resumes_exactly(model, tmp_path):
     losses, _ = run_through(train_decoder, config(model, widths=(8, 8, 32)))
     assert run_with_break(train_decoder, config(tmp_path / "copy", widths=(8, 8, 32)), at=3)[0] == losses
     assert_same_weights(model / "dvae.safetensors", tmp_path / "copy" / "dvae.safetensors")
+
+
+def test_an_interrupted_run_leaves_the_decoder_there_was(model):
+    before = fingerprint(load_dvae(model))
+
+    def interrupt(progress):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    assert train_decoder(config(model, widths=(8, 8, 32)), on_step=interrupt).interrupted
+    assert fingerprint(load_dvae(model)) == before
+
+
+def test_the_dvae_does_not_go_on_after_its_decoder(model):
+    train_decoder(config(model))
+    with pytest.raises(UserError, match=r"decoder\.run\.safetensors is of a later training"):
+        train_dvae(dvae_config(model, resume=True))
 
 
 @pytest.mark.parametrize(

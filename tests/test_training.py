@@ -410,6 +410,9 @@ def test_an_unreadable_picture_is_left_out_not_doubled(tokenized, tmp_path_facto
 
 def test_a_prior_does_not_resume_on_other_captions(tokenized):
     train_prior(prior_config(tokenized, steps=2))
+    with pytest.raises(UserError, match="holds a model of other captions"):
+        tokenize(TokenizeConfig(out=tokenized, data="shapes-simple:44"))
+    (tokenized / "prior.json").unlink()
     tokenize(TokenizeConfig(out=tokenized, data="shapes-simple:44"))
     with pytest.raises(UserError, match="was trained with captions"):
         train_prior(prior_config(tokenized, steps=2, resume=True))

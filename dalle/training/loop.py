@@ -112,8 +112,8 @@ class Task(Protocol):
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Writes a PNG that shows what the model can do."""
 
-    def write_model(self, model: nn.Module) -> None:
-        """Writes the model into the model directory."""
+    def write_model(self, model: nn.Module, done: bool) -> None:
+        """Writes the model into the model directory; `done` says that training has come to its end."""
 
 
 OnStep = Callable[[Progress], None]
@@ -134,7 +134,7 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
     def save() -> None:
         if not all(p.isfinite().all() for p in state.model.parameters()):
             raise UserError(f"the weights are no longer finite at step {state.step}: try a smaller --lr")
-        task.write_model(state.average.module)
+        task.write_model(state.average.module, _fraction(config, state) == 1)
         checkpoint.save(path, state, identity)
 
     began = time.monotonic() - state.elapsed

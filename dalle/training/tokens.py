@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +74,8 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
     dvae = load_dvae(out)
     source = open_source(config.data, dvae.config.image_size, font=config.font)
     mark = fingerprint(dvae.encoder)
+    tokenizer = Tokenizer.train(split(source, "train").captions(), config.text_vocab)
+    _check_readers(out, tokenizer)
     dvae.to(choose_device(config.device))
     began, total, parts = time.monotonic(), len(source), {}
     for part in PARTS:
@@ -89,7 +90,6 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
         crops = config.crops if part == "train" else 1
         parts[part] = _tokenize_part(dvae, split(source, part), crops, config.batch_size, report)
 
-    tokenizer = Tokenizer.train(chain.from_iterable(parts["train"].captions), config.text_vocab)
     with replacing(out / "tokenizer.json") as temporary:
         tokenizer.save(temporary)
     listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
@@ -116,6 +116,17 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
     if any(isinstance(captions, str) for part in PARTS for captions in listing[part]["captions"]):
         raise UserError(f"{captions_path} is of an earlier version: run `dalle tokenize` again")
     return {part: Tokens(codes[part].long(), **listing[part]) for part in PARTS}
+
+
+def _check_readers(directory: Path, tokenizer: Tokenizer) -> None:
+    """Refuses to replace the tokenizer whose ids a trained model reads."""
+    readers = [name for name in ("prior.json", "clip.json") if (directory / name).exists()]
+    path = directory / "tokenizer.json"
+    if readers and path.exists() and Tokenizer.load(path) != tokenizer:
+        raise UserError(
+            f"{directory} holds a model of other captions ({readers[0]}), which could not read these: "
+            "choose another --out, with a copy of dvae.json and dvae.safetensors"
+        )
 
 
 @torch.inference_mode()

@@ -122,7 +122,7 @@ class CLIPTask:
         scale = max(1, 64 // self.size.image_size)
         images.save(images.grid(rows, [captions[i] for i in chosen], scale), path)
 
-    def write_model(self, model: nn.Module) -> None:
+    def write_model(self, model: nn.Module, done: bool) -> None:
         save_part(self.config.out, "clip", model)
 
     def pack(self, captions: list[str]) -> Tensor:
@@ -188,6 +188,7 @@ def _load_tokenizer(directory: Path) -> Tokenizer:
 def train_clip(config: TrainCLIPConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a CLIP; `on_step` receives Progress. Raises UserError for what the user can mend."""
     task = CLIPTask(config)
-    identity = {"dvae": fingerprint(task.dvae), "captions": digest("\n".join(task.training.captions()))}
+    identity = {"dvae, decoder included": fingerprint(task.dvae)}
+    identity["captions"] = digest("\n".join(task.training.captions()))
     identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))
     return replace(train(task, config, identity, on_step), skipped=task.training.skipped)

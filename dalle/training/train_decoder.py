@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle import config as configs
 from dalle.dvae import DiscreteVAE, logit_laplace_nll
@@ -64,6 +64,10 @@ class DecoderTask(DVAETask):
             codes = self.model.codes(pictures)
         nll = logit_laplace_nll(self.model.targets(pictures), self.model.decoder.from_codes(codes).float()).mean()
         return {"loss": nll}
+
+    def write_model(self, model: nn.Module, done: bool) -> None:
+        if done:  # until then the decoder there is may be the better one
+            super().write_model(model, done)
 
 
 def train_decoder(config: TrainDecoderConfig, *, on_step: OnStep | None = None) -> Result:

@@ -13,9 +13,10 @@ from dalle import images
 from dalle.data import open_source, split
 from dalle.data.crops import dvae_crop
 from dalle.dvae import DiscreteVAE, DiscreteVAEConfig, codebook_usage, logit_laplace_nll, psnr, to_range
+from dalle.errors import UserError
 from dalle.model_files import save_part
 from dalle.training.feed import Pictures, step_seed
-from dalle.training.loop import OnStep, Result, TrainConfig, prepare, train
+from dalle.training.loop import OnStep, Result, TrainConfig, prepare, run_path, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine
 
@@ -104,7 +105,7 @@ class DVAETask:
         rows = [row for i in range(0, len(shown), 8) for row in (shown[i : i + 8], list(copies[i : i + 8]))]
         images.save(images.grid(rows, scale=max(1, 64 // self.size.image_size)), path)
 
-    def write_model(self, model: nn.Module) -> None:
+    def write_model(self, model: nn.Module, done: bool) -> None:
         save_part(self.config.out, "dvae", model)
 
 
@@ -130,6 +131,8 @@ def evaluate(model: DiscreteVAE, pictures: list[Tensor]) -> dict[str, float]:
 
 def train_dvae(config: TrainDVAEConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a dVAE; `on_step` receives Progress. Raises UserError for what the user can mend."""
+    if config.resume and (decoder := run_path(config, "decoder")).exists():
+        raise UserError(f"{decoder} is of a later training, which going on with the dVAE would undo: delete it first")
     task = DVAETask(config)
     result = train(task, config, {"pictures": task.count}, on_step)
     return replace(result, skipped=task.skipped)

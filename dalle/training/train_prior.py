@@ -114,7 +114,7 @@ class PriorTask:
         scale = max(1, 64 // self.dvae.config.image_size)
         images.save(images.grid([list(row) for row in pictures], captions, scale), path)
 
-    def write_model(self, model: nn.Module) -> None:
+    def write_model(self, model: nn.Module, done: bool) -> None:
         save_part(self.config.out, "prior", model)
 
     def pack(self, captions: list[list[int]]) -> Tensor:
