@@ -122,7 +122,7 @@ needs_torch = find_torch() is None and "setuptools.build_meta" in sys.modules
 setup(
     version=VERSION,
     packages=find_packages(include=["dalle_kernels*", "dalle*"]),
-    package_data={"dalle_kernels": ["py.typed"], "dalle": ["data/*.txt", "shipped/*"]},
+    package_data={"dalle": ["data/*.txt", "shipped/*"]},
     ext_modules=[Extension("dalle_kernels._host", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=[TORCH] if needs_torch else [],

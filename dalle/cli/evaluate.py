@@ -17,7 +17,7 @@ def main(argv: list[str]) -> int:
     try:
         report = evaluate(config, track)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured until then is in {config.out / REPORT}", file=sys.stderr)
+        print(f"stopped; what was measured until then, if anything, is in {config.out / REPORT}", file=sys.stderr)
         return 130
     print(table(report))
     files = [config.out / REPORT]

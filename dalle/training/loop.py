@@ -170,7 +170,7 @@ def prepare(config: TrainConfig, name: str) -> torch.device:
     if config.resume and not path.exists():
         raise UserError(f"{path} does not exist, so there is nothing to resume: leave --resume out")
     if not config.resume and path.exists():
-        raise UserError(f"{path} holds a training run: add --resume to go on with it, or choose another --out")
+        raise UserError(f"{path} holds a training run: add --resume to go on with it, or delete it to start anew")
     if config.threads is not None:
         if config.threads < 1:
             raise UserError(f"threads must be at least 1, not {config.threads}")
