@@ -33,11 +33,11 @@ from dalle.training.train_clip import TrainCLIPConfig, train_clip
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 
-DVAE_DATA, DATA = "shapes:10000", "shapes-simple:4000"  # for the dVAE up to three objects a picture: less white
+DATA = "shapes:10000"
 # Many short steps, fewer codes, and a KL term that is strong from the start, without which nearly white pictures end in
 # one code for everything.
 DVAE_SETTINGS = dict(
-    data=DVAE_DATA,
+    data=DATA,
     model=replace(DiscreteVAEConfig.preset("tiny"), vocab=128),
     batch_size=8,
     lr=2.5e-3,
