@@ -416,3 +416,13 @@ def test_a_prior_does_not_resume_on_other_captions(tokenized):
     tokenize(TokenizeConfig(out=tokenized, data="shapes-simple:44"))
     with pytest.raises(UserError, match="was trained with captions"):
         train_prior(prior_config(tokenized, steps=2, resume=True))
+
+
+def test_others_may_read_weights_as_the_umask_says(tmp_path):
+    for umask in (0o022, 0o077):
+        previous = os.umask(umask)
+        try:
+            write_tensors(tmp_path / "w.safetensors", {"w": torch.ones(2)})
+        finally:
+            os.umask(previous)
+        assert (tmp_path / "w.safetensors").stat().st_mode & 0o777 == 0o666 & ~umask
