@@ -108,7 +108,7 @@ def test_the_shipped_model(directory, monkeypatch):
 
 def test_an_installation_without_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "SHIPPED", tmp_path / "shipped")
-    with pytest.raises(UserError, match=r"no model came with this installation .*shipped is missing"):
+    with pytest.raises(UserError, match=r"no model came with this installation .*prior.json is missing"):
         Pipeline.from_pretrained()
 
 
