@@ -6,8 +6,10 @@ import platform
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 import dalle_kernels.info
 from dalle import config as configs
@@ -86,6 +88,24 @@ class Report:
         write_text(self.path, json.dumps(self.sections, indent=1, ensure_ascii=False) + "\n")
 
 
+class Run(NamedTuple):
+    """A model that is being measured: on what, and where the numbers go."""
+
+    config: EvaluateConfig
+    pipeline: Pipeline
+    parts: dict[str, Source]
+    """All pictures, by name of the part."""
+    groups: dict[str, Pictures]
+    """Those of each part that are looked at."""
+    report: Report
+    track: Track
+
+    def drawn(self, name: str) -> dict[str, Tensor]:
+        """What is drawn for the captions of a part: the first candidates, and the best."""
+        captions, config = self.groups[name].captions, self.config
+        return first_and_best(self.pipeline, captions, config.candidates, config.seed, self.track, f"drawing, {name}")
+
+
 def evaluate(config: EvaluateConfig, track: Track = silently) -> dict:
     """Writes `config.out`/evaluation.json, section by section, and returns what it holds. Raises UserError."""
     out = writable_directory(config.out)
@@ -110,10 +130,11 @@ def evaluate(config: EvaluateConfig, track: Track = silently) -> dict:
         report.note("the model has no CLIP: retrieval, ranking and accuracy against candidates are left out")
     else:
         report.add("retrieval", retrieval(pipeline, groups))
+    run = Run(config, pipeline, parts, groups, report, track)
     if isinstance(source, ShapesSource):
-        measure_shapes(config, pipeline, parts, groups, report, track)
+        measure_shapes(run)
     else:
-        measure_ranks(config, pipeline, parts, groups, report, track)
+        measure_ranks(run)
     return report.sections
 
 
@@ -145,53 +166,39 @@ def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Sour
     }
 
 
-def measure_ranks(
-    config: EvaluateConfig,
-    pipeline: Pipeline,
-    parts: dict[str, Source],
-    groups: dict[str, Pictures],
-    report: Report,
-    track: Track,
-) -> None:
+def measure_ranks(run: Run) -> None:
     """The ranks of a caption's picture, seen from what is drawn for it, its reconstruction and another's picture."""
-    gallery = Gallery(parts[TRAINING], parts[HELD_OUT], track)
+    gallery = Gallery(run.parts[TRAINING], run.parts[HELD_OUT], run.track)
     found = {}
-    for name, group in groups.items():
-        drawn = first_and_best(pipeline, group.captions, config.candidates, config.seed, track, f"drawing, {name}")
+    for name, group in run.groups.items():
+        drawn = run.drawn(name)
         found[name] = {kind: gallery.rank(group.captions, pictures) for kind, pictures in drawn.items()}
         if len({caption for caption, _ in gallery.known}) > 1:
             found[name]["most alike training caption"] = gallery.rank_of_most_alike(group.captions)
         found[name]["reconstruction"] = gallery.rank(group.captions, group.copies)
-        report.add("ranks", {"pictures": len(gallery.captions), **found})
+        run.report.add("ranks", {"pictures": len(gallery.captions), **found})
 
 
-def measure_shapes(
-    config: EvaluateConfig,
-    pipeline: Pipeline,
-    parts: dict[str, Source],
-    groups: dict[str, Pictures],
-    report: Report,
-    track: Track,
-) -> None:
+def measure_shapes(run: Run) -> None:
     """What drawn pictures show of their captions, and how that grows with the number of candidates."""
     reader, found = shapes.Reader(), {}
-    for name, group in groups.items():
-        scenes = [parts[name].scene(i) for i in group.indices]
-        drawn = first_and_best(pipeline, group.captions, config.candidates, config.seed, track, f"drawing, {name}")
+    for name, group in run.groups.items():
+        scenes = [run.parts[name].scene(i) for i in group.indices]
+        drawn = run.drawn(name)
         kinds = {"real pictures": group.images, "reconstructions": group.copies, **drawn}
         found[name] = {kind: shapes.accuracy(reader, scenes, pictures) for kind, pictures in kinds.items()}
-        report.add("shapes", found)
-    if pipeline.clip is None:
+        run.report.add("shapes", found)
+    if run.pipeline.clip is None:
         return
-    found = {}
-    for name, group in groups.items():
-        chosen = spaced(len(group.indices), config.ranked_captions)
+    found, most, seed = {}, run.config.ranked, run.config.seed
+    for name, group in run.groups.items():
+        chosen = spaced(len(group.indices), run.config.ranked_captions)
         captions = [group.captions[i] for i in chosen]
-        scenes = [parts[name].scene(group.indices[i]) for i in chosen]
-        drawn = draw(pipeline, captions, config.ranked, config.seed, track, f"{config.ranked} candidates, {name}")
+        scenes = [run.parts[name].scene(group.indices[i]) for i in chosen]
+        drawn = draw(run.pipeline, captions, most, seed, run.track, f"{most} candidates, {name}")
         right, scores = [], []
         for caption, scene, pictures in zip(captions, scenes, drawn, strict=True):
             right.append([reader.attributes(scene, picture) for picture in pictures])
-            scores.append(pipeline.score(pictures, caption, truncate=True))
+            scores.append(run.pipeline.score(pictures, caption, truncate=True))
         found[name] = shapes.curves(right, torch.stack(scores))
-        report.add("candidates", found)
+        run.report.add("candidates", found)
