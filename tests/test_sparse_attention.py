@@ -29,6 +29,9 @@ def run(attention, tensors, grad):
 
 
 def check(pattern, q, k, v, backend, scale=None):
+    """The accuracy rule on all outputs and gradients. Callers give at least 16 (batch, head) pairs: the largest error of
+    one head comes from the few queries that see few keys and is chance; that of many heads is a property.
+    """
     n = q.shape[2]
     used = q.shape[-1] ** -0.5 if scale is None else scale
     mask = pattern.dense()[:n, :n]
@@ -50,7 +53,7 @@ def check(pattern, q, k, v, backend, scale=None):
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_matches_float64(backend, name, dtype, seed):
     pattern = every_pattern(19, (9, 11))[name]
-    q, k, v = torch.randn(3, 2, 3, pattern.seq_len, 64, dtype=dtype)
+    q, k, v = torch.randn(3, 6, 3, pattern.seq_len, 64, dtype=dtype)
     check(pattern, q, k, v, backend)
 
 
@@ -70,9 +73,7 @@ def test_any_shape_and_layout(batch, heads, dim, text_len, grid, name, dtype, la
     pattern = every_pattern(text_len, grid)[name]
     n = data.draw(st.integers(1, pattern.seq_len), label="n")
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
-    batch = max(
-        batch, 65536 // (heads * n * dim)
-    )  # the largest error of a few numbers is chance, of thousands it is a property
+    batch = max(batch, 2**17 // (heads * n * dim), 16 // heads)
     check(pattern, *make(layout, batch, heads, n, dim, dtype), "cpu")
 
 
@@ -272,7 +273,7 @@ def test_the_papers_size(seed):
         dk.AttentionPattern.conv(256, (32, 32)),
     ):
         for dtype in DTYPES:
-            q, k, v = torch.randn(3, 1, 2, 1280, 64).to(dtype)
+            q, k, v = torch.randn(3, 8, 2, 1280, 64).to(dtype)
             check(pattern, q, k, v, "cpu")
 
 

@@ -44,28 +44,35 @@ DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_
   }
 }
 
-// out[j][32] = factor * sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`. Even and odd d are summed apart: shorter chains err less.
+// Products over the head dim are summed over even and odd d apart, and SPAN at a time: shorter chains err less.
+template <int DP> constexpr int SPAN = DP < 64 ? DP : 64;
+
+// out[j][32] = factor * sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`
 template <int DP> DK_INLINE void products(const float* a, const float* const* keys, float factor, float* out) {
   constexpr int KEYS = BLOCK / 2;
   for (int r = 0; r < ROWS; r += PAIR)
-    for (int j = 0; j < GROUP_COLUMNS; j += KEYS) {
-      Vec even[KEYS][2] = {}, odd[KEYS][2] = {};
-      for (int d = 0; d < DP; d += 2) {
-        const float* x = a + d * ROWS + r;
-        const Vec even0 = load(x), even1 = load(x + LANES), odd0 = load(x + ROWS), odd1 = load(x + ROWS + LANES);
-        DK_UNROLL for (int i = 0; i < KEYS; ++i) {
-          const float key0 = keys[j + i][d], key1 = keys[j + i][d + 1];
-          even[i][0] += even0 * key0;
-          even[i][1] += even1 * key0;
-          odd[i][0] += odd0 * key1;
-          odd[i][1] += odd1 * key1;
+    for (int j = 0; j < GROUP_COLUMNS; j += KEYS)
+      for (int from = 0; from < DP; from += SPAN<DP>) {
+        Vec even[KEYS][2] = {}, odd[KEYS][2] = {};
+        for (int d = from; d < from + SPAN<DP>; d += 2) {
+          const float* x = a + d * ROWS + r;
+          const Vec even0 = load(x), even1 = load(x + LANES), odd0 = load(x + ROWS), odd1 = load(x + ROWS + LANES);
+          DK_UNROLL for (int i = 0; i < KEYS; ++i) {
+            const float key0 = keys[j + i][d], key1 = keys[j + i][d + 1];
+            even[i][0] += even0 * key0;
+            even[i][1] += even1 * key0;
+            odd[i][0] += odd0 * key1;
+            odd[i][1] += odd1 * key1;
+          }
         }
+        DK_UNROLL for (int i = 0; i < KEYS; ++i)
+          DK_UNROLL for (int half = 0; half < 2; ++half) {
+            float* o = out + (j + i) * ROWS + r + half * LANES;
+            Vec sum = even[i][half] + odd[i][half];
+            if (from) sum = load(o) + sum;
+            store(o, from + SPAN<DP> < DP ? sum : sum * factor);
+          }
       }
-      DK_UNROLL for (int i = 0; i < KEYS; ++i) {
-        store(out + (j + i) * ROWS + r, (even[i][0] + odd[i][0]) * factor);
-        store(out + (j + i) * ROWS + r + LANES, (even[i][1] + odd[i][1]) * factor);
-      }
-    }
 }
 
 // s[j][32] = fill where the mask of key j has no bit for the query

@@ -54,17 +54,21 @@ DK_INLINE void settle() { asm volatile("" ::: "memory"); }
 // s[j] = scale * sum_d q[d] * keys[j][d], added up in the order of products(); -inf up to the next whole vector
 template <int DP> DK_INLINE void products_of_one(const float* q, const float* const* keys, int count, float scale, float* s) {
   for (int j = 0; j < count; j += LANES) {
-    Vec even{}, odd{};
-    for (int d = 0; d < DP; d += LANES) {
-      Vec block[LANES];
-      DK_UNROLL for (int i = 0; i < LANES; ++i) block[i] = load(keys[j + i] + d);
-      transpose(block);
-      DK_UNROLL for (int i = 0; i < LANES; i += 2) {
-        even += block[i] * q[d + i];
-        odd += block[i + 1] * q[d + i + 1];
+    Vec total{};
+    for (int from = 0; from < DP; from += SPAN<DP>) {
+      Vec even{}, odd{};
+      for (int d = from; d < from + SPAN<DP>; d += LANES) {
+        Vec block[LANES];
+        DK_UNROLL for (int i = 0; i < LANES; ++i) block[i] = load(keys[j + i] + d);
+        transpose(block);
+        DK_UNROLL for (int i = 0; i < LANES; i += 2) {
+          even += block[i] * q[d + i];
+          odd += block[i + 1] * q[d + i + 1];
+        }
       }
+      total += even + odd;
     }
-    store(s + j, (even + odd) * scale);
+    store(s + j, total * scale);
   }
   for (int j = count; j % LANES; ++j) s[j] = -INF;
 }
