@@ -29,8 +29,8 @@ def run(attention, tensors, grad):
 
 
 def check(pattern, q, k, v, backend, scale=None):
-    """The accuracy rule on all outputs and gradients. Callers give at least 16 (batch, head) pairs: the largest error of
-    one head comes from the few queries that see few keys and is chance; that of many heads is a property.
+    """The accuracy rule on all outputs and gradients. Callers give at least 16 (batch, head) pairs: the largest error
+    of one head comes from the few queries that see few keys and is chance; that of many heads is a property.
     """
     n = q.shape[2]
     used = q.shape[-1] ** -0.5 if scale is None else scale
