@@ -5,15 +5,21 @@ it must read: runs of consecutive keys that every row of the tile sees, and gath
 its rows needs, with a bit mask where not all pairs are allowed. It is one int32 tensor (the format is the same for
 every backend):
 
-    header [16]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, where in the tensor each
-                   of the following begins, total length, and the most columns of any tile
+    header [24]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, work items, partial
+                   results, split tiles, the most columns of any tile, where in the tensor each of the following
+                   begins, total length; the rest is 0
     tile rows      [tiles, rows]        token of each row, -1 where the tile is not full
     tile begin     [tiles + 1]          first entry of each tile
-    entries        [entries, 3]         keys, groups, mask: `keys` >= 0 is the first token of `groups` consecutive
-                                        groups; else ~keys is the first of `groups`
-                                        gathered groups; mask -1 means every pair is allowed
+    entries        [entries, 4]         keys, groups, mask, live: `keys` >= 0 is the first token of `groups` consecutive
+                                        groups; else ~keys is the first of `groups` gathered groups; mask -1 means every
+                                        pair is allowed; bit (r * ceil(columns / 16) + c) of `live` says whether rows
+                                        16 r to 16 r + 15 and columns 16 c to 16 c + 15 share an allowed pair
     gathered       [groups, columns]    tokens, -1 where the group is not full
-    masks          [masks, columns, rows / 32]   one bit per row, lowest first; equal masks are stored once
+    masks          [masks, rows / 32, columns]   one bit per row, lowest first; equal masks are stored once
+    work items     [items, 4]           tile, first entry, end, partial: what one block of a GPU does, the heaviest
+                                        first; `partial` is -1 where it does the whole tile, else the number of its
+                                        partial result
+    split tiles    [split, 3]           tile, first partial, partials, which are added up in this order
 
 Seen from the key side (`side="key"`) rows are keys and columns are the queries that see them, which lets a backward
 pass own its dK and dV. Plans are compiled by streaming over tiles; no N x N matrix is ever made.
@@ -30,15 +36,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from .patterns import AttentionPattern
 
-MAGIC, VERSION, HEADER = 0x4B50444B, 1, 16
+MAGIC, VERSION, HEADER = 0x4B50444B, 2, 24
 
 
 @dataclass(frozen=True)
 class TileShape:
-    """Rows per tile (a multiple of 32) and columns per group."""
+    """How a plan cuts the pairs. Rows per tile (a multiple of 32), columns per group, the most groups of one entry
+    (None: any), and after how many entries a tile is split between work items (None: never)."""
 
     rows: int = 32
     columns: int = 8
+    longest_run: int | None = None
+    split: int | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,8 @@ class Plan:
     entries: np.ndarray
     gathered: np.ndarray
     masks: np.ndarray
+    items: np.ndarray
+    split_tiles: np.ndarray
 
     @property
     def pairs(self) -> int:
@@ -66,7 +77,7 @@ def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape
     rows = np.full(tiles * shape.rows, -1, np.int32)
     rows[:n] = order
     rows = rows.reshape(tiles, shape.rows)
-    builder = _Builder(shape)
+    builder = _Builder(shape, np.argsort(order))
     for tile in rows:
         builder.add_tile(*_tile_block(pattern, n, tile[tile >= 0], side))
     return builder.finish(n, rows)
@@ -82,16 +93,17 @@ def _tile_block(pattern, n, tokens, side):
 
 
 class _Builder:
-    def __init__(self, shape):
-        self.shape = shape
+    def __init__(self, shape, rank):
+        self.shape, self.rank = shape, rank
         self.entries, self.begin, self.gathered, self.masks = [], [0], [], []
         self.mask_index = {}
         self.most_columns = 0
 
     def add_tile(self, columns, block):
         full = block.all(0)
-        in_run = self._add_runs(columns, full)
+        in_run = self._add_runs(columns, full, len(block))
         rest = np.flatnonzero(block.any(0) & ~in_run)
+        rest = rest[np.argsort(self.rank[columns[rest]])]  # in the pattern's order what belongs together lies together
         for start in range(0, len(rest), self.shape.columns):
             part = rest[start : start + self.shape.columns]
             self._add_gathered(columns[part], block[:, part])
@@ -99,15 +111,18 @@ class _Builder:
         self.most_columns = max(self.most_columns, groups * self.shape.columns)
         self.begin.append(len(self.entries))
 
-    def _add_runs(self, columns, full):
+    def _add_runs(self, columns, full, rows):
         """Stores stretches of consecutive full columns, in whole groups; returns which columns they cover."""
-        covered = np.zeros(len(full), bool)
+        size, covered = self.shape.columns, np.zeros(len(full), bool)
+        live = self._live(np.ones((rows, size), bool))
         edges = np.flatnonzero(np.diff(np.concatenate([[0], full.view(np.int8), [0]])))
         for begin, end in edges.reshape(-1, 2):
-            groups = (end - begin) // self.shape.columns
-            if groups:
-                self.entries.append((int(columns[begin]), groups, -1))
-                covered[begin : begin + groups * self.shape.columns] = True
+            groups = (end - begin) // size
+            covered[begin : begin + groups * size] = True
+            longest = self.shape.longest_run or max(groups, 1)
+            for first in range(0, groups, longest):
+                key = int(columns[begin]) + first * size
+                self.entries.append((key, min(longest, groups - first), -1, live))
         return covered
 
     def _add_gathered(self, tokens, block):
@@ -115,21 +130,47 @@ class _Builder:
         group[: len(tokens)] = tokens
         padded = np.zeros((self.shape.columns, self.shape.rows), bool)
         padded[: len(tokens), : len(block)] = block.T
-        words = np.packbits(padded, axis=1, bitorder="little").view("<u4")
+        words = np.ascontiguousarray(np.packbits(padded, axis=1, bitorder="little").view("<u4").T)
         mask = -1 if padded.all() else self.mask_index.setdefault(words.tobytes(), len(self.masks))
         if mask == len(self.masks):
             self.masks.append(words)
-        self.entries.append((~len(self.gathered), 1, mask))
+        self.entries.append((~len(self.gathered), 1, mask, self._live(block)))
         self.gathered.append(group)
+
+    def _live(self, block):
+        """The bits of the 16 x 16 parts of a group that hold an allowed pair; as int32."""
+        across = -(-self.shape.columns // 16)
+        rows, columns = np.nonzero(block)
+        bits = np.bitwise_or.reduce(1 << (rows // 16 * across + columns // 16), initial=0)
+        return int(np.uint32(bits).astype(np.int32))
+
+    def _items(self):
+        """Work items, the heaviest first, and the tiles that are split between several."""
+        items, split = [], []
+        partials = 0
+        for tile, (begin, end) in enumerate(zip(self.begin, self.begin[1:])):
+            size = self.shape.split or end - begin
+            pieces = [(first, min(first + size, end)) for first in range(begin, end, size)]
+            if len(pieces) == 1:
+                items.append((tile, begin, end, -1))
+                continue
+            items += [(tile, *piece, partials + i) for i, piece in enumerate(pieces)]
+            split.append((tile, partials, len(pieces)))
+            partials += len(pieces)
+        items.sort(key=lambda item: item[1] - item[2])
+        return items, split, partials
 
     def finish(self, n, rows):
         shape = self.shape
+        items, split, partials = self._items()
         parts = {
             "rows": rows,
             "begin": np.array(self.begin, np.int32),
-            "entries": np.array(self.entries, np.int32).reshape(-1, 3),
+            "entries": np.array(self.entries, np.int32).reshape(-1, 4),
             "gathered": np.array(self.gathered, np.int32).reshape(-1, shape.columns),
-            "masks": np.array(self.masks, "<u4").reshape(-1, shape.columns, shape.rows // 32),
+            "masks": np.array(self.masks, "<u4").reshape(-1, shape.rows // 32, shape.columns),
+            "items": np.array(items, np.int32).reshape(-1, 4),
+            "split_tiles": np.array(split, np.int32).reshape(-1, 3),
         }
         offsets = HEADER + np.cumsum([0] + [part.size for part in parts.values()])
         if offsets[-1] >= 2**31:
@@ -138,10 +179,11 @@ class _Builder:
                 "use a sparser pattern"
             )
         packed = np.zeros(offsets[-1], np.int32)
-        packed[:HEADER] = [
+        header = [
             MAGIC, VERSION, n, shape.rows, shape.columns, len(rows), len(self.entries), len(self.gathered),
-            len(self.masks), *offsets, self.most_columns,
+            len(self.masks), len(items), partials, len(split), self.most_columns, *offsets,
         ]  # fmt: skip
+        packed[: len(header)] = header
         views = {}
         for (name, part), offset in zip(parts.items(), offsets):
             packed[offset : offset + part.size] = part.reshape(-1).view(np.int32)

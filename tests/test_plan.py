@@ -18,13 +18,14 @@ def decode(packed):
     documented format.
     """
     n, tile_rows, columns, tiles = packed[2:6]
-    at_rows, at_begin, at_entries, at_gathered, at_masks, total = packed[9:15]
+    at_rows, at_begin, at_entries, at_gathered, at_masks, _, _, total = packed[13:21]
     assert total == len(packed) and at_rows == HEADER
     mask = np.zeros((n, n), bool)
     for tile in range(tiles):
         tokens = packed[at_rows + tile * tile_rows :][:tile_rows]
         for entry in range(packed[at_begin + tile], packed[at_begin + tile + 1]):
-            keys, groups, mask_index = packed[at_entries + 3 * entry :][:3]
+            keys, groups, mask_index, live = packed[at_entries + 4 * entry :][:4]
+            seen = set()
             for g in range(groups):
                 if keys >= 0:
                     group = keys + g * columns + np.arange(columns)
@@ -34,13 +35,15 @@ def decode(packed):
                     for r, token in enumerate(tokens):
                         allowed = True
                         if mask_index >= 0:
-                            word = packed[at_masks + ((mask_index + g) * columns + j) * (tile_rows // 32) + r // 32]
+                            word = packed[at_masks + ((mask_index + g) * (tile_rows // 32) + r // 32) * columns + j]
                             allowed = bool(int(word) >> (r % 32) & 1)
                         if key < 0 or token < 0:
                             assert key >= 0 or not allowed, "a padding slot must be masked"
                         elif allowed:
                             assert not mask[token, key], "a pair is listed twice"
                             mask[token, key] = True
+                            seen.add(r // 16 * -(-columns // 16) + j // 16)
+            assert int(live) & 0xFFFFFFFF == sum(1 << bit for bit in seen)
     return mask
 
 
@@ -52,15 +55,41 @@ def decode(packed):
     name=st.sampled_from(NAMES),
     rows=st.sampled_from([32, 64]),
     columns=st.sampled_from([1, 8, 64]),
+    longest_run=st.sampled_from([None, 1, 3]),
     side=st.sampled_from(["query", "key"]),
     data=st.data(),
 )
-def test_decoded_plan_is_the_pattern(text_len, height, width, name, rows, columns, side, data):
+def test_decoded_plan_is_the_pattern(text_len, height, width, name, rows, columns, longest_run, side, data):
     pattern = every_pattern(text_len, (height, width))[name]
     n = data.draw(st.integers(1, pattern.seq_len))
-    plan = compile_plan(pattern, n, TileShape(rows, columns), side)
+    plan = compile_plan(pattern, n, TileShape(rows, columns, longest_run), side)
+    assert longest_run is None or plan.entries[:, 1].max() <= longest_run
     expected = pattern.dense()[:n, :n].numpy()
     assert np.array_equal(decode(plan.packed), expected if side == "query" else expected.T)
+
+
+@pytest.mark.parametrize("split", [None, 1, 2, 5])
+def test_work_items_cover_every_entry_once(split):
+    """Every entry belongs to one item; partial results of a tile are numbered in the order of its entries."""
+    plan = compile_plan(P.row(100, (9, 11)), 199, TileShape(64, 16, 1, split), "key")
+    done = np.zeros(len(plan.entries), int)
+    partials = {}
+    for tile, begin, end, partial in plan.items:
+        assert plan.begin[tile] <= begin < end <= plan.begin[tile + 1]
+        assert split is None or end - begin <= split
+        done[begin:end] += 1
+        if partial < 0:
+            assert (begin, end) == (plan.begin[tile], plan.begin[tile + 1])
+        else:
+            partials[partial] = tile, begin
+    assert (done == 1).all()
+    sizes = plan.items[:, 2] - plan.items[:, 1]
+    assert (np.diff(sizes) <= 0).all()
+    listed = [(int(first) + i, int(tile)) for tile, first, count in plan.split_tiles for i in range(count)]
+    assert [number for number, _ in listed] == list(range(len(partials))) == list(range(int(plan.packed[10])))
+    assert [tile for _, tile in listed] == [partials[number][0] for number, _ in listed]
+    assert sorted(partials.values()) == [partials[number] for number in sorted(partials)]
+    assert bool(partials) == (split is not None)
 
 
 def test_the_order_packs_columns():

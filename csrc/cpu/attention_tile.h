@@ -1,7 +1,7 @@
 // Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast from their rows, so gathering
 // costs nothing and only Q and O are transposed.
 #pragma once
-#include "cpu/plan.h"
+#include "common/plan.h"
 #include "cpu/sparse_attention.h"
 #include "cpu/vec.h"
 

@@ -3,7 +3,7 @@
 // Both do the same operations on every number in the same order, so that a result does not depend on how many candidates there are.
 #include "cpu/attention_tile.h"
 #include "cpu/decode_attention.h"
-#include "cpu/decode_schedule.h"
+#include "common/decode_schedule.h"
 
 namespace dk::DK_ISA {
 
@@ -210,7 +210,7 @@ template <class T, int DP> struct Decode {
   static void call(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t head, int64_t begin, int64_t end) {
     const FlushDenormals guard;
     const DecodeSchedule schedule(a.schedule);
-    const int64_t dim = a.head_dim, text_len = schedule[DecodeSchedule::TEXT_LEN], own = schedule.slot(a.step) * dim;
+    const int64_t dim = a.head_dim, text_len = schedule[DecodeSchedule::TEXT_LEN], own = schedule.slot(*a.step) * dim;
     const int64_t first = prompt * a.candidates + begin, count = end - begin;
     const auto offset = [&](SequenceStrides s) { return first * s.sequence + head * s.head; };
     const T* q = static_cast<const T*>(a.q) + offset(a.q_strides);
@@ -223,7 +223,7 @@ template <class T, int DP> struct Decode {
     const int64_t prefix = (prompt * a.heads + head) * text_len * dim;
     const FloatRows k = float_rows<T, DP>(static_cast<const T*>(a.prefix_k) + prefix, dim, text_len, dim, copy);
     const FloatRows v = float_rows<T, DP>(static_cast<const T*>(a.prefix_v) + prefix, dim, text_len, dim, copy + copy_floats(a));
-    text(a, schedule.text(a.step), q, count, k, v, w);
+    text(a, schedule.text(*a.step), q, count, k, v, w);
 
     for (int64_t c = 0; c < count; ++c) {
       State<DP>& state = w.states[c];
@@ -231,7 +231,7 @@ template <class T, int DP> struct Decode {
       std::memcpy(keys + own, new_k + c * a.k_strides.sequence, dim * sizeof(T));
       std::memcpy(values + own, new_v + c * a.v_strides.sequence, dim * sizeof(T));
       fetch_row<T, DP>(q, a.q_strides.sequence, c, dim, w.q);
-      image(a, schedule.image(a.step), keys, values, c + 1 < count ? a.image_strides.sequence : 0, w, state);
+      image(a, schedule.image(*a.step), keys, values, c + 1 < count ? a.image_strides.sequence : 0, w, state);
       const float divide = 1.0f / state.sum;
       for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * divide);
       store_row(state.out, out + c * a.heads * dim, dim);

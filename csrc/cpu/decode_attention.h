@@ -1,25 +1,7 @@
 #pragma once
-#include <cstdint>
-
-#include "cpu/dtype.h"
+#include "common/decode_attention.h"
 
 namespace dk {
-
-struct SequenceStrides {
-  int64_t sequence, head;   // in elements; the last dimension is contiguous
-};
-
-struct DecodeAttentionArgs {
-  const void *q, *k, *v;                 // [P * C, H, D]
-  const void *prefix_k, *prefix_v;       // [P, H, T, D] contiguous
-  void *image_k, *image_v;               // [P * C, H, R, D], contiguous in R and D
-  void* out;                             // [P * C, H, D] contiguous
-  SequenceStrides q_strides, k_strides, v_strides, image_strides;
-  int64_t candidates, heads, head_dim, step;
-  const int32_t* schedule;
-  float scale;
-  DType dtype;
-};
 
 constexpr int MOST_CANDIDATES = 32;   // that one call of `run` takes
 

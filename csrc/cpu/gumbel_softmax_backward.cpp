@@ -60,7 +60,7 @@ template <class T> struct Backward {
 
   static void gradient(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, BackwardSpace& w) {
     const int width = cut.width;
-    const float inverse_tau = 1.0f / a.forward.tau;
+    const float inverse_tau = 1.0f / *a.forward.tau;
     for (int64_t row = 0; row < s.rows; row += CHUNK) {
       const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
       fetch_rows(a, cut, s, row, count, w);

@@ -196,8 +196,8 @@ template <class T> struct Sweep {
   // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the logits.
   static void run(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, bool soft, SweepSpace& w) {
     const int width = cut.width;
-    const PhiloxKey key{static_cast<uint64_t>(a.seed), 0};
-    const float scale = LOG2E / a.tau;
+    const PhiloxKey key{static_cast<uint64_t>(*a.seed), 0};
+    const float scale = LOG2E / *a.tau;
     w.noisy.clear();
     w.plain.clear();
     for (int j = 0; j < width; j += LANES) w.best[j / LANES] = ArgMax();

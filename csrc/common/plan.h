@@ -6,8 +6,12 @@ namespace dk {
 
 struct Plan {
   explicit Plan(const int32_t* packed) : p(packed) {}
-  enum Field { MAGIC, VERSION, N, TILE_ROWS, GROUP_COLUMNS, TILES, ENTRIES, GATHERED, MASKS, ROWS_AT, BEGIN_AT, ENTRIES_AT, GATHER_AT, MASKS_AT, TOTAL, MOST_COLUMNS };
-  static constexpr int32_t MAGIC_VALUE = 0x4b50444b, VERSION_VALUE = 1;
+  enum Field {
+    MAGIC, VERSION, N, TILE_ROWS, GROUP_COLUMNS, TILES, ENTRIES, GATHERED, MASKS, ITEMS, PARTIALS, SPLIT_TILES, MOST_COLUMNS,
+    ROWS_AT, BEGIN_AT, ENTRIES_AT, GATHER_AT, MASKS_AT, ITEMS_AT, SPLIT_AT, TOTAL
+  };
+  static constexpr int32_t MAGIC_VALUE = 0x4b50444b, VERSION_VALUE = 2;
+  static constexpr int HEADER = 24, ENTRY_WORDS = 4, ITEM_WORDS = 4, SPLIT_WORDS = 3;
 
   int32_t operator[](Field field) const { return p[field]; }
   int32_t tiles() const { return p[TILES]; }
@@ -19,11 +23,11 @@ struct Plan {
     int32_t keys, groups, mask;
   };
   Entry entry(int64_t i) const {
-    const int32_t* e = p + p[ENTRIES_AT] + 3 * i;
+    const int32_t* e = p + p[ENTRIES_AT] + ENTRY_WORDS * i;
     return {e[0], e[1], e[2]};
   }
   const int32_t* gather(int64_t group) const { return p + p[GATHER_AT] + group * p[GROUP_COLUMNS]; }
-  const uint32_t* mask(int64_t index) const {   // per key of the group, one bit per tile row
+  const uint32_t* mask(int64_t index) const {   // per 32 tile rows and key of the group, one bit per row
     return reinterpret_cast<const uint32_t*>(p) + p[MASKS_AT] + index * p[GROUP_COLUMNS] * (p[TILE_ROWS] / 32);
   }
 

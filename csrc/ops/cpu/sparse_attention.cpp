@@ -1,6 +1,6 @@
 // sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, tiles) over threads. Arguments were checked in Python.
-#include "cpu/plan.h"
-#include "ops/common.h"
+#include "common/plan.h"
+#include "ops/cpu/common.h"
 
 namespace dk {
 
@@ -8,7 +8,7 @@ static Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t
 
 static void check_plan(const Tensor& plan, int64_t n) {
   const int32_t* p = static_cast<const int32_t*>(plan.data_ptr());
-  STD_TORCH_CHECK(plan.numel() >= 16 && p[Plan::MAGIC] == Plan::MAGIC_VALUE && p[Plan::VERSION] == Plan::VERSION_VALUE && p[Plan::TOTAL] == plan.numel(),
+  STD_TORCH_CHECK(plan.numel() >= Plan::HEADER && p[Plan::MAGIC] == Plan::MAGIC_VALUE && p[Plan::VERSION] == Plan::VERSION_VALUE && p[Plan::TOTAL] == plan.numel(),
                   "not a plan of this version");
   STD_TORCH_CHECK(p[Plan::N] == n && p[Plan::TILE_ROWS] == TILE_ROWS && p[Plan::GROUP_COLUMNS] == GROUP_COLUMNS,
                   "the plan was compiled for another length or tile shape");
@@ -21,7 +21,7 @@ static SparseAttentionArgs forward_args(const Tensor& q, const Tensor& k, const 
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
   a.lse = static_cast<float*>(lse.data_ptr());
   a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v), a.out_strides = strides_of(out);
-  a.heads = q.size(1), a.n = q.size(2), a.head_dim = q.size(3);
+  a.batch = q.size(0), a.heads = q.size(1), a.n = q.size(2), a.head_dim = q.size(3);
   a.plan = static_cast<const int32_t*>(plan.data_ptr());
   a.scale = static_cast<float>(scale);
   a.dtype = dtype_of(q);

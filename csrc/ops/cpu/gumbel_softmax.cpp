@@ -3,7 +3,7 @@
 #include <optional>
 #include <vector>
 
-#include "ops/common.h"
+#include "ops/cpu/common.h"
 
 namespace dk {
 
@@ -13,8 +13,8 @@ static GumbelSoftmaxArgs arguments(const Tensor& like, const Tensor& seed, const
   for (int64_t i = 0; i < dim; ++i) a.outer *= like.size(i);
   for (int64_t i = dim + 1; i < like.dim(); ++i) a.inner *= like.size(i);
   a.classes = like.size(dim);
-  a.seed = *static_cast<const int64_t*>(seed.data_ptr());
-  a.tau = *static_cast<const float*>(tau.data_ptr());
+  a.seed = static_cast<const int64_t*>(seed.data_ptr());
+  a.tau = static_cast<const float*>(tau.data_ptr());
   a.hard = hard;
   a.dtype = dtype_of(like);
   return a;

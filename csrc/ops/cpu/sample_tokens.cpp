@@ -1,5 +1,5 @@
 // sample_tokens: one work item per row. Arguments were checked in Python.
-#include "ops/common.h"
+#include "ops/cpu/common.h"
 
 namespace dk {
 
@@ -11,7 +11,7 @@ static Tensor sample_tokens(Tensor logits, Tensor seed, Tensor offset, double te
   a.logits = logits.data_ptr();
   a.seed = static_cast<const int64_t*>(seed.data_ptr()), a.offset = static_cast<const int64_t*>(offset.data_ptr());
   a.tokens = static_cast<int64_t*>(tokens.data_ptr());
-  a.vocabulary = logits.size(1), a.row_stride = logits.stride(0);
+  a.rows = logits.size(0), a.vocabulary = logits.size(1), a.row_stride = logits.stride(0);
   a.top_k = top_k, a.top_p = top_p;
   a.temperature = static_cast<float>(temperature);
   a.dtype = dtype_of(logits);

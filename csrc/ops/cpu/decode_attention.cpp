@@ -1,6 +1,6 @@
 // decode_attention: checks the schedule and the step, allocates, spreads (prompt, head, candidates) over threads. Arguments were checked in Python.
-#include "cpu/decode_schedule.h"
-#include "ops/common.h"
+#include "common/decode_schedule.h"
+#include "ops/cpu/common.h"
 
 namespace dk {
 
@@ -19,26 +19,25 @@ static Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Te
                                double scale) {
   DecodeAttentionArgs a;
   a.schedule = static_cast<const int32_t*>(schedule.data_ptr());
-  a.step = *static_cast<const int64_t*>(step.data_ptr());
-  check(DecodeSchedule(a.schedule), schedule.numel(), a.step, prefix_k, image_k);
-  check(DecodeSchedule(a.schedule), schedule.numel(), a.step, prefix_v, image_v);
+  a.step = static_cast<const int64_t*>(step.data_ptr());
+  check(DecodeSchedule(a.schedule), schedule.numel(), *a.step, prefix_k, image_k);
+  check(DecodeSchedule(a.schedule), schedule.numel(), *a.step, prefix_v, image_v);
   STD_TORCH_CHECK(image_k.stride(0) == image_v.stride(0) && image_k.stride(1) == image_v.stride(1), "keys and values must be stored alike");
 
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
   a.prefix_k = prefix_k.data_ptr(), a.prefix_v = prefix_v.data_ptr(), a.image_k = image_k.data_ptr(), a.image_v = image_v.data_ptr();
   a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v), a.image_strides = strides_of(image_k);
-  const int64_t prompts = prefix_k.size(0);
-  a.candidates = q.size(0) / prompts, a.heads = q.size(1), a.head_dim = q.size(2);
+  a.prompts = prefix_k.size(0), a.candidates = q.size(0) / a.prompts, a.heads = q.size(1), a.head_dim = q.size(2);
   a.scale = static_cast<float>(scale);
   a.dtype = dtype_of(q);
 
   // As many candidates per piece as keep every thread busy twice: the more share a piece, the less often the text is read.
-  const int64_t pieces_wanted = 2 * torch::stable::get_num_threads(), sequences = prompts * a.heads * a.candidates;
+  const int64_t pieces_wanted = 2 * torch::stable::get_num_threads(), sequences = a.prompts * a.heads * a.candidates;
   const int64_t together = std::clamp<int64_t>(sequences / pieces_wanted, 1, MOST_CANDIDATES);
   const int64_t pieces = (a.candidates + together - 1) / together;
   const DecodeAttentionKernel& kernel = kernels().decode_attention;
-  for_each_item(prompts * a.heads * pieces, kernel.workspace(a), [&](int64_t item, float* workspace) {
+  for_each_item(a.prompts * a.heads * pieces, kernel.workspace(a), [&](int64_t item, float* workspace) {
     const int64_t begin = item % pieces * together, head = item / pieces % a.heads, prompt = item / pieces / a.heads;
     kernel.run(a, workspace, prompt, head, begin, std::min(begin + together, a.candidates));
   });
