@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -277,17 +277,30 @@ class Prior(nn.Module):
         start = drawn.index(True)
 
         codes = given.repeat_interleave(candidates, 0)
+        drawn = torch.tensor(drawn, device=codes.device)
         with torch.inference_mode():
             cache = self._cache(len(text), candidates, start)
-            hidden = self._run(text, given[:, :start], cache)[:, -1].repeat_interleave(candidates, 0)
-            for i in range(start, config.image_len):
-                if drawn[i]:
-                    logits = self._logits(self.image_head, hidden)
-                    codes[:, i] = dk.sample_tokens(
-                        logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=i
-                    )
-                if i + 1 < config.image_len:
-                    hidden = self._step(codes[:, i], i, cache)
+            place = cache.step.view(1)  # the same memory: it moves on with the cache
+            offset = cache.step.expand(count)
+
+            def draw(hidden: Tensor) -> None:
+                logits = self._logits(self.image_head, hidden)
+                new = dk.sample_tokens(
+                    logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=offset
+                )
+                kept = codes.index_select(1, place)
+                codes.index_copy_(1, place, torch.where(drawn.index_select(0, place), new[:, None], kept))
+
+            def step() -> None:
+                draw(self._step(codes.index_select(1, place), place, cache))
+
+            draw(self._run(text, given[:, :start], cache)[:, -1].repeat_interleave(candidates, 0))
+            steps = config.image_len - 1 - start
+            if cache.capturable:
+                _replay(step, steps, cache.device)
+            else:
+                for _ in range(steps):
+                    step()
         return codes.unflatten(1, config.grid)
 
     def sequence_bytes(self, candidates: int) -> int:
@@ -351,22 +364,22 @@ class Prior(nn.Module):
             raise UserError(f"text must be [B, {config.text_len}], as pack_text lays it out, not {list(text.shape)}")
         if codes.ndim != 2 or codes.shape[1] > config.image_len or len(codes) != len(text):
             raise UserError(f"codes must be [{len(text)}, at most {config.image_len}], not {list(codes.shape)}")
-        x = torch.cat([self.text_embedding(text) + self.text_position.weight, self._embed_codes(codes, 0)], 1)
+        places = torch.arange(codes.shape[1], device=codes.device)
+        x = torch.cat([self.text_embedding(text) + self.text_position.weight, self._embed_codes(codes, places)], 1)
         for i, layer in enumerate(self.layers):
             x = layer(x, cache, i)
         return x
 
-    def _step(self, code: Tensor, i: int, cache: dk.DecodeCache) -> Tensor:
-        """Hidden state of code i of every sequence, [R, width]."""
-        x = self._embed_codes(code[:, None], i)[:, 0]
+    def _step(self, code: Tensor, place: Tensor, cache: dk.DecodeCache) -> Tensor:
+        """Hidden state, [R, width], of every sequence's code [R, 1] at `place` [1], the cache's step, which moves on."""
+        x = self._embed_codes(code, place)[:, 0]
         for index, layer in enumerate(self.layers):
             x = layer.step(x, cache, index)
         cache.advance()
         return x
 
-    def _embed_codes(self, codes: Tensor, first: int) -> Tensor:
-        """Codes [B, n] of the positions from `first` on, [B, n, width]."""
-        places = torch.arange(first, first + codes.shape[1], device=codes.device)
+    def _embed_codes(self, codes: Tensor, places: Tensor) -> Tensor:
+        """Codes [B, n] at `places` [n] of the picture, [B, n, width]."""
         columns = self.config.grid[1]
         position = self.row_embedding(places // columns) + self.column_embedding(places % columns)
         return self.image_embedding(codes) + position
@@ -375,6 +388,27 @@ class Prior(nn.Module):
         # Logits in 16 bits shift the loss (App. D), so the heads stay in float32 under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return head(self.norm(hidden).to(head.weight.dtype)).float()
+
+
+def _replay(step: Callable[[], None], times: int, device: torch.device) -> None:
+    """Runs `step`, which keeps all that changes on the device, `times` times: once as it is, then as one CUDA graph.
+
+    The first run prepares what a capture must not: kernels are loaded, and autocast keeps its copies of the weights
+    in ordinary memory, from where the graph reads them.
+    """
+    if times == 0:
+        return
+    caller, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    stream.wait_stream(caller)
+    with torch.cuda.stream(stream):
+        step()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: what other threads do with the device meanwhile, such as loading data, is no error
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            step()  # recorded, not run
+        for _ in range(times - 1):
+            graph.replay()
+    caller.wait_stream(stream)
 
 
 def _kind(tensor: Tensor) -> str:

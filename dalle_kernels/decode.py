@@ -118,6 +118,11 @@ class DecodeCache:
         """Where the cache lives."""
         return self.step.device
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a step can be captured as a CUDA graph: `reference` cannot, it reads the step on the host."""
+        return backends.choose("decode_attention", self._layers[0].image_k).name == "cuda"
+
     @torch.no_grad()
     def write_prefix(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores what precedes the first decoded token: k and v [P, H, text_len + start, D], the text's keys and values

@@ -248,9 +248,9 @@ class AttentionPattern:
         """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first
         use; returns the pattern.
         """
-        from .plan import plan_tensor
+        from .plan import plan_tensors
 
-        plan_tensor(self, self.seq_len if n is None else n, torch.device(device))
+        plan_tensors(self, self.seq_len if n is None else n, torch.device(device))
         return self
 
 

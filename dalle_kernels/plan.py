@@ -69,6 +69,14 @@ class Plan:
         return int(self.entries[:, 1].sum()) * self.gathered.shape[1] * self.rows.shape[1]
 
 
+# How the kernels of a device type cut the pairs: seen from the queries and, where they differ, for the backward pass from
+# the keys.
+TILES = {
+    "cpu": {"query": TileShape()},
+    "cuda": {"query": TileShape(64, 64, longest_run=1, split=16), "key": TileShape(64, 32, longest_run=1, split=16)},
+}
+
+
 def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: str = "query") -> Plan:
     """Compiles `pattern`, cut to its first `n` tokens, for tiles of `shape`, seen from `side` ("query" or "key")."""
     order = pattern.order().numpy()
@@ -201,3 +209,12 @@ def plan_tensor(
     # An ordinary tensor, whatever the first use happens in: inference, which autograd could not save, or a trace.
     with torch.inference_mode(False), _disable_current_modes():
         return torch.from_numpy(compile_plan(pattern, n, shape, side).packed).to(device)
+
+
+def plan_tensors(
+    pattern: AttentionPattern, n: int, device: torch.device, kernels: str | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The plan and the backward plan on `device` for the kernels of its own device type, or of the type `kernels`."""
+    tiles = TILES[kernels or device.type]
+    plans = [plan_tensor(pattern, n, device, shape, side) for side, shape in tiles.items()]
+    return plans[0], plans[-1]

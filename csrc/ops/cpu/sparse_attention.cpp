@@ -44,7 +44,7 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
-static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan,
+static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, Tensor,
                                                                     double scale) {
   Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k), grad_v = torch::stable::empty_like(v);
   SparseAttentionBackwardArgs a;

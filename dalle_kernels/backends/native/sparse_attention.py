@@ -6,24 +6,23 @@ import operator
 
 import torch
 
-from ...plan import plan_tensor
+from ...plan import plan_tensors
 
 _op = torch.ops.dalle_kernels.sparse_attention.default
 _backward_op = torch.ops.dalle_kernels.sparse_attention_backward.default
 
 
 @torch.compiler.assume_constant_result
-def _plan(pattern, n, device):
-    return plan_tensor(pattern, n, torch.device(device))
+def _plans(pattern, n, device):
+    return plan_tensors(pattern, n, torch.device(device))
 
 
 def sparse_attention(q, k, v, pattern, scale):
     """(out, lse) of already checked tensors."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
-    plan = _plan(
-        pattern, operator.index(q.shape[2]), str(q.device)
-    )  # index(): a plan is for one length, also under dynamic shapes
-    return _op(q, k, v, plan, plan, scale)
+    # index(): a plan is for one length, also under dynamic shapes
+    plan, backward_plan = _plans(pattern, operator.index(q.shape[2]), str(q.device))
+    return _op(q, k, v, plan, backward_plan, scale)
 
 
 def _rows_contiguous(x):
@@ -36,20 +35,19 @@ def _(q, k, v, plan, backward_plan, scale):
 
 
 @torch.library.register_fake("dalle_kernels::sparse_attention_backward")
-def _(grad_out, q, k, v, out, lse, backward_plan, scale):
+def _(grad_out, q, k, v, out, lse, plan, backward_plan, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx, inputs, output):
-    q, k, v, _, backward_plan, ctx.scale = inputs
+    *tensors, plan, backward_plan, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(q, k, v, out, lse, backward_plan)
+    ctx.save_for_backward(*tensors, out, lse, plan, backward_plan)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    q, k, v, out, lse, backward_plan = ctx.saved_tensors
-    grads = _backward_op(_rows_contiguous(grad_out), q, k, v, out, lse, backward_plan, ctx.scale)
+    grads = _backward_op(_rows_contiguous(grad_out), *ctx.saved_tensors, ctx.scale)
     return *grads, None, None, None
 
 

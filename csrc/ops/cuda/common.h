@@ -1,0 +1,70 @@
+// Shared by the launchers for CUDA: outputs, streams, errors, and where operations are registered. The tests compile the same files against an emulation of
+// the device (DK_EMULATED), where tensors are on the CPU.
+#pragma once
+#include <vector>
+
+#include "ops/common.h"
+
+#if defined(DK_EMULATED)
+#include "cuda/device.h"
+
+#define DK_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(dalle_kernels_emulated, CPU, m)
+
+namespace dk {
+
+struct OnDevice {
+  explicit OnDevice(const Tensor&) {}
+};
+inline void* current_stream(const Tensor&) { return nullptr; }
+inline Tensor prepared(Tensor t) {   // poisoned, so that what a kernel leaves out shows
+  if (t.numel()) {
+    std::memset(t.data_ptr(), 0xff, t.numel() * t.element_size());
+    emulation::allow(t.data_ptr(), t.numel() * t.element_size());
+  }
+  return t;
+}
+
+}  // namespace dk
+
+#else
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#define DK_REGISTER(m) STABLE_TORCH_LIBRARY_IMPL(dalle_kernels, CUDA, m)
+
+namespace dk {
+
+// Makes the tensor's device the current one as long as it lives.
+struct OnDevice {
+  explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+
+// The stream that torch works on. Its symbol is in libtorch_cuda, which a CPU build of torch does not have: looked up when first needed, so that this library
+// loads there too.
+inline void* current_stream(const Tensor& t) {
+  using Lookup = int32_t (*)(int32_t, void**);
+  static const Lookup lookup = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Lookup>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  STD_TORCH_CHECK(lookup != nullptr, "this torch has no CUDA support; install a CUDA build of torch");
+  void* stream = nullptr;
+  STD_TORCH_CHECK(lookup(t.get_device_index(), &stream) == 0, "torch gave no CUDA stream");
+  return stream;
+}
+inline Tensor prepared(Tensor t) { return t; }
+
+}  // namespace dk
+#endif
+
+namespace dk {
+
+using torch::headeronly::ScalarType;
+
+inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape) { return prepared(torch::stable::new_empty(like, shape)); }
+inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) { return prepared(torch::stable::new_empty(like, shape, dtype)); }
+inline Tensor new_output_like(const Tensor& like) { return prepared(torch::stable::empty_like(like)); }   // in the memory order of `like`
+inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, error); }
+
+}  // namespace dk
