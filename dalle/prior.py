@@ -296,7 +296,7 @@ class Prior(nn.Module):
 
             draw(self._run(text, given[:, :start], cache)[:, -1].repeat_interleave(candidates, 0))
             steps = config.image_len - 1 - start
-            if cache.capturable:
+            if cache.capturable and steps > 1:
                 _replay(step, steps, cache.device)
             else:
                 for _ in range(steps):
@@ -391,13 +391,11 @@ class Prior(nn.Module):
 
 
 def _replay(step: Callable[[], None], times: int, device: torch.device) -> None:
-    """Runs `step`, which keeps all that changes on the device, `times` times: once as it is, then as one CUDA graph.
+    """Runs `step`, which keeps all that changes on the device, `times` times: once as it is, then as a CUDA graph.
 
     The first run prepares what a capture must not: kernels are loaded, and autocast keeps its copies of the weights
     in ordinary memory, from where the graph reads them.
     """
-    if times == 0:
-        return
     caller, stream = torch.cuda.current_stream(device), torch.cuda.Stream(device)
     stream.wait_stream(caller)
     with torch.cuda.stream(stream):

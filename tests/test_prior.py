@@ -1,15 +1,20 @@
 """The prior: published sizes and schedule, loss against loops, what sees what, and generation against full re-runs."""
 
+import copy
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+import cuda_graph_for_tests
 import dalle_kernels as dk
 from dalle import Prior, PriorConfig, UserError
 from dalle.prior import gelu
+from dalle_kernels import backends
+from dalle_kernels.decode_schedule import schedule_tensor
 
 SMALL = PriorConfig(5, 11, (3, 4), 9, layers=4, heads=2, head_dim=8, conv_kernel=3)
 
@@ -293,6 +298,75 @@ def test_bfloat16_weights_generate(seed):
     model = make().bfloat16()
     drawn = model.generate(model.pack_text([[1, 2]]), candidates=3)
     assert drawn.shape == (3, 3, 4) and drawn.min() >= 0 and drawn.max() < SMALL.image_vocab
+
+
+# -- one step as a CUDA graph
+
+
+def last(count, grid=SMALL.grid):
+    return (torch.arange(math.prod(grid)) >= math.prod(grid) - count).view(grid)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(
+    ("redraw", "replays"),
+    [(None, 10), (last(7), 5), (last(3), 1), (last(2), None), (last(1), None), (torch.eye(3, 4).bool() | last(1), 10)],
+    ids=["all", "last 7", "last 3", "last 2", "last", "scattered"],
+)
+def test_a_captured_step_draws_the_same(redraw, replays, autocast, monkeypatch, seed):
+    model = make()
+    captions, codes = batch(SMALL, 2)
+    part = {} if redraw is None else dict(given=codes, redraw=redraw)
+    arguments = dict(candidates=3, seeds=torch.randint(2**62, (6,)), temperature=0.9, top_k=7, **part)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        expected = model.generate(model.pack_text(captions), **arguments)
+        graphs = cuda_graph_for_tests.stand_in(monkeypatch)
+        monkeypatch.setattr(dk.DecodeCache, "capturable", True)
+        assert torch.equal(model.generate(model.pack_text(captions), **arguments), expected)
+    assert [graph.replays for graph in graphs] == ([] if replays is None else [replays])
+    weights = {id(weight) for weight in model.parameters()}
+    for graph in graphs:  # autocast's copies of the weights were made before and are not made again in every step
+        assert not any(id(call[1][0]) in weights for call in graph.calls if call[0] is torch.ops.aten._to_copy.default)
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch):
+    """Fake tensors on a GPU that need not be there, the registered operations for them, and a model."""
+    assert backends.cpu.problem is None
+    stub = copy.copy(backends.cpu)
+    stub.name = "cuda"
+    monkeypatch.setitem(backends.BACKENDS, "cuda", stub)
+    # Its plan would be copied to the device. It runs the caption, once and before the steps.
+    monkeypatch.setattr(dk, "sparse_attention", lambda q, k, v, pattern: torch.empty_like(q))
+    schedule_tensor.cache_clear()
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        with torch.device("meta"):
+            model = Prior(SMALL)
+        with torch.device("cuda"):
+            yield model.to_empty(device="cuda")
+    schedule_tensor.cache_clear()  # of the fake ones
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_waits_for_the_device_while_drawing(dtype, fake_cuda, monkeypatch):
+    """A fake tensor has no values, so that reading one on the host raises."""
+    graphs = cuda_graph_for_tests.stand_in(monkeypatch)
+    model = fake_cuda.to(dtype)
+    text, seeds = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+    drawn = model.generate(text, candidates=3, seeds=seeds, top_k=4, top_p=0.9)
+    assert drawn.shape == (6, 3, 4) and drawn.device.type == "cuda"
+    [graph] = graphs
+    assert graph.replays == 10 and {x.device.type for x in graph.tensors()} == {"cuda"}
+    operations = [str(call[0]) for call in graph.calls]
+    assert operations.count("dalle_kernels.decode_attention.default") == 4
+    assert operations.count("dalle_kernels.sample_tokens.default") == 1
+
+
+def test_reference_waits_for_the_device_and_is_not_captured(fake_cuda, monkeypatch):
+    graphs = cuda_graph_for_tests.stand_in(monkeypatch)
+    with dk.use_backend("reference"), pytest.raises(DataDependentOutputException):
+        fake_cuda.generate(torch.zeros(1, 5, dtype=torch.int64), seeds=torch.zeros(1, dtype=torch.int64))
+    assert not graphs
 
 
 @pytest.mark.parametrize(

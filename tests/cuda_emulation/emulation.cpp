@@ -1,5 +1,5 @@
 // What the emulated library offers to Python besides the operations.
-#include "cuda_emulation.h"
+#include "cuda/device.h"
 
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
 namespace emu = dk::emulation;
