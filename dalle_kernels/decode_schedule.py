@@ -1,6 +1,6 @@
 """Decode schedules: a pattern compiled for generating an image one token at a time.
 
-Step s computes image token s. Every image key has a slot in the cache: its rank in the pattern's order modulo R, the
+Step s computes image token s. Every image key has a slot in the cache: its rank in the pattern's decode order modulo R, the
 smallest R with which no key is overwritten while a later query still needs it. So row attention keeps 33 of 1024 keys,
 and what a step reads lies in a few runs of neighbouring slots. A schedule is one int32 tensor (the format is the same
 for every backend):
@@ -63,7 +63,7 @@ class DecodeSchedule:
 def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
     """Compiles the schedule of all image tokens of `pattern`; cached."""
     text = pattern.text_len
-    order = pattern.order().numpy()
+    order = pattern.decode_order().numpy()
     order = order[order >= text] - text
     slots = _fewest_slots(order, _last_use(pattern))
     slot = np.empty(len(order), np.int64)

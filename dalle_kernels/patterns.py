@@ -14,6 +14,7 @@ import hashlib
 import operator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -93,14 +94,15 @@ class AttentionPattern:
         text_len: number of text tokens T >= 0 in front of the image.
         grid: image tokens as (H, W).
         options: the rule's own parameters, as sorted (name, value) pairs.
-        transposed: whether the order that packs the pattern into few tiles is column by column.
+        layout: the order of image tokens that packs the pattern into few tiles: "raster", "columns" (column by column)
+            or "patches" (8 x 8, of 4 x 8, of 2 x 8, so that 64, 32 or 16 tokens in a row are neighbours).
     """
 
     name: str
     text_len: int
     grid: tuple[int, int]
     options: tuple[tuple[str, int], ...] = ()
-    transposed: bool = False
+    layout: str = "raster"
     _mask: _MaskRule | None = field(default=None, repr=False)
     _order: tuple[int, ...] | None = field(default=None, repr=False)
 
@@ -114,13 +116,13 @@ class AttentionPattern:
     # -- constructors
 
     @classmethod
-    def _make(cls, name, text_len, grid, transposed=False, **options):
+    def _make(cls, name, text_len, grid, layout="raster", **options):
         try:
             height, width = (operator.index(size) for size in grid)
         except (TypeError, ValueError):
             raise ValueError(f"grid must be a pair (height, width) of whole numbers; got {grid!r}") from None
         text_len = _whole("text_len", text_len)
-        return cls(name, text_len, (height, width), tuple(sorted(options.items())), transposed)
+        return cls(name, text_len, (height, width), tuple(sorted(options.items())), layout)
 
     @classmethod
     def row(cls, text_len, grid):
@@ -132,7 +134,7 @@ class AttentionPattern:
     @classmethod
     def column(cls, text_len, grid):
         """The same column in the rows above, and itself (Ramesh et al. 2021, Fig. 11b)."""
-        return cls._make("column", text_len, grid, transposed=True)
+        return cls._make("column", text_len, grid, "columns")
 
     @classmethod
     def conv(cls, text_len, grid, kernel=11, edge="wrap"):
@@ -145,7 +147,7 @@ class AttentionPattern:
         _check_odd("kernel", kernel)
         if edge not in ("wrap", "clip", "torus"):
             raise ValueError(f"edge={edge!r} is not one of 'wrap', 'clip', 'torus'")
-        return cls._make(f"conv-{edge}", text_len, grid, kernel=kernel)
+        return cls._make(f"conv-{edge}", text_len, grid, "patches", kernel=kernel)
 
     @classmethod
     def axial_row(cls, text_len, grid):
@@ -161,7 +163,7 @@ class AttentionPattern:
         for name, value in (("kernel", kernel), ("dilation", dilation)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
-        return cls._make("corner_conv", text_len, grid, kernel=kernel, dilation=dilation)
+        return cls._make("corner_conv", text_len, grid, "patches", kernel=kernel, dilation=dilation)
 
     @classmethod
     def causal(cls, text_len, grid):
@@ -236,13 +238,28 @@ class AttentionPattern:
         return lambda b, h, q_idx, kv_idx: self.allowed(q_idx, kv_idx)
 
     def order(self) -> torch.Tensor:
-        """The permutation of the N tokens that packs the pattern into few tiles: int64 [N]; text first, then raster
-        or column order.
+        """The permutation of the N tokens that packs the pattern into few tiles: int64 [N]; text first, then the image
+        tokens as `layout` says.
         """
+        return self._in_order(self.layout)
+
+    def decode_order(self) -> torch.Tensor:
+        """The permutation in which the keys that a generated token still needs are neighbours: int64 [N]; as `order`,
+        but for patches, whose keys fall out of use row by row.
+        """
+        return self._in_order("raster" if self.layout == "patches" else self.layout)
+
+    def _in_order(self, layout):
         if self._order is not None:
             return torch.tensor(self._order)
-        image = torch.arange(self.text_len, self.seq_len).view(self.grid)
-        return torch.cat([torch.arange(self.text_len), (image.T if self.transposed else image).reshape(-1)])
+        height, width = self.grid
+        image = torch.arange(height * width)
+        if layout == "columns":
+            image = image.view(height, width).T.reshape(-1)
+        if layout == "patches":
+            row, column = image // width, image % width
+            image = torch.from_numpy(np.lexsort((column, row, row // 2, row // 4, column // 8, row // 8)))
+        return torch.cat([torch.arange(self.text_len), self.text_len + image])
 
     def prepare(self, device="cpu", *, n=None):
         """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first

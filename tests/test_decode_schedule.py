@@ -53,7 +53,7 @@ def test_schedule_reads_the_row_from_the_fewest_slots(text_len, grid, name, seed
     torch.manual_seed(seed)
     pattern = every_pattern(text_len, grid)[name]
     schedule = compile_schedule(pattern)
-    order = [token - text_len for token in pattern.order().tolist() if token >= text_len]
+    order = [token - text_len for token in pattern.decode_order().tolist() if token >= text_len]
     assert play(pattern, lambda step: schedule.steps[step, 0], lambda step, needed: schedule.image_slots(step).tolist())
     for slots in range(1, schedule.slots):
         place = {token: rank % slots for rank, token in enumerate(order)}

@@ -100,6 +100,24 @@ def test_the_order_packs_columns():
     assert compile_plan(raster, 1280).pairs > 2 * pattern.nnz
 
 
+@pytest.mark.parametrize("shape", [TileShape(), TileShape(64, 64, 1)])
+@pytest.mark.parametrize("pattern", [P.conv(256, (32, 32)), P.corner_conv(256, (32, 32))], ids=str)
+def test_patches_pack_neighbourhoods(pattern, shape):
+    """64, 32 and 16 tokens in a row are patches of the image, so tiles need fewer keys than strips of rows do."""
+    raster = P.from_mask(pattern.dense(), text_len=256)
+    rows, columns = (pattern.order()[256:320] - 256).div(32, rounding_mode="floor"), pattern.order()[256:320] % 32
+    assert rows.max() == columns.max() == 7
+    assert rows[:16].max() == 1 and columns[:16].max() == 7
+    assert computed(compile_plan(pattern, 1280, shape)) < 0.97 * computed(compile_plan(raster, 1280, shape))
+
+
+def computed(plan):
+    """Pairs in live 16 x 16 parts, or in whole groups where these are narrower."""
+    if plan.gathered.shape[1] < 16:
+        return plan.pairs
+    return 256 * sum(int(groups) * int(live).bit_count() for _, groups, _, live in plan.entries)
+
+
 def test_large_grids_stream():
     """256 text tokens and a 128 x 128 grid: an N x N matrix would take 277 MB, the plan takes under 10."""
     plan = compile_plan(P.row(256, (128, 128)), 256 + 128 * 128)
