@@ -16,12 +16,13 @@ struct OnDevice {
   explicit OnDevice(const Tensor&) {}
 };
 inline void* current_stream(const Tensor&) { return nullptr; }
-inline Tensor prepared(Tensor t) {   // poisoned, so that what a kernel leaves out shows
-  if (t.numel()) {
-    std::memset(t.data_ptr(), 0xff, t.numel() * t.element_size());
-    emulation::allow(t.data_ptr(), t.numel() * t.element_size());
-  }
+inline Tensor visible(Tensor t) {   // to kernels
+  if (t.numel()) emulation::allow(t.data_ptr(), t.numel() * t.element_size());
   return t;
+}
+inline Tensor prepared(Tensor t) {   // poisoned, so that what a kernel leaves out shows
+  if (t.numel()) std::memset(t.data_ptr(), 0xff, t.numel() * t.element_size());
+  return visible(t);
 }
 
 }  // namespace dk
@@ -53,6 +54,7 @@ inline void* current_stream(const Tensor& t) {
   STD_TORCH_CHECK(lookup(t.get_device_index(), &stream) == 0, "torch gave no CUDA stream");
   return stream;
 }
+inline Tensor visible(Tensor t) { return t; }
 inline Tensor prepared(Tensor t) { return t; }
 
 }  // namespace dk
@@ -65,6 +67,7 @@ using torch::headeronly::ScalarType;
 inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape) { return prepared(torch::stable::new_empty(like, shape)); }
 inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) { return prepared(torch::stable::new_empty(like, shape, dtype)); }
 inline Tensor new_output_like(const Tensor& like) { return prepared(torch::stable::empty_like(like)); }   // in the memory order of `like`
+inline Tensor contiguous(const Tensor& t) { return t.is_contiguous() ? t : visible(torch::stable::contiguous(t)); }
 inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, error); }
 
 }  // namespace dk
