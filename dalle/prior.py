@@ -371,7 +371,7 @@ class Prior(nn.Module):
         return x
 
     def _step(self, code: Tensor, place: Tensor, cache: dk.DecodeCache) -> Tensor:
-        """Hidden state, [R, width], of every sequence's code [R, 1] at `place` [1], the cache's step, which moves on."""
+        """Hidden state of every sequence's code [R, 1] at `place` [1], [R, width]; the cache goes on to the next."""
         x = self._embed_codes(code, place)[:, 0]
         for index, layer in enumerate(self.layers):
             x = layer.step(x, cache, index)

@@ -3,13 +3,14 @@
 import copy
 import math
 
+import cuda_graph_for_tests
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-import cuda_graph_for_tests
 import dalle_kernels as dk
 from dalle import Prior, PriorConfig, UserError
 from dalle.prior import gelu
@@ -331,41 +332,46 @@ def test_a_captured_step_draws_the_same(redraw, replays, autocast, monkeypatch, 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Fake tensors on a GPU that need not be there, the registered operations for them, and a model."""
+    """Fake tensors on a GPU that need not be there, and the registered operations for them."""
     assert backends.cpu.problem is None
     stub = copy.copy(backends.cpu)
     stub.name = "cuda"
     monkeypatch.setitem(backends.BACKENDS, "cuda", stub)
-    # Its plan would be copied to the device. It runs the caption, once and before the steps.
+    # Its plan would be copied to the device, for the caption and before the steps.
     monkeypatch.setattr(dk, "sparse_attention", lambda q, k, v, pattern: torch.empty_like(q))
     schedule_tensor.cache_clear()
-    with FakeTensorMode(allow_non_fake_inputs=False):
-        with torch.device("meta"):
-            model = Prior(SMALL)
-        with torch.device("cuda"):
-            yield model.to_empty(device="cuda")
+    with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"), cuda_graph_for_tests.WithoutDevice():
+        yield
     schedule_tensor.cache_clear()  # of the fake ones
+
+
+def draw_fakes(dtype, **how):
+    """Generates with fake weights; reading a fake tensor, which has no values, on the host raises."""
+    with torch.device("meta"):
+        model = Prior(SMALL)
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            module.register_parameter(name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
+    text, seeds = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
+    return model.generate(text, candidates=3, seeds=seeds, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_waits_for_the_device_while_drawing(dtype, fake_cuda, monkeypatch):
-    """A fake tensor has no values, so that reading one on the host raises."""
     graphs = cuda_graph_for_tests.stand_in(monkeypatch)
-    model = fake_cuda.to(dtype)
-    text, seeds = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
-    drawn = model.generate(text, candidates=3, seeds=seeds, top_k=4, top_p=0.9)
+    drawn = draw_fakes(dtype, top_k=4, top_p=0.9)
     assert drawn.shape == (6, 3, 4) and drawn.device.type == "cuda"
     [graph] = graphs
     assert graph.replays == 10 and {x.device.type for x in graph.tensors()} == {"cuda"}
     operations = [str(call[0]) for call in graph.calls]
-    assert operations.count("dalle_kernels.decode_attention.default") == 4
+    assert operations.count("dalle_kernels.decode_attention.default") == SMALL.layers
     assert operations.count("dalle_kernels.sample_tokens.default") == 1
 
 
 def test_reference_waits_for_the_device_and_is_not_captured(fake_cuda, monkeypatch):
     graphs = cuda_graph_for_tests.stand_in(monkeypatch)
     with dk.use_backend("reference"), pytest.raises(DataDependentOutputException):
-        fake_cuda.generate(torch.zeros(1, 5, dtype=torch.int64), seeds=torch.zeros(1, dtype=torch.int64))
+        draw_fakes(torch.float32)
     assert not graphs
 
 
