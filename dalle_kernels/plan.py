@@ -3,7 +3,7 @@
 A kernel works on tiles of `rows` queries and on groups of `columns` keys. The plan lists, for every tile, which groups
 it must read: runs of consecutive keys that every row of the tile sees, and gathered groups of the other keys any of
 its rows needs, with a bit mask where not all pairs are allowed. It is one int32 tensor (the format is the same for
-every backend):
+every backend), whose parts begin at multiples of four words:
 
     header [24]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, work items, partial
                    results, split tiles, the most columns of any tile, where in the tensor each of the following
@@ -180,7 +180,7 @@ class _Builder:
             "items": np.array(items, np.int32).reshape(-1, 4),
             "split_tiles": np.array(split, np.int32).reshape(-1, 3),
         }
-        offsets = HEADER + np.cumsum([0] + [part.size for part in parts.values()])
+        offsets = HEADER + np.cumsum([0] + [-(-part.size // 4) * 4 for part in parts.values()])
         if offsets[-1] >= 2**31:
             raise ValueError(
                 f"the plan of this pattern over {n} tokens needs {offsets[-1]} words, more than int32 can address; "
@@ -202,19 +202,25 @@ class _Builder:
 @functools.lru_cache(maxsize=256)
 def plan_tensor(
     pattern: AttentionPattern, n: int, device: torch.device, shape: TileShape = TileShape(), side: str = "query"
-) -> torch.Tensor:
-    """The packed plan as an int32 tensor on `device`; compiled once and cached."""
+) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
+    """The packed plan as an int32 tensor on `device`, and what a host must know of it to launch kernels: the tensor's
+    length and the numbers of work items, partial results and split tiles. Compiled once and cached.
+    """
     if not 1 <= n <= pattern.seq_len:
         raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
     # An ordinary tensor, whatever the first use happens in: inference, which autograd could not save, or a trace.
     with torch.inference_mode(False), _disable_current_modes():
-        return torch.from_numpy(compile_plan(pattern, n, shape, side).packed).to(device)
+        packed = compile_plan(pattern, n, shape, side).packed
+        sizes = (len(packed), *packed[9:12].tolist())
+        return torch.from_numpy(packed).to(device), sizes
 
 
 def plan_tensors(
     pattern: AttentionPattern, n: int, device: torch.device, kernels: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plan and the backward plan on `device` for the kernels of its own device type, or of the type `kernels`."""
+) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """The plan and the backward plan on `device` for the kernels of its own device type, or of the type `kernels`, and
+    the sizes of both.
+    """
     tiles = TILES[kernels or device.type]
     plans = [plan_tensor(pattern, n, device, shape, side) for side, shape in tiles.items()]
-    return plans[0], plans[-1]
+    return plans[0][0], plans[-1][0], plans[0][1] + plans[-1][1]

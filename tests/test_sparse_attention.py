@@ -231,12 +231,12 @@ def test_double_backward_is_refused(seed):
 
 @pytest.mark.parametrize("layout", ["bhnd", "qkv"])
 def test_opcheck(layout, seed):
-    from dalle_kernels.plan import plan_tensor
+    from dalle_kernels.plan import plan_tensors
 
     pattern = dk.AttentionPattern.column(5, (3, 4))
     q, k, v = (x.requires_grad_() for x in make(layout, 2, 2, 17, 32, torch.float32))
-    plan = plan_tensor(pattern, 17, torch.device("cpu"))
-    torch.library.opcheck(torch.ops.dalle_kernels.sparse_attention.default, (q, k, v, plan, plan, 0.2))
+    plans = plan_tensors(pattern, 17, torch.device("cpu"))
+    torch.library.opcheck(torch.ops.dalle_kernels.sparse_attention.default, (q, k, v, *plans, 0.2))
 
 
 def test_compiles_into_one_graph(seed):

@@ -124,8 +124,8 @@ def counts() -> dict[str, int]:
     return dict(zip(("launches", "mma", "ldmatrix", "ldmatrix_passes"), values))
 
 
-def plans(pattern, n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The plan and the backward plan as the `cuda` backend uses them, on the CPU."""
+def plans(pattern, n: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """The plan, the backward plan and their sizes as the `cuda` backend uses them, on the CPU."""
     return plan_tensors(pattern, n, torch.device("cpu"), "cuda")
 
 

@@ -1,4 +1,6 @@
 // sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, tiles) over threads. Arguments were checked in Python.
+#include <vector>
+
 #include "common/plan.h"
 #include "ops/cpu/common.h"
 
@@ -28,7 +30,7 @@ static SparseAttentionArgs forward_args(const Tensor& q, const Tensor& k, const 
   return a;
 }
 
-static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, double scale) {
+static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t>, double scale) {
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
   const SparseAttentionArgs a = forward_args(q, k, v, out, lse, plan, scale);
@@ -45,7 +47,7 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
 }
 
 static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, Tensor,
-                                                                    double scale) {
+                                                                    std::vector<int64_t>, double scale) {
   Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k), grad_v = torch::stable::empty_like(v);
   SparseAttentionBackwardArgs a;
   a.forward = forward_args(q, k, v, out, lse, plan, scale);

@@ -21,8 +21,8 @@ def sparse_attention(q, k, v, pattern, scale):
     """(out, lse) of already checked tensors."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     # index(): a plan is for one length, also under dynamic shapes
-    plan, backward_plan = _plans(pattern, operator.index(q.shape[2]), str(q.device))
-    return _op(q, k, v, plan, backward_plan, scale)
+    plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), str(q.device))
+    return _op(q, k, v, plan, backward_plan, sizes, scale)
 
 
 def _rows_contiguous(x):
@@ -30,25 +30,25 @@ def _rows_contiguous(x):
 
 
 @torch.library.register_fake("dalle_kernels::sparse_attention")
-def _(q, k, v, plan, backward_plan, scale):
+def _(q, k, v, plan, backward_plan, sizes, scale):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.register_fake("dalle_kernels::sparse_attention_backward")
-def _(grad_out, q, k, v, out, lse, plan, backward_plan, scale):
+def _(grad_out, q, k, v, out, lse, plan, backward_plan, sizes, scale):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, plan, backward_plan, ctx.scale = inputs
+    *tensors, plan, backward_plan, ctx.sizes, ctx.scale = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, out, lse, plan, backward_plan)
 
 
 def _backward(ctx, grad_out, grad_lse):
-    grads = _backward_op(_rows_contiguous(grad_out), *ctx.saved_tensors, ctx.scale)
-    return *grads, None, None, None
+    grads = _backward_op(_rows_contiguous(grad_out), *ctx.saved_tensors, ctx.sizes, ctx.scale)
+    return *grads, None, None, None, None
 
 
 def _no_double_backward(ctx, *grads):

@@ -1,0 +1,63 @@
+// Reads a packed plan (csrc/common/plan.h) from device memory. Tiles have 64 rows, groups COLUMNS columns, and every entry is one group.
+#pragma once
+#include "common/plan.h"
+#include "cuda/device.h"
+
+namespace dk {
+
+constexpr int TILE_ROWS = 64;
+
+template <int COLUMNS> struct DevicePlan {
+  static constexpr int PARTS = COLUMNS / 16;   // parts of 16 x 16 across a group
+
+  explicit DK_DEVICE DevicePlan(const int32_t* packed)
+      : p(packed), rows_at(at(Plan::ROWS_AT)), entries_at(at(Plan::ENTRIES_AT)), gather_at(at(Plan::GATHER_AT)), masks_at(at(Plan::MASKS_AT)) {}
+
+  struct Item {
+    int32_t tile, begin, end, partial;   // entries [begin, end) of a tile; partial -1: these are all
+  };
+  DK_DEVICE Item item(int64_t i) const {
+    const dev::u32x4 w = dev::ldg16(p + at(Plan::ITEMS_AT) + i * Plan::ITEM_WORDS);
+    return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.y), static_cast<int32_t>(w.z), static_cast<int32_t>(w.w)};
+  }
+
+  // The partial results [first, first + count) make up a tile.
+  struct SplitTile {
+    int32_t tile, first, count;
+  };
+  DK_DEVICE SplitTile split_tile(int64_t i) const {
+    const int32_t* words = p + at(Plan::SPLIT_AT) + i * Plan::SPLIT_WORDS;
+    return {dev::ldg(words), dev::ldg(words + 1), dev::ldg(words + 2)};
+  }
+
+  DK_DEVICE int32_t row(int64_t tile, int r) const { return dev::ldg(p + rows_at + tile * TILE_ROWS + r); }   // token, -1 = padding
+
+  struct Entry {
+    int32_t keys, mask;
+    uint32_t live;
+    DK_DEVICE uint32_t live_parts(int row_part) const { return live >> row_part * PARTS & ((1u << PARTS) - 1); }   // bit c: columns 16 c to 16 c + 15
+  };
+  DK_DEVICE Entry entry(int64_t i) const {
+    const dev::u32x4 w = dev::ldg16(p + entries_at + i * Plan::ENTRY_WORDS);
+    return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.z), w.w};
+  }
+  DK_DEVICE int32_t keys(int64_t i) const { return dev::ldg(p + entries_at + i * Plan::ENTRY_WORDS); }   // of an entry
+
+  // Token of column `column` of the entry with these `keys`, -1 = padding.
+  DK_DEVICE int32_t column(int32_t keys, int column) const {
+    return keys >= 0 ? keys + column : dev::ldg(p + gather_at + static_cast<int64_t>(~keys) * COLUMNS + column);
+  }
+
+  // For columns `column` and `column` + 1 (even): one bit for each of rows 32 half to 32 half + 31.
+  DK_DEVICE dev::u32x2 mask_words(int32_t mask, int half, int column) const {
+    return dev::ldg8(p + masks_at + (static_cast<int64_t>(mask) * (TILE_ROWS / 32) + half) * COLUMNS + column);
+  }
+
+  const int32_t* p;
+  int32_t rows_at, entries_at, gather_at, masks_at;
+
+ private:
+  DK_DEVICE int32_t at(Plan::Field field) const { return dev::ldg(p + field); }
+};
+
+}  // namespace dk

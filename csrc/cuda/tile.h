@@ -1,0 +1,102 @@
+// Tiles of rows in shared memory, and fragments of them for mma.m16n8k16. (On sm_90 and later, bulk copies and wgmma would enter here and in the loops that use
+// this; mma and cp.async run on every device since sm_80.)
+#pragma once
+#include <type_traits>
+
+#include "common/dtype.h"
+#include "cuda/device.h"
+
+namespace dk {
+
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+
+// -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that 8 rows of one chunk lie in different banks
+template <int D> struct Tile {
+  static constexpr int CHUNKS = D / 8;
+  static_assert(D % 32 == 0, "two rows or more fill all banks");
+
+  static constexpr uint32_t bytes(int rows) { return rows * D * 2; }
+  static DK_DEVICE uint32_t at(int row, int chunk) {   // byte offset
+    const int moved = CHUNKS >= 8 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
+    return static_cast<uint32_t>(row * CHUNKS + moved) * 16;
+  }
+
+  // Fragments; `tile` is the address of a tile, all lanes of a warp together.
+  // a [16, 16] from rows `row` on and chunks `chunk`, `chunk` + 1
+  static DK_DEVICE void load_a(uint32_t tile, int row, int chunk, uint32_t (&a)[4]) {
+    const int lane = dev::tid() & 31;
+    dev::ldmatrix_x4(tile + at(row + (lane & 15), chunk + (lane >> 4)), a);
+  }
+  // a [16, 16] whose columns are the rows of the tile: the transpose of what lies there
+  static DK_DEVICE void load_a_transposed(uint32_t tile, int row, int chunk, uint32_t (&a)[4]) {
+    const int lane = dev::tid() & 31;
+    dev::ldmatrix_x4_trans(tile + at(row + (lane & 7) + (lane >> 4 << 3), chunk + (lane >> 3 & 1)), a);
+  }
+  // b [16, 16] as two fragments {b[0], b[1]}, {b[2], b[3]} of 8 columns each. Its columns are rows of the tile (products over the elements of rows) ...
+  static DK_DEVICE void load_b(uint32_t tile, int row, int chunk, uint32_t (&b)[4]) {
+    const int lane = dev::tid() & 31;
+    dev::ldmatrix_x4(tile + at(row + (lane & 7) + (lane >> 4 << 3), chunk + (lane >> 3 & 1)), b);
+  }
+  // ... or its rows are (sums of rows).
+  static DK_DEVICE void load_b_of_rows(uint32_t tile, int row, int chunk, uint32_t (&b)[4]) {
+    const int lane = dev::tid() & 31;
+    dev::ldmatrix_x4_trans(tile + at(row + (lane & 15), chunk + (lane >> 4)), b);
+  }
+};
+
+// A fragment a [16, 16] from two accumulators [16, 8] that lie side by side.
+template <class T> DK_DEVICE void pack_a(T, const float (&left)[4], const float (&right)[4], uint32_t (&a)[4]) {
+  a[0] = dev::pack(T{}, left[0], left[1]), a[1] = dev::pack(T{}, left[2], left[3]);
+  a[2] = dev::pack(T{}, right[0], right[1]), a[3] = dev::pack(T{}, right[2], right[3]);
+}
+
+// -- rows of global memory
+// Copies elements 8 chunk to 8 chunk + 7 of a row to `to`; zeros beyond head_dim and where not `valid`. ALIGNED: rows begin at multiples of 16 bytes and
+// head_dim is a multiple of 8; the copy lands when it is waited for. Otherwise the elements are read one by one and are there at once (to other threads: after
+// the same barrier).
+template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* row, int chunk, int head_dim, bool valid) {
+  if constexpr (ALIGNED) {
+    dev::cp_async16(to, row + chunk * 8, valid && chunk * 8 < head_dim);
+  } else {
+    uint32_t e[8];
+    DK_UNROLL for (int i = 0; i < 8; ++i) e[i] = valid && chunk * 8 + i < head_dim ? dev::ldg(row + chunk * 8 + i) : 0;
+    dev::sts16(to, {e[0] | e[1] << 16, e[2] | e[3] << 16, e[4] | e[5] << 16, e[6] | e[7] << 16});
+  }
+}
+
+// How THREADS threads share ROWS rows of D elements: each copies one chunk of COUNT rows.
+template <int D, int ROWS, int THREADS> struct RowShare {
+  static constexpr int STEP = THREADS / Tile<D>::CHUNKS, COUNT = ROWS / STEP;
+  static_assert(ROWS % STEP == 0, "threads share the rows evenly");
+  static DK_DEVICE int row(int i) { return dev::tid() / Tile<D>::CHUNKS + i * STEP; }
+  static DK_DEVICE int chunk() { return dev::tid() % Tile<D>::CHUNKS; }
+};
+
+// Copies this thread's share of the rows `tokens` (-1: zeros) of a [N, head_dim] matrix to the tile at `to`.
+template <bool ALIGNED, int D, int ROWS, int THREADS, int COUNT>
+DK_DEVICE void copy_rows(uint32_t to, const uint16_t* base, int64_t stride, int head_dim, const int32_t (&tokens)[COUNT]) {
+  using Share = RowShare<D, ROWS, THREADS>;
+  static_assert(COUNT == Share::COUNT, "one token for each row of the share");
+  DK_UNROLL for (int i = 0; i < COUNT; ++i) {
+    const bool valid = tokens[i] >= 0;
+    copy_chunk<ALIGNED>(to + Tile<D>::at(Share::row(i), Share::chunk()), base + (valid ? tokens[i] : 0) * stride, Share::chunk(), head_dim, valid);
+  }
+}
+
+// -- choosing an instance, on the host
+// choose(integral_constant<int, D>) for the smallest padded head dim
+template <class Choose> const char* with_head_dim(int64_t head_dim, const Choose& choose) {
+  if (head_dim <= 32) return choose(std::integral_constant<int, 32>{});
+  if (head_dim <= 64) return choose(std::integral_constant<int, 64>{});
+  return choose(std::integral_constant<int, 128>{});
+}
+// choose(T{}) for a 16-bit element type
+template <class Choose> const char* with_element(DType dtype, const Choose& choose) {
+  return dtype == DType::bfloat16 ? choose(dev::BFloat16{}) : choose(dev::Float16{});
+}
+// Whether 16-byte copies can be made of every row of a [B, H, N, head_dim] tensor of elements of `size` bytes.
+template <class Strides> bool rows_aligned(const void* p, const Strides& s, int64_t head_dim, int64_t size) {
+  return (reinterpret_cast<uintptr_t>(p) | s.batch * size | s.head * size | s.token * size | head_dim * size) % 16 == 0;
+}
+
+}  // namespace dk
