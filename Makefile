@@ -1,12 +1,13 @@
 # Everything in a virtual environment of its own; nothing else has to be installed by hand but Python >= 3.10, a C++ compiler and make.
 VENV ?= .venv
 PYTHON ?= python3
+GPU_PYTHON := $(shell command -v $(PYTHON))
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
 
-.PHONY: demo test test-full lint bench install shipped-model clean
+.PHONY: demo test test-full lint bench gpu install shipped-model clean
 
 # -- set-up
 
@@ -43,6 +44,9 @@ lint: $(DEV_STAMP)
 
 bench: $(DEV_STAMP)   ## operations against dense attention and plain PyTorch
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only
+
+gpu:   ## build, check and measure on a GPU, with the Python and PyTorch that are there: docs/gpu.md
+	$(GPU_PYTHON) benchmarks/run_gpu.py $(FLAGS)
 
 # -- the model that ships in the package, from the emoji font: about two and a half hours on two cores
 # Every stage that is done leaves a mark; one that was interrupted goes on where it was.

@@ -1,0 +1,71 @@
+"""Stage machine: what it is that everything runs on."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+
+import torch
+
+TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer")
+PACKAGES = ("torch", "triton", "numpy", "pybind11", "pytest",
+            "hypothesis", "pytest-benchmark", "pytest-timeout", "matplotlib")  # fmt: skip
+
+
+def items(setting):
+    return [("machine", lambda: [describe(setting)])]
+
+
+def describe(setting) -> dict:
+    row = {
+        "processor": f"{processor()}, {os.cpu_count()} threads",
+        "python": platform.python_version(),
+        "packages": {name: package(name) for name in PACKAGES},
+        "tools": {name: tool(name) for name in TOOLS},
+    }
+    return {**row, **gpu()} if setting.on_gpu else row
+
+
+def gpu() -> dict:
+    properties = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": properties.name,
+        "compute capability": f"{properties.major}.{properties.minor}",
+        "memory, GiB": round(properties.total_memory / 2**30, 1),
+        "L2, MB": round(properties.L2_cache_size / 1e6, 1),
+        "multiprocessors": properties.multi_processor_count,
+        "driver": query("driver_version"),
+        "clocks, MHz (SM, memory; most)": query("clocks.max.sm,clocks.max.memory"),
+        "CUDA of torch": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
+    }
+
+
+def query(fields: str) -> str | None:
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def processor() -> str:
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def package(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tool(name: str) -> str | None:
+    """The line in which a tool tells its version; None where there is no such tool."""
+    if shutil.which(name) is None:
+        return None
+    lines = subprocess.run([name, "--version"], capture_output=True, text=True).stdout.splitlines()
+    return next((line.strip() for line in lines if re.search(r"\d+\.\d+", line)), "present")

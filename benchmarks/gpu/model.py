@@ -1,0 +1,164 @@
+"""Stage model: the published 12-billion shape with random weights in bfloat16.
+
+How fast codes are drawn for several numbers of candidates of one caption, against the time to read the weights and the
+keys of a step once, and the most candidates that fit. A step's time is the difference between drawing the last `MANY`
+and the last `FEW` codes of a given picture, so the caption and the set-up do not count.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+
+import torch
+
+from dalle.prior import Prior, PriorConfig
+from dalle_kernels.decode_schedule import compile_schedule
+
+from .timing import copy_bandwidth, make_timer
+
+CANDIDATES = (1, 8, 64, 512)
+FEW, MANY, REPEATS = 8, 32, 3
+
+
+def items(setting):
+    bench = ModelBench(setting)
+    candidates = (1, 2) if setting.tiny else CANDIDATES
+    yield "weights", lambda: [bench.load()]
+    for count in candidates:
+        yield f"{count} candidates", lambda count=count: [bench.row(count)]
+    yield "most candidates", lambda: bench.most()
+
+
+class ModelBench:
+    def __init__(self, setting):
+        self.setting = setting
+        self.prior = None
+
+    def load(self) -> dict:
+        """Makes the model, once."""
+        if self.prior is None:
+            self.bandwidth = copy_bandwidth(make_timer(self.setting), self.setting.on_gpu)
+            began = time.monotonic()
+            self.prior = make_prior(self.setting)
+            self.seconds = time.monotonic() - began
+        return {
+            "parameters": sum(p.numel() for p in self.prior.parameters()),
+            "seconds to make": self.seconds,
+            "copy, GB/s": self.bandwidth / 1e9,
+        }
+
+    def row(self, candidates: int) -> dict:
+        self.load()
+        prior, (few, many) = self.prior, (1, 3) if self.setting.tiny else (FEW, MANY)
+        self.draw(candidates, few)
+        repeats = 1 if self.setting.tiny else REPEATS
+        steps = [
+            (self.draw(candidates, many) - self.draw(candidates, few)) / (many - few) for _ in range(repeats)
+        ]
+        step = statistics.median(steps)
+        bytes_read = step_bytes(prior, candidates, many - few)
+        floor = bytes_read / self.bandwidth
+        return {
+            "candidates": candidates,
+            "ms per step": step * 1e3,
+            "all, ms": [s * 1e3 for s in steps],
+            "tokens/s": candidates / step,
+            "seconds per picture": step * prior.config.image_len / candidates,
+            "bytes per step": bytes_read,
+            "ms to read them": floor * 1e3,
+            "of that time": step / floor,
+        }
+
+    def most(self):
+        """By Prior.sequence_bytes, then tried; a row with its speed."""
+        self.load()
+        if not self.setting.on_gpu:
+            raise NotImplementedError("the largest number of candidates is looked for on CUDA only")
+        gc.collect()
+        torch.cuda.empty_cache()
+        free = torch.cuda.mem_get_info()[0]
+        guess = most_by_estimate(self.prior, free)
+        fits = largest(guess, self.fits)
+        row = {"most candidates": fits, "by Prior.sequence_bytes": guess, "free GB": free / 1e9}
+        yield row
+        if fits:
+            yield {**row, **self.row(fits)}
+
+    def fits(self, candidates: int) -> bool:
+        try:
+            self.draw(candidates, 2)
+        except torch.cuda.OutOfMemoryError:
+            return False
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
+        return True
+
+    def draw(self, candidates: int, count: int) -> float:
+        """Seconds to draw the last `count` codes of a random picture."""
+        config, device = self.prior.config, self.setting.device
+        text = self.prior.pack_text([[1, 2, 3]])
+        given = torch.randint(config.image_vocab, (1, config.image_len), device=device)
+        redraw = torch.arange(config.image_len).view(config.grid) >= config.image_len - count
+        synchronize(self.setting)
+        began = time.perf_counter()
+        self.prior.generate(text, candidates=candidates, given=given, redraw=redraw)
+        synchronize(self.setting)
+        return time.perf_counter() - began
+
+
+def make_prior(setting) -> Prior:
+    config = PriorConfig.preset("tiny" if setting.tiny else "dalle-12b")
+    saved = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32 if setting.tiny else torch.bfloat16)
+    try:
+        with torch.device(setting.device):
+            return Prior(config).eval().requires_grad_(False)
+    finally:
+        torch.set_default_dtype(saved)
+
+
+def synchronize(setting) -> None:
+    if setting.on_gpu:
+        torch.cuda.synchronize()
+
+
+def step_bytes(prior: Prior, candidates: int, steps: int) -> int:
+    """What one of the last `steps` steps reads, on average: the weights of the layers and of the image head, and the
+    keys and values that the patterns let it see, the text's once for all candidates."""
+    config = prior.config
+    weights = sum(p.nbytes for part in (prior.layers, prior.norm, prior.image_head) for p in part.parameters())
+    text = image = 0
+    for layer in prior.layers:
+        schedule = compile_schedule(layer.pattern)
+        last = range(config.image_len - steps, config.image_len)
+        text += sum(len(schedule.text_keys(step)) for step in last)
+        image += sum(len(schedule.image_slots(step)) for step in last)
+    key_and_value = 2 * config.width * prior.image_head.weight.element_size()
+    return weights + (text + candidates * image) * key_and_value // steps
+
+
+def most_by_estimate(prior: Prior, free: int) -> int:
+    """The most candidates whose sequence_bytes fit in `free`."""
+    low, high = 0, 2**16
+    while low < high:
+        middle = (low + high + 1) // 2
+        if middle * prior.sequence_bytes(middle) <= free:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def largest(guess: int, fits) -> int:
+    """About the largest number that fits, from `guess` up or down in steps of 1/32; 0 if none of 8 tries does."""
+    step = max(1, guess // 32)
+    if fits(guess):
+        return guess + step if fits(guess + step) else guess
+    for _ in range(6):
+        guess -= step
+        if guess < 1 or fits(guess):
+            return max(0, guess)
+    return 0

@@ -1,0 +1,22 @@
+"""Stage sanitize: compute-sanitizer's memcheck and racecheck over every operation on small shapes."""
+
+import os
+import shutil
+
+from .setting import logged, python
+
+TOOLS = ("memcheck", "racecheck")
+
+
+def items(setting):
+    return [(tool, lambda tool=tool: sanitize(tool, setting)) for tool in TOOLS]
+
+
+def sanitize(tool, setting):
+    program = shutil.which("compute-sanitizer")
+    if program is None:
+        raise FileNotFoundError("compute-sanitizer is neither on PATH nor in /usr/local/cuda*/bin")
+    # Without torch's caching every tensor is an allocation of its own, and an access beyond it is seen.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    ops = python("-m", "gpu.small", setting.device)
+    logged([program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50", *ops], env=environment)

@@ -1,0 +1,187 @@
+"""Stages in processes of their own. A stage is a list of items; its process reports every item as it begins and ends,
+so that a failure, a crash or a hang costs one item: the rest go on in a fresh process.
+
+A module with a stage has `items(setting)`: (name, function) pairs, where function() gives the item's rows (dicts of
+plain values) or nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage, the most seconds it and one of its items may take, and the file for what it prints."""
+
+    name: str
+    seconds: float
+    item_seconds: float
+    log: str
+
+    def scaled(self, factor: float) -> Stage:
+        return replace(self, seconds=self.seconds * factor, item_seconds=self.item_seconds * factor)
+
+
+# The most telling first. Together they may ask for more than there is: what comes last gets what is left.
+STAGES = [
+    Stage("machine", 40, 40, "build.log"),
+    Stage("build", 160, 150, "build.log"),
+    Stage("test", 90, 30, "test.log"),
+    Stage("bench", 210, 60, "bench.log"),
+    Stage("model", 90, 60, "bench.log"),
+    Stage("sanitize", 60, 45, "sanitize.log"),
+    Stage("suite", 240, 240, "test.log"),
+]
+TOTAL, LONG_FACTOR = 520.0, 8.0  # seconds for everything, and how many times more a long run may take
+
+
+class Budget:
+    """Seconds that all stages share."""
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._end = clock, clock() + seconds
+
+    def left(self) -> float:
+        return max(0.0, self._end - self._clock())
+
+    def limit(self, seconds: float) -> float:
+        """What a stage that asks for `seconds` may take."""
+        return min(seconds, self.left())
+
+
+# -- in the stage's process
+
+
+def work(items, skip: int, emit: Callable[..., None], settle: Callable[[], None]) -> None:
+    """Runs the items from number `skip` on. `settle` raises where an error has left the device unusable; the process
+    then ends here, and another takes over."""
+    items = list(items)
+    emit(items=[name for name, _ in items])
+    for index, (_, function) in enumerate(items[skip:], skip):
+        emit(begin=index)
+        try:
+            for row in function() or ():
+                emit(row=row)
+        except Exception as error:
+            traceback.print_exc()
+            emit(error=one_line(error))
+            settle()
+    emit(end=True)
+
+
+def one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:600]
+
+
+def serve(module: str, setting, skip: int) -> None:
+    """The process of a stage: messages go to standard output, all that is printed to standard error."""
+    channel = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def emit(**message):
+        channel.write(json.dumps(message) + "\n")
+        channel.flush()
+
+    def settle():
+        import torch
+
+        if setting.on_gpu:
+            torch.cuda.synchronize()
+
+    work(importlib.import_module(f".{module}", __package__).items(setting), skip, emit, settle)
+
+
+# -- in the process that started it
+
+
+@contextlib.contextmanager
+def _messages(command: list[str], log: Path, environment: dict[str, str]):
+    """The messages of a process, as a queue that ends with {"exit": status}; the process and all that it started are
+    killed on leaving."""
+    with log.open("a") as file:
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+    inbox = queue.Queue()
+
+    def listen():
+        for line in process.stdout:
+            inbox.put(json.loads(line))
+        inbox.put({"exit": process.wait()})
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        yield inbox
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def run_stage(
+    stage: Stage,
+    seconds: float,
+    command: Callable[[int], list[str]],
+    log: Path,
+    record: Callable[..., None],
+    environment: dict[str, str] | None = None,
+) -> None:
+    """Runs a stage for at most `seconds`. command(skip) starts its process; record(item, ...) is told what happens: a
+    row, an error, the seconds that the item took.
+    """
+    deadline = time.monotonic() + seconds
+    names, at = [], -1  # the items, and the one that is running
+
+    def name():
+        return names[at] if at >= 0 else stage.name
+
+    while True:
+        began, first, problem = time.monotonic(), at, None
+        with _messages(command(at + 1), log, environment or dict(os.environ)) as inbox:
+            while problem is None:
+                end = min(deadline, began + stage.item_seconds)
+                try:
+                    message = inbox.get(timeout=max(0.0, end - time.monotonic()))
+                except queue.Empty:
+                    limit = "stage" if end == deadline else "item"
+                    problem = f"stopped: the {limit} took longer than {end - began:.0f} s"
+                    continue
+                if "items" in message:
+                    names = message["items"]
+                elif "row" in message:
+                    record(name(), row=message["row"])
+                elif "error" in message:
+                    record(name(), error=message["error"])
+                elif "exit" in message:
+                    problem = f"the process ended with exit status {message['exit']}; {tail(log)}"
+                else:  # an item begins, or all have ended
+                    if at > first:
+                        record(name(), seconds=time.monotonic() - began)
+                    if "end" in message:
+                        return
+                    at, began = message["begin"], time.monotonic()
+        record(name(), error=problem)
+        if time.monotonic() >= deadline or at == first or at + 1 == len(names):
+            for left in names[at + 1 :]:
+                record(left, error="not reached")
+            return
+
+
+def tail(log: Path, lines: int = 8) -> str:
+    """The end of a log file, in one line."""
+    return " | ".join(line.strip() for line in log.read_text(errors="replace").splitlines()[-lines:])

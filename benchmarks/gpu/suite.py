@@ -1,0 +1,26 @@
+"""Stage suite: the kernels' own test files, where pytest is installed."""
+
+import importlib.util
+
+from .setting import ROOT, logged, python
+
+# By name, so that tests which come later are run too; those of the model layer need more packages.
+FILES = ("test_cuda_*.py", "test_triton_*.py", "test_sparse_attention.py", "test_decode_*.py",
+         "test_gumbel_softmax.py", "test_sample_tokens.py", "test_philox.py", "test_plan.py", "test_patterns.py",
+         "test_nn.py", "test_info.py")  # fmt: skip
+
+
+def items(setting):
+    return [("pytest", lambda: suite(setting))]
+
+
+def suite(setting):
+    if importlib.util.find_spec("pytest") is None:
+        raise ModuleNotFoundError("pytest is not installed; the checks of stage test ran without it")
+    files = [str(file.relative_to(ROOT)) for pattern in FILES for file in sorted((ROOT / "tests").glob(pattern))]
+    wanted = {"pytest_benchmark": "--benchmark-disable", "pytest_timeout": "--timeout=60"}
+    options = [option for module, option in wanted.items() if importlib.util.find_spec(module)]
+    options += ["-o", "addopts=", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
+    options += [] if setting.long else ["-m", "not slow"]
+    logged(python("-m", "pytest", "-q", "-rfE", "--tb=short", *options, *files))
+    return [{"files": files}]
