@@ -1,0 +1,8 @@
+#pragma once
+#include "common/sample_tokens.h"
+
+namespace dk::cuda {
+
+const char* sample_tokens(const SampleTokensArgs& a, void* stream);   // nullptr, or the error
+
+}  // namespace dk::cuda
