@@ -74,6 +74,8 @@ class NativeBackend:
             return (self.problem,)
         if tensor.device.type != self.name:
             return (f"it takes {self.name} tensors, not {tensor.device.type}",)
+        if self.name == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+            return ("it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)",)
         if tensor.dtype not in _DTYPES:
             return (f"it takes float32, bfloat16 and float16, not {tensor.dtype}",)
         if operation.endswith("attention") and tensor.shape[-1] > 128:
