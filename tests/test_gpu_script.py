@@ -1,10 +1,13 @@
 """`make gpu` without a GPU: its helpers, how it bears failures, and a dry run of every row on tiny sizes."""
 
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +53,97 @@ def test_compare_records_what_cannot_be_had():
 
 def declines():
     return dk.sample_tokens(torch.zeros(1, 2), backend="cuda")
+
+
+class StandIn:
+    """torch.cuda as far as the timer knows it, with a clock that only measured functions move."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.capturing, self.broken = 0.0, False, False
+        stream = SimpleNamespace(wait_stream=lambda other: None)
+        graph = partial(StandInGraph, self)
+        for name, value in dict(
+            Stream=lambda: stream, current_stream=lambda: stream, stream=lambda s: contextlib.nullcontext(),
+            Event=partial(StandInEvent, self), CUDAGraph=graph, synchronize=self.synchronize, empty_cache=lambda: None,
+            memory_allocated=lambda: 1_000_000, max_memory_allocated=lambda: 4_000_000,
+            reset_peak_memory_stats=lambda: None,
+            get_device_properties=lambda: SimpleNamespace(L2_cache_size=50_000_000),
+        ).items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, value)
+        self.flush = SimpleNamespace(add_=lambda x: self.spend(0.1))
+        monkeypatch.setattr(timing.torch, "empty", lambda *shape, **options: self.flush)
+
+    def spend(self, seconds):
+        self.now += seconds
+
+    def synchronize(self):
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        if self.capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+class StandInEvent:
+    def __init__(self, device, enable_timing):
+        self._device = device
+
+    def record(self):
+        self.at = self._device.now
+
+    def synchronize(self):
+        self._device.synchronize()
+
+    def elapsed_time(self, end):
+        return (end.at - self.at) * 1e3
+
+
+class StandInGraph:
+    def __init__(self, device):
+        self._device = device
+
+    def capture_begin(self):
+        self._began, self._device.capturing = self._device.now, True
+
+    def capture_end(self):
+        self._seconds, self._device.now = self._device.now - self._began, self._began
+        self._device.capturing = False
+
+    def replay(self):
+        self._device.spend(self._seconds)
+
+
+def test_device_time(monkeypatch):
+    device = StandIn(monkeypatch)
+    timer = timing.CudaTimer()
+    calls = []
+
+    def waits():
+        device.spend(4e-3)
+        device.synchronize()
+
+    def short():
+        calls.append(1)
+        device.spend(2e-4)
+
+    result = timing.compare(timer, {"short": lambda: short}, {"waits": lambda: waits})
+    times = result["times"]
+    assert times["short"]["graph"] and times["short"]["peak MB"] == 3
+    assert len(calls) == 3 + 1 + 10, "warm-up, a graph of one call, a graph of 2 ms"
+    for kind in ("ms", "cold ms"):
+        assert times["short"][kind] == pytest.approx([0.2] * 3) and times["waits"][kind] == pytest.approx([4.0] * 3)
+    assert not times["waits"]["graph"] and "not permitted" in times["waits"]["why"]
+    assert result["ratios"]["short"]["waits"]["cold"] == pytest.approx([20.0] * 3)
+
+
+def test_a_lost_device_ends_the_comparison(monkeypatch):
+    device = StandIn(monkeypatch)
+
+    def breaks():
+        device.broken = True
+        device.synchronize()
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        timing.compare(timing.CudaTimer(), {"breaks": lambda: breaks}, {"fine": lambda: lambda: None})
 
 
 def test_number():
@@ -272,10 +366,10 @@ def test_dry_run_of_the_benchmarks(tmp_path):
 
 
 def test_dry_run_of_the_model():
-    rows = [row for name, function in model.items(TINY) if name != "most candidates" for row in function()]
+    rows = [row for name, function in model.items(TINY) if "most" not in name for row in function()]
     assert rows[0]["parameters"] == sum(p.numel() for p in model.make_prior(TINY).parameters())
     for row, candidates in zip(rows[1:], (1, 2)):
-        assert row["candidates"] == candidates
+        assert (row["backend"], row["candidates"]) == ("cpu", candidates)
         assert math.isclose(row["tokens/s"], candidates / row["ms per step"] * 1e3)
         assert math.isclose(row["of that time"], row["ms per step"] / row["ms to read them"])
 

@@ -9,6 +9,8 @@ import subprocess
 
 import torch
 
+from .setting import ROOT
+
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer")
 PACKAGES = ("torch", "triton", "numpy", "pybind11", "pytest",
             "hypothesis", "pytest-benchmark", "pytest-timeout", "matplotlib")  # fmt: skip
@@ -20,6 +22,7 @@ def items(setting):
 
 def describe(setting) -> dict:
     row = {
+        "commit": commit(),
         "processor": f"{processor()}, {os.cpu_count()} threads",
         "python": platform.python_version(),
         "packages": {name: package(name) for name in PACKAGES},
@@ -47,6 +50,14 @@ def query(fields: str) -> str | None:
     if shutil.which("nvidia-smi") is None:
         return None
     command = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+
+
+def commit() -> str | None:
+    """Of the sources; None in a copy without a repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
 
 

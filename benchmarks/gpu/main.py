@@ -23,7 +23,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/run_gpu.py", description=__doc__.splitlines()[0])
     out = os.environ.get("OUT") or "runs/gpu"
     parser.add_argument("--out", type=Path, default=out, help=f"folder of the results, instead of $OUT: {out}")
-    parser.add_argument("--long", action="store_true", help="more sizes and dtypes, up to an hour")
+    parser.add_argument("--long", action="store_true", help="more sizes and dtypes, up to 70 minutes")
     parser.add_argument("--stages", default=",".join(names), help="which, of " + ", ".join(names))
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the process of a stage: its module
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)

@@ -13,6 +13,7 @@ import time
 
 import torch
 
+import dalle_kernels as dk
 from dalle.prior import Prior, PriorConfig
 from dalle_kernels.decode_schedule import compile_schedule
 
@@ -26,9 +27,10 @@ def items(setting):
     bench = ModelBench(setting)
     candidates = (1, 2) if setting.tiny else CANDIDATES
     yield "weights", lambda: [bench.load()]
-    for count in candidates:
-        yield f"{count} candidates", lambda count=count: [bench.row(count)]
-    yield "most candidates", lambda: bench.most()
+    for backend in setting.backends():
+        for count in candidates:
+            yield f"{backend}: {count} candidates", lambda c=(backend, count): [bench.row(*c)]
+        yield f"{backend}: most candidates", lambda backend=backend: bench.most(backend)
 
 
 class ModelBench:
@@ -49,18 +51,20 @@ class ModelBench:
             "copy, GB/s": self.bandwidth / 1e9,
         }
 
-    def row(self, candidates: int) -> dict:
+    def row(self, backend: str, candidates: int) -> dict:
         self.load()
         prior, (few, many) = self.prior, (1, 3) if self.setting.tiny else (FEW, MANY)
-        self.draw(candidates, few)
-        repeats = 1 if self.setting.tiny else REPEATS
-        steps = [
-            (self.draw(candidates, many) - self.draw(candidates, few)) / (many - few) for _ in range(repeats)
-        ]
+        with dk.use_backend(backend):
+            self.draw(candidates, few)
+            repeats = 1 if self.setting.tiny else REPEATS
+            steps = [
+                (self.draw(candidates, many) - self.draw(candidates, few)) / (many - few) for _ in range(repeats)
+            ]
         step = statistics.median(steps)
         bytes_read = step_bytes(prior, candidates, many - few)
         floor = bytes_read / self.bandwidth
         return {
+            "backend": backend,
             "candidates": candidates,
             "ms per step": step * 1e3,
             "all, ms": [s * 1e3 for s in steps],
@@ -71,7 +75,7 @@ class ModelBench:
             "of that time": step / floor,
         }
 
-    def most(self):
+    def most(self, backend: str):
         """By Prior.sequence_bytes, then tried; a row with its speed."""
         self.load()
         if not self.setting.on_gpu:
@@ -80,15 +84,15 @@ class ModelBench:
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
         guess = most_by_estimate(self.prior, free)
-        fits = largest(guess, self.fits)
-        row = {"most candidates": fits, "by Prior.sequence_bytes": guess, "free GB": free / 1e9}
-        yield row
+        with dk.use_backend(backend):
+            fits = largest(guess, self.fits)
+        yield {"most candidates": fits, "by Prior.sequence_bytes": guess, "free GB": free / 1e9}
         if fits:
-            yield {**row, **self.row(fits)}
+            yield self.row(backend, fits)
 
     def fits(self, candidates: int) -> bool:
         try:
-            self.draw(candidates, 2)
+            self.draw(candidates, FEW)
         except torch.cuda.OutOfMemoryError:
             return False
         finally:

@@ -124,9 +124,10 @@ def model_lines(items: dict) -> list[str]:
     lines = ["", "## The published 12-billion shape", ""] if rows else []
     lines += [f"- {key}: {shown(value)}" for row in rows if row not in speeds for key, value in row.items()]
     if speeds:
-        keys = ["candidates", "tokens/s", "ms per step", "ms to read them", "of that time", "seconds per picture"]
+        keys = ["backend", "candidates", "tokens/s", "seconds per picture"]
+        keys += ["ms per step", "ms to read them", "of that time"]
         lines += ["", "| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
-        lines += ["| " + " | ".join(number(row[key]) for key in keys) + " |" for row in speeds]
+        lines += ["| " + " | ".join(shown(row[key]) for key in keys) + " |" for row in speeds]
     return lines
 
 
