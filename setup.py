@@ -1,7 +1,9 @@
 """Builds the compiled part with CMake and Ninja; see CMakeLists.txt and csrc/README.md.
 
 Environment: MAX_JOBS (parallel compile jobs), DALLE_CUDA=0|1 (leave out | force the CUDA library; default: when nvcc
-and a CUDA build of torch are found), DALLE_TORCH_DIR (the folder of the torch package to compile against).
+and a CUDA build of torch are found), DALLE_CUDA_ARCHS (for instance 80;90a; default: those of the GPUs in this machine,
+or, where there are none, 80;90a;100 and PTX for later ones), DALLE_TORCH_DIR (the folder of the torch package to
+compile against).
 """
 
 import importlib.util
@@ -21,6 +23,7 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 MINIMUM_TORCH = (2, 11)
 TORCH = "torch>=2.11"
+CUDA_ARCHS = ["80-real", "90a-real", "100-real", "80-virtual"]
 
 
 def find_torch():
@@ -48,6 +51,39 @@ def require(condition, message):
         sys.exit(f"dalle-kernels cannot be built: {message}")
 
 
+def cuda_options(torch_cuda):
+    """What CMake is told of the CUDA library: what to build it with, or why it is left out."""
+    asked, nvcc = os.environ.get("DALLE_CUDA", "auto"), shutil.which("nvcc")
+    require(asked in ("0", "1", "auto"), f"DALLE_CUDA={asked!r} is not one of 0, 1, auto")
+    require(asked != "1" or nvcc, "DALLE_CUDA=1 asks for the CUDA library, but nvcc is not on PATH")
+    absent = None
+    if asked == "0":
+        absent = "DALLE_CUDA=0"
+    elif not nvcc:
+        absent = "nvcc is not on PATH"
+    elif asked == "auto" and not torch_cuda:
+        absent = "torch is a CPU build"
+    if absent:
+        return ["-DDALLE_CUDA=OFF", f"-DDALLE_CUDA_ABSENT={absent}"]
+    archs = ";".join(cuda_archs())
+    return ["-DDALLE_CUDA=ON", f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={archs}"]
+
+
+def cuda_archs():
+    """GPU architectures to compile for, as CMake writes them."""
+    asked = os.environ.get("DALLE_CUDA_ARCHS")
+    if asked:
+        require(re.fullmatch(r"\d+a?(;\d+a?)*", asked), f"DALLE_CUDA_ARCHS={asked!r} is not of the form 80;90a")
+        return [f"{arch}-real" for arch in asked.split(";")]
+    try:
+        query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+        found = subprocess.run(query, capture_output=True, text=True).stdout
+    except OSError:
+        found = ""
+    visible = {line.strip().replace(".", "") for line in found.splitlines() if re.fullmatch(r"\d+\.\d", line.strip())}
+    return [f"{arch}{'a' if arch == '90' else ''}-real" for arch in sorted(visible)] or CUDA_ARCHS
+
+
 class CMakeBuild(build_ext):
     """One CMake project makes every library; setuptools only asks for it once."""
 
@@ -73,16 +109,7 @@ class CMakeBuild(build_ext):
             "install one (Debian, Ubuntu: apt-get install g++) or name it in CXX",
         )
         destination = ROOT / "dalle_kernels" if self.inplace else Path(self.build_lib).resolve() / "dalle_kernels"
-        self.build(cmake, torch_dir, self.wants_cuda(torch_cuda), destination)
-
-    @staticmethod
-    def wants_cuda(torch_cuda):
-        asked = os.environ.get("DALLE_CUDA", "auto")
-        require(asked in ("0", "1", "auto"), f"DALLE_CUDA={asked!r} is not one of 0, 1, auto")
-        if asked == "1":
-            require(shutil.which("nvcc"), "DALLE_CUDA=1 asks for the CUDA library, but nvcc is not on PATH")
-        has_sources = any((ROOT / "csrc" / "cuda").glob("*.cu"))
-        return has_sources and (asked == "1" or (asked == "auto" and bool(torch_cuda and shutil.which("nvcc"))))
+        self.build(cmake, torch_dir, cuda_options(torch_cuda), destination)
 
     def build(self, cmake, torch_dir, cuda, destination):
         import pybind11
@@ -102,7 +129,7 @@ class CMakeBuild(build_ext):
             "-DCMAKE_BUILD_TYPE=Release",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
             f"-DDALLE_TORCH_DIR={torch_dir}",
-            f"-DDALLE_CUDA={'ON' if cuda else 'OFF'}",
+            *cuda,
             f"-DDALLE_VERSION={VERSION}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",

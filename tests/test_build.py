@@ -41,7 +41,7 @@ def tools(tmp_path):
 
     def add(*names):
         for name in names:
-            (folder / name).write_text("#!/bin/sh\nexit 0\n")
+            (folder / name).write_text('#!/bin/sh\necho "$@"\n')
             (folder / name).chmod(0o755)
         return str(folder)
 
@@ -77,6 +77,49 @@ def test_cuda_requests_that_cannot_be_met(tmp_path, tools, value, message):
     result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=tools("cmake", "ninja", "c++"), DALLE_CUDA=value)
     assert result.returncode != 0 and "Traceback" not in result.stderr
     assert message in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("asked", "torch_cuda", "nvcc", "expected"),
+    [
+        ("auto", "'13.0'", True, "-DDALLE_CUDA=ON"),
+        ("auto", "None", True, "-DDALLE_CUDA=OFF -DDALLE_CUDA_ABSENT=torch is a CPU build"),
+        ("auto", "'13.0'", False, "-DDALLE_CUDA=OFF -DDALLE_CUDA_ABSENT=nvcc is not on PATH"),
+        ("0", "'13.0'", True, "-DDALLE_CUDA=OFF -DDALLE_CUDA_ABSENT=DALLE_CUDA=0"),
+        ("1", "None", True, "-DDALLE_CUDA=ON"),
+    ],
+)
+def test_when_the_cuda_library_is_built(tmp_path, tools, asked, torch_cuda, nvcc, expected):
+    torch_dir = fake_torch(tmp_path / "torch", "2.13.0", torch_cuda)
+    path = tools("cmake", "ninja", "c++", *(["nvcc"] if nvcc else []))
+    result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=path, DALLE_CUDA=asked)
+    assert result.returncode == 0, result.stderr
+    assert expected in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("asked", "capabilities", "expected"),
+    [
+        ("90a;100", "8.0", "90a-real;100-real"),
+        ("", "9.0\n9.0\n", "90a-real"),
+        ("", "8.0\n8.6\n", "80-real;86-real"),
+        ("", "NVIDIA-SMI has failed", "80-real;90a-real;100-real;80-virtual"),
+    ],
+)
+def test_gpu_architectures(tmp_path, tools, asked, capabilities, expected):
+    path = tools("cmake", "ninja", "c++", "nvcc", "nvidia-smi")
+    Path(path, "nvidia-smi").write_text(f"#!/bin/sh\necho '{capabilities}'\n")
+    torch_dir = fake_torch(tmp_path / "torch", "2.13.0")
+    result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=path, DALLE_CUDA="1", DALLE_CUDA_ARCHS=asked)
+    assert f"-DCMAKE_CUDA_ARCHITECTURES={expected} " in result.stdout
+
+
+def test_gpu_architectures_that_are_none(tmp_path, tools):
+    torch_dir = fake_torch(tmp_path / "torch", "2.13.0")
+    path = tools("cmake", "ninja", "c++", "nvcc")
+    result = build(tmp_path, DALLE_TORCH_DIR=torch_dir, PATH=path, DALLE_CUDA="1", DALLE_CUDA_ARCHS="sm_80")
+    assert result.returncode != 0
+    assert "DALLE_CUDA_ARCHS='sm_80' is not of the form 80;90a" in result.stderr
 
 
 def test_no_torch_at_all(tmp_path):

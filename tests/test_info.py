@@ -37,6 +37,11 @@ def test_reports_every_operation_and_why_others_are_refused():
     assert report["build"]["cpu_isa_active"] in report["build"]["cpu_isas_here"]
 
 
+def test_reports_what_cuda_was_built_for_or_why_it_was_not():
+    cuda = info()["build"]["cuda"]
+    assert set(cuda) in ({"compiler", "architectures"}, {"not_built"}) and all(cuda.values())
+
+
 def test_text_names_the_same_things():
     text = python("-m", "dalle_kernels.info").stdout
     for word in ("sparse_attention", "cpu_isa_active", "libdalle_cuda.so", "torch"):

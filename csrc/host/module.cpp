@@ -18,8 +18,16 @@ PYBIND11_MODULE(_host, m) {
     std::vector<std::string> isas;
     for (dk::Isa isa : dk::isas_compiled()) isas.push_back(dk::isa_name(isa));
     info["cpu_isas"] = isas;
+    py::dict cuda;
+#if defined(DK_CUDA_ARCHITECTURES)
+    cuda["compiler"] = DK_CUDA_COMPILER;
+    cuda["architectures"] = py::str(DK_CUDA_ARCHITECTURES).attr("split")(",");
+#else
+    cuda["not_built"] = DK_CUDA_ABSENT;
+#endif
+    info["cuda"] = cuda;
     return info;
-  }, "Version, compiler and the instruction sets that kernels were compiled for.");
+  }, "Version, compilers, and what kernels were compiled for: instruction sets; GPU architectures, or why there are none.");
   m.def("cpu_isas", [] {
     py::dict supported;
     for (dk::Isa isa : dk::isas_compiled()) supported[dk::isa_name(isa)] = dk::isa_supported(isa);
