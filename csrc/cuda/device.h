@@ -32,6 +32,7 @@ struct Grid {
 #define DK_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define DK_PARAM const __grid_constant__
 #define DK_UNROLL _Pragma("unroll")
+#define DK_ROLLED _Pragma("unroll 1")   // where unrolling would cost registers
 
 namespace dk::dev {
 
@@ -39,10 +40,14 @@ namespace dk::dev {
 DK_DEVICE int tid() { return threadIdx.x; }
 DK_DEVICE int64_t bid_x() { return blockIdx.x; }
 DK_DEVICE int bid_y() { return blockIdx.y; }
-DK_DEVICE uint32_t cluster_rank() {
+DK_DEVICE uint32_t cluster_rank() {   // before sm_90 a block is alone
+#if __CUDA_ARCH__ >= 900
   uint32_t r;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
+#else
+  return 0;
+#endif
 }
 
 // -- global memory
@@ -94,12 +99,16 @@ DK_DEVICE void sts16(uint32_t a, u32x4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
 // of the block `rank` of this cluster; `a` is an address of one's own
-DK_DEVICE float lds_f32_of(uint32_t rank, uint32_t a) {
+DK_DEVICE float lds_f32_of([[maybe_unused]] uint32_t rank, uint32_t a) {
+#if __CUDA_ARCH__ >= 900
   uint32_t there;
   float r;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(a), "r"(rank));
   asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(r) : "r"(there) : "memory");
   return r;
+#else
+  return lds_f32(a);
+#endif
 }
 
 // Copies from global to shared memory that land later; `valid` false writes zeros and does not touch the source.
@@ -185,7 +194,13 @@ DK_DEVICE float inf() { return __uint_as_float(0x7f800000u); }
 
 // -- a block, a cluster together
 DK_DEVICE void syncthreads() { __syncthreads(); }
-DK_DEVICE void cluster_sync() { asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory"); }
+DK_DEVICE void cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
 
 // -- launching, on the host: nullptr, or what went wrong
 inline const char* failure(const char* kernel, const char* what) {

@@ -29,6 +29,7 @@
 #define DK_KERNEL(threads, min_blocks) void
 #define DK_PARAM const
 #define DK_UNROLL
+#define DK_ROLLED
 #define DK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()   // where the kernel calls
 
 namespace dk::emulation {
