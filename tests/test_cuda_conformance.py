@@ -1,0 +1,96 @@
+"""The comparison of a GPU's primitives with their emulation, as far as it goes without a GPU: its emulated half runs,
+its other half compiles, and what differs is reported.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from cuda_emulation import conformance
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    return conformance.expected(tmp_path_factory.mktemp("conformance"))
+
+
+def changed(text, name, word, change):
+    """`text` with one word of the tenth line of a primitive changed."""
+    lines = text.splitlines()
+    number = [i for i, line in enumerate(lines) if line.startswith(f"{name} ")][9]
+    words = lines[number].split()
+    words[4 + word] = f"{change(int(words[4 + word], 16)):08x}"
+    lines[number] = " ".join(words)
+    return "\n".join(lines)
+
+
+def test_the_emulation_agrees_with_itself(expected):
+    assert conformance.compare(expected, expected) == []
+
+
+NAMES = [
+    *("ldg", "stg", "shared_memory", "cp_async", "shfl", "ballot", "ldmatrix_trans", "mma_float16", "pack_bfloat16"),
+    *("unpack_float16", "arithmetic", "integer_arithmetic", "cluster"),
+]
+    "ldg",
+    "stg",
+    "shared_memory",
+    "cp_async",
+    "shfl",
+    "ballot",
+    "ldmatrix_trans",
+    "mma_float16",
+    "pack_bfloat16",
+    "unpack_float16",
+    "arithmetic",
+    "integer_arithmetic",
+    "cluster",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_wrong_bit_is_reported(expected, name):
+    (problem,) = conformance.compare(changed(expected, name, 1, lambda word: word ^ 1), expected)
+    assert problem.startswith(f"{name}: 1 of ") and "block 0, lane 9, word 1" in problem
+
+
+def test_approximations_may_err_as_the_manual_says(expected):
+    for name, allowed, wrong in (("exp2_approx", 2, 3), ("log2_approx", 1, 256)):
+        assert conformance.compare(changed(expected, name, 0, lambda word, by=allowed: word + by), expected) == []
+        assert conformance.compare(changed(expected, name, 0, lambda word, by=wrong: word + by), expected) != []
+
+
+def test_missing_output_is_reported(expected):
+    without = {
+        name: "\n".join(line for line in expected.splitlines() if not line.startswith(name))
+        for name in ("cluster", "ballot")
+    }
+    assert conformance.compare(without["cluster"], expected) == []  # older GPUs have none
+    assert conformance.compare(without["ballot"], expected) == ["ballot: nothing was printed"]
+
+
+def test_swapped_fragment_registers_are_reported(expected, tmp_path):
+    text = conformance.SOURCE.read_text()
+    right = "for (int i = 0; i < 4; ++i) l.put(i, c[i]);"
+    assert text.count(right) == 1
+    swapped = tmp_path / "conformance.cu"
+    swapped.write_text(text.replace(right, right.replace("c[i]", "c[i ^ 3]")))
+    problems = conformance.compare(conformance.expected(tmp_path, swapped), expected)
+    assert {problem.split(":")[0] for problem in problems} == {"mma_bfloat16", "mma_float16"}
+
+
+@pytest.mark.parametrize("architecture", ["80", "90a"])
+def test_it_compiles_for_a_gpu(tmp_path, architecture):
+    if not shutil.which("nvcc"):
+        pytest.skip("there is no nvcc")
+    program = conformance.compile_for_gpu(tmp_path, architecture)
+    if shutil.which("nvidia-smi") is None:  # what one sees without a driver is the error, not wrong numbers
+        done = subprocess.run([program], capture_output=True, text=True)
+        assert done.returncode == 1 and "CUDA" in done.stderr
+
+
+def test_the_command_says_what_is_missing(tmp_path):
+    command = [sys.executable, conformance.__file__, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert done.returncode == 1 and "g++" in done.stderr
