@@ -30,9 +30,6 @@ def test_the_emulation_agrees_with_itself(expected):
 
 
 NAMES = [
-    *("ldg", "stg", "shared_memory", "cp_async", "shfl", "ballot", "ldmatrix_trans", "mma_float16", "pack_bfloat16"),
-    *("unpack_float16", "arithmetic", "integer_arithmetic", "cluster"),
-]
     "ldg",
     "stg",
     "shared_memory",
