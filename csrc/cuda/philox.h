@@ -44,15 +44,19 @@ DK_DEVICE float log_split(int32_t scaled_e, float f) {
   return sum + dev::fma(dev::mul_rn(f, f), p, lost);
 }
 
+// of a positive, normal number
+DK_DEVICE float natural_log(float x) {
+  const int32_t e = scaled_exponent(x);
+  return log_split(e, dev::as_float(dev::as_bits(x) - static_cast<uint32_t>(e)) - 1.0f);
+}
+
 // Random bits -> u -> -log(-log1p(-u)).
 DK_DEVICE float gumbel(uint32_t bits) {
   const float u = dev::min((dev::to_float_rn(bits) + 0.5f) * 0x1p-32f, 0x1.FFFFFEp-1f);
   // 1 - u = 2^e (1 + g) with g = 2^-e - 1 - 2^-e u, which is exact: no digit of a small u is lost
   const int32_t e = scaled_exponent(1.0f - u);
   const float scale = dev::as_float(0x3F800000u - static_cast<uint32_t>(e));
-  const float exponential = -log_split(e, dev::fma(-scale, u, scale - 1.0f));
-  const int32_t k = scaled_exponent(exponential);
-  return -log_split(k, dev::as_float(dev::as_bits(exponential) - static_cast<uint32_t>(k)) - 1.0f);
+  return -natural_log(-log_split(e, dev::fma(-scale, u, scale - 1.0f)));
 }
 
 }  // namespace dk

@@ -1,0 +1,9 @@
+#pragma once
+#include "common/gumbel_softmax.h"
+
+namespace dk::cuda {
+
+const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream);   // nullptr, or the error
+const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* stream);
+
+}  // namespace dk::cuda
