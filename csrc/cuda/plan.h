@@ -52,10 +52,6 @@ template <int COLUMNS> struct DevicePlan {
   DK_DEVICE const uint32_t* mask(int32_t mask) const {
     return reinterpret_cast<const uint32_t*>(p) + masks_at + static_cast<int64_t>(mask) * (TILE_ROWS / 32 * COLUMNS);
   }
-  // For columns `column` and `column` + 1 (even): one bit for each of rows 32 half to 32 half + 31.
-  DK_DEVICE dev::u32x2 mask_words(int32_t mask, int half, int column) const {
-    return dev::ldg8(this->mask(mask) + half * COLUMNS + column);
-  }
 
   const int32_t* p;
   int32_t rows_at, entries_at, gather_at, masks_at;

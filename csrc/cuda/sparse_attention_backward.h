@@ -1,0 +1,11 @@
+// What the launcher of sparse_attention_backward calls.
+#pragma once
+#include "cuda/sparse_attention.h"
+
+namespace dk::cuda {
+
+// Floats of scratch memory: statistics of the queries, and partial results of split tiles.
+int64_t sparse_attention_backward_scratch(const SparseAttentionBackwardArgs&, const PlanSizes& plan, const PlanSizes& backward_plan);
+const char* sparse_attention_backward(const SparseAttentionBackwardArgs&, const PlanSizes& plan, const PlanSizes& backward_plan, float* scratch, void* stream);
+
+}  // namespace dk::cuda
