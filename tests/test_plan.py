@@ -19,7 +19,7 @@ def decode(packed):
     """
     n, tile_rows, columns, tiles = packed[2:6]
     at_rows, at_begin, at_entries, at_gathered, at_masks, _, _, total = packed[13:21]
-    assert total == len(packed) and at_rows == HEADER
+    assert total == len(packed) and at_rows == HEADER and not (packed[13:21] % 4).any()
     mask = np.zeros((n, n), bool)
     for tile in range(tiles):
         tokens = packed[at_rows + tile * tile_rows :][:tile_rows]
@@ -129,6 +129,15 @@ def test_plans_are_cached_by_value():
     device = torch.device("cpu")
     assert plan_tensor(P.row(3, (2, 2)), 7, device) is plan_tensor(P.row(3, [2, 2]), 7, device)
     assert P.row(3, (2, 2)).prepare("cpu") == P.row(3, (2, 2))
+
+
+def test_sizes_are_those_of_the_plan():
+    plan, (words, items, partials, split_tiles) = plan_tensor(
+        P.row(100, (9, 11)), 199, torch.device("cpu"), TileShape(64, 32, 1, 2), "key"
+    )
+    header = plan.tolist()
+    assert words == plan.numel() and [items, partials, split_tiles] == header[9:12]
+    assert partials > split_tiles > 0
 
 
 @pytest.mark.parametrize("side", ["query", "key"])

@@ -74,7 +74,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
   const uint16_t *k = work.head<uint16_t>(p.a.k, p.a.k_strides), *v = work.head<uint16_t>(p.a.v, p.a.v_strides);
   const uint32_t stages = dev::smem_base(), q_tile = stages + C::STAGE;   // the queries lie in stage 1 until they are in registers
 
-  // Three entries ahead of the arithmetic it is read where the tokens are, two ahead the tokens, one ahead keys and values are copied.
+  // Three entries before its turn an entry's `keys` are read, two before the tokens, and one before the rows are copied.
   int32_t tokens[Share::COUNT], keys_ahead = plan.keys(item.begin);
   const auto read_tokens = [&](int32_t e) {
     if (e >= item.end) return;
