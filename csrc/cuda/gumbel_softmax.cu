@@ -42,7 +42,7 @@ DK_DEVICE void put_kl(const GumbelSoftmaxArgs& a, int64_t at, const float* entro
   dev::stg(a.kl + at, entropy[2] / sum + natural_log(static_cast<float>(a.classes) / sum));
 }
 
-template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(THREADS, MIN_BLOCKS) forward(DK_PARAM Params p) {
+template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, MIN_BLOCKS) forward(DK_PARAM Params p) {
   constexpr int N = WORDS<HARD, KL>, PLAIN = HARD ? Best::WORDS : Softmax::WORDS;
   const GumbelSoftmaxArgs& a = p.args;
   const Strip s(p.cut);
@@ -126,7 +126,7 @@ template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxArg
   const int64_t kept = p.cut.kept_bytes(Kept<float>::QUAD), reduction = Reduction<WORDS<HARD, KL>>::bytes(p.cut);
   const bool resident = !HARD && kept + reduction <= dev::shared_memory_per_block();
   return dev::launch("gumbel_softmax", resident ? forward<T, HARD, KL, !HARD> : forward<T, HARD, KL, false>, {p.cut.strips * p.cut.cluster, 1, p.cut.cluster},
-                     THREADS, static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
+                     p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxArgs& a, void* stream) {

@@ -56,7 +56,7 @@ template <class T> struct Kinds<T, true> {
 };
 template <class T, bool HARD> constexpr int QUAD_BYTES = Kept<typename Kinds<T, HARD>::First>::QUAD + Kept<T>::QUAD;
 
-template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(THREADS, MIN_BLOCKS) backward(DK_PARAM Params p) {
+template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, MIN_BLOCKS) backward(DK_PARAM Params p) {
   using First = typename Kinds<T, HARD>::First;
   using Statistics = typename Kinds<T, HARD>::Statistics;
   constexpr int N = Statistics::WORDS;
@@ -113,8 +113,7 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(THREADS, MIN_BLO
   for (int chunk = 0; chunk < s.chunks_per_block; ++chunk)
     for (int round = 0; round < s.rounds; round += BATCH) {
       const Batch<T> batch(s, chunk, round);
-      float first[BATCH][4], grad[BATCH][4], x[BATCH][4];
-      if constexpr (KL) batch.load(f.logits, 0.0f, x);
+      float first[BATCH][4], grad[BATCH][4];
       if constexpr (RESIDENT) kept_first.load(s, chunk, round, first), kept_grad.load(s, chunk, round, grad);
       else read(batch, first, grad);
       DK_UNROLL
@@ -123,7 +122,15 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(THREADS, MIN_BLO
         for (int i = 0; i < 4; ++i) {
           const float y = HARD ? dev::mul_rn(weight(first[r][i], v[i][0], scale), factor[i]) : first[r][i];
           grad[r][i] = dev::mul_rn(dev::mul_rn(y, inverse_tau), grad[r][i] - dot[i]);
-          if constexpr (KL) grad[r][i] = dev::add_rn(grad[r][i], kl[i].at(x[r][i]));
+        }
+      }
+      if constexpr (KL) {
+        float x[BATCH][4];
+        batch.load(f.logits, 0.0f, x);
+        DK_UNROLL
+        for (int r = 0; r < BATCH; ++r) {
+          DK_UNROLL
+          for (int i = 0; i < 4; ++i) grad[r][i] = dev::add_rn(grad[r][i], kl[i].at(x[r][i]));
         }
       }
       batch.store(p.args.grad_logits, grad);
@@ -137,7 +144,7 @@ template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxBac
   const int64_t kept = p.cut.kept_bytes(quad), reduction = Reduction<Kinds<T, HARD>::Statistics::WORDS>::bytes(p.cut);
   const bool resident = kept + reduction <= dev::shared_memory_per_block();
   return dev::launch("gumbel_softmax_backward", resident ? backward<T, HARD, KL, true> : backward<T, HARD, KL, false>,
-                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, THREADS, static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
+                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* stream) {

@@ -3,7 +3,7 @@
 //
 // A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a quad: 4 elements that follow each other in
 // memory, which is also what one Philox block serves. Where there are 4 positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes.
-// Strips are cut into chunks of classes, a chunk in rounds of 8 warps. All of this follows from the shape of one strip, and statistics are merged lanes first,
+// Strips are cut into chunks of classes, a chunk in rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are merged lanes first,
 // then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the chunks: one block in turn, or the blocks of a cluster, each of
 // which keeps its own in shared memory; nor on whether a block keeps what it has read or reads it twice.
 #pragma once
@@ -13,7 +13,7 @@
 
 namespace dk::sweep {
 
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int MAX_WARPS = 8;                  // of a block
 constexpr int MIN_BLOCKS = 2;                 // of a multiprocessor: one reads while the other writes
 constexpr int BATCH = 4;                      // rounds whose loads are under way together
 constexpr int MAX_LOG_WIDTH = 5;              // of a strip, in positions
@@ -29,13 +29,15 @@ constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR
 struct Cut {
   int64_t classes, inner, strips_per_outer, strips;
   int log_width;         // positions of a strip
+  int warps;             // of a block
   int chunks, rounds;    // of a strip; of a chunk
   int cluster;           // blocks per strip
   bool aligned;          // all tensors may be accessed by quads
 
   int width() const { return 1 << log_width; }
+  int threads() const { return 32 * warps; }
   int chunks_per_block() const { return chunks / cluster; }
-  int64_t kept_bytes(int quad_bytes) const { return static_cast<int64_t>(chunks_per_block()) * rounds * THREADS * quad_bytes; }
+  int64_t kept_bytes(int quad_bytes) const { return static_cast<int64_t>(chunks_per_block()) * rounds * threads() * quad_bytes; }
 };
 
 // `kept`: bytes per element that a second sweep can take from shared memory.
@@ -46,9 +48,11 @@ inline Cut cut(const GumbelSoftmaxArgs& a, int element_bytes, int kept) {
   while (c.width() * element_bytes > SECTOR && c.width() * a.classes * kept > MAX_CHUNKS * CHUNK_BYTES) --c.log_width;
   c.strips_per_outer = (a.inner + c.width() - 1) / c.width();
   c.strips = a.outer * c.strips_per_outer;
-  const int64_t rounds = (a.classes * c.width() + 4 * THREADS - 1) / (4 * THREADS);
-  c.chunks = 1;
-  while (c.chunks < MAX_CHUNKS && rounds * 4 * THREADS * kept > c.chunks * CHUNK_BYTES) c.chunks *= 2;
+  const int64_t elements = a.classes * c.width();
+  c.warps = c.chunks = 1;
+  while (c.warps < MAX_WARPS && elements > 4 * c.threads() * BATCH) c.warps *= 2;
+  while (c.chunks < MAX_CHUNKS && elements * kept > c.chunks * CHUNK_BYTES) c.chunks *= 2;
+  const int64_t rounds = (elements + 4 * c.threads() - 1) / (4 * c.threads());
   c.rounds = static_cast<int>((rounds + BATCH * c.chunks - 1) / (BATCH * c.chunks) * BATCH);
   c.cluster = dev::compute_capability() >= 90 ? c.chunks : 1;
   c.aligned = true;
@@ -64,12 +68,12 @@ struct Strip {
   int64_t inner;
   uint32_t first_class, classes;
   int quad;                    // elements of a quad that are positions of the strip
-  int log_width, chunks_per_block, rounds;
+  int log_width, threads, chunks_per_block, rounds;
   uint32_t chunk;              // the first of this block
   bool aligned;
 
   DK_DEVICE explicit Strip(const Cut& c)
-      : inner(c.inner), classes(c.classes), log_width(c.log_width), chunks_per_block(c.chunks / c.cluster), rounds(c.rounds),
+      : inner(c.inner), classes(c.classes), log_width(c.log_width), threads(32 * c.warps), chunks_per_block(c.chunks / c.cluster), rounds(c.rounds),
         chunk(dev::cluster_rank() * (c.chunks / c.cluster)), aligned(c.aligned) {
     const int64_t at = position(c);
     first_class = 4 * dev::tid() >> log_width;
@@ -97,7 +101,7 @@ template <class T> struct Batch {
   bool full;                  // all elements exist, and may be accessed by quads
 
   DK_DEVICE Batch(const Strip& s, int chunk, int round)
-      : classes(s.classes), classes_per_round(4 * THREADS >> s.log_width), quad(s.quad), log_width(s.log_width) {
+      : classes(s.classes), classes_per_round(4 * s.threads >> s.log_width), quad(s.quad), log_width(s.log_width) {
     const int64_t classes_before = ((s.chunk + chunk) * static_cast<int64_t>(s.rounds) + round) * classes_per_round;
     first_class = s.first_class + static_cast<uint32_t>(classes_before);
     at = s.first + classes_before * s.inner, stride = classes_per_round * s.inner;   // stride is a multiple of 4
@@ -161,9 +165,9 @@ template <class T> struct Kept {
   static constexpr int QUAD = 4 * sizeof(Stored<T>);
   uint32_t base;
 
-  DK_DEVICE uint32_t end(const Strip& s) const { return base + static_cast<uint32_t>(s.chunks_per_block * s.rounds * THREADS) * QUAD; }
+  DK_DEVICE uint32_t end(const Strip& s) const { return base + static_cast<uint32_t>(s.chunks_per_block * s.rounds * s.threads) * QUAD; }
   DK_DEVICE uint32_t address(const Strip& s, int chunk, int round) const {
-    return base + static_cast<uint32_t>((chunk * s.rounds + round) * THREADS + dev::tid()) * QUAD;
+    return base + static_cast<uint32_t>((chunk * s.rounds + round) * s.threads + dev::tid()) * QUAD;
   }
   DK_DEVICE void store(const Strip& s, int chunk, int round, const float (&x)[BATCH][4]) const {
     DK_UNROLL
@@ -262,12 +266,12 @@ struct Entropy {
 // -- the reduction of N numbers per element; merge(a, b) is symmetric, for lanes find the same results by different ways
 
 template <int N> struct Reduction {
-  uint32_t warps, chunks, whole;   // [WARPS][width][N], [chunks per block][width][N], [width][N]
-  int log_width;
+  uint32_t warps, chunks, whole;   // [warps of the block][width][N], [chunks per block][width][N], [width][N]
+  int log_width, warp_count;
 
-  static uint32_t bytes(const Cut& c) { return (WARPS + c.chunks_per_block() + 1) * c.width() * N * 4; }
-  DK_DEVICE Reduction(const Strip& s, uint32_t smem) : warps(smem), log_width(s.log_width) {
-    chunks = at(warps, WARPS, 0), whole = at(chunks, s.chunks_per_block, 0);
+  static uint32_t bytes(const Cut& c) { return (c.warps + c.chunks_per_block() + 1) * c.width() * N * 4; }
+  DK_DEVICE Reduction(const Strip& s, uint32_t smem) : warps(smem), log_width(s.log_width), warp_count(s.threads / 32) {
+    chunks = at(warps, warp_count, 0), whole = at(chunks, s.chunks_per_block, 0);
   }
   DK_DEVICE uint32_t at(uint32_t table, int row, int column) const { return table + ((row << log_width) + column) * N * 4; }
   static DK_DEVICE void put(uint32_t at, const float* v) {
@@ -313,7 +317,7 @@ template <int N> struct Reduction {
     if (tid < width) {
       float a[N], b[N];
       get(at(warps, 0, tid), a);
-      for (int w = 1; w < WARPS; ++w) {
+      for (int w = 1; w < warp_count; ++w) {
         get(at(warps, w, tid), b);
         merge(a, b);
       }

@@ -31,7 +31,7 @@ static void set_stats(GumbelSoftmaxArgs& a, const Tensor& kl, const Tensor& stat
 // stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
 static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim, bool return_kl) {
   const OnDevice guard(logits);
-  logits = contiguous(logits);
+  logits = as_contiguous(logits);
   GumbelSoftmaxArgs a = arguments(logits, seed, tau, hard, dim);
   std::vector<int64_t> shape{0}, stats_shape{0};
   if (return_kl) {
@@ -54,10 +54,10 @@ static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_
   const OnDevice guard(grad_y);
   const auto read = [](std::optional<Tensor>& t) -> void* {
     if (!t) return nullptr;
-    t = contiguous(*t);
+    t = as_contiguous(*t);
     return t->data_ptr();
   };
-  grad_y = contiguous(grad_y);
+  grad_y = as_contiguous(grad_y);
   Tensor grad_logits = new_output_like(grad_y);
   GumbelSoftmaxBackwardArgs a{};
   a.forward = arguments(grad_y, seed, tau, hard, dim);
