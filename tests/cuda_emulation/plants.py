@@ -52,15 +52,294 @@ def decode_attention():
         check(pattern, *make(pattern, 2, 5, 1, 64, dtype, 7), 2, 7, steps=3)
 
 
+def sparse_attention():
+    from test_cuda_sparse_attention import EVERY_PATTERN, check, randn
+
+    check(EVERY_PATTERN["conv-clip"], *randn(torch.bfloat16))
+    check(EVERY_PATTERN["row"], *randn(torch.float16, dim=40), split=1)
+    check(EVERY_PATTERN["row"], *randn(torch.float32, dim=32), split=1)
+
+
+def sparse_attention_backward():
+    from test_cuda_sparse_attention_backward import EVERY_PATTERN, N, check, randn
+
+    check(EVERY_PATTERN["conv-clip"], *randn(torch.bfloat16, n=N))
+    check(EVERY_PATTERN["row"], *randn(torch.float32, n=N, dim=32), split=1)
+
+
+def gumbel_softmax():
+    from test_cuda_gumbel_softmax import check
+
+    for dtype in (torch.float32, torch.bfloat16):
+        check(torch.randn(2, 40, 5, 5).to(dtype), 0.7, False, 1)
+        check(torch.randn(1, 3000, 3, 3).to(dtype), 0.7, True, 1)  # a cluster of blocks
+
+
+ATTENTION_FILES = ("sparse_attention", "sparse_attention_backward")
+GUMBEL_FILES = ("gumbel_softmax", "gumbel_softmax_backward")
 # The files of an operation, and what runs it.
 CASES = {
+    "sparse_attention": (ATTENTION_FILES, sparse_attention),
+    "sparse_attention_backward": (ATTENTION_FILES, sparse_attention_backward),
+    "gumbel_softmax": (GUMBEL_FILES, gumbel_softmax),
     "sample_tokens": (("sample_tokens",), sample_tokens),
     "decode_attention": (("decode_attention",), decode_attention),
 }
 
+FORWARD = "cuda/sparse_attention.cu"
+BACKWARD = "cuda/sparse_attention_backward.cu"
+SWEEP = "cuda/gumbel_sweep.h"
 SAMPLE = "cuda/sample_tokens.cu"
 DECODE = "cuda/decode_attention.cu"
 PLANTS = [
+    Plant(
+        "sparse_attention",
+        "missing barrier in the loop",
+        FORWARD,
+        "    dev::syncthreads();   // entry e is there, and nobody reads the other stage any more\n",
+        "",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention",
+        "short wait",
+        FORWARD,
+        "dev::cp_async_wait<0>();\n    dev::syncthreads();   // entry e",
+        "dev::cp_async_wait<1>();\n    dev::syncthreads();   // entry e",
+        "with a cp.async in flight",
+    ),
+    Plant(
+        "sparse_attention",
+        "missing commit",
+        FORWARD,
+        "    copy_entry(e + 1);\n    dev::cp_async_commit();",
+        "    copy_entry(e + 1);",
+        "cp.async",
+    ),
+    Plant(
+        "sparse_attention",
+        "wrong mask bit",
+        FORWARD,
+        "const uint32_t first = words.x >>",
+        "const uint32_t first = words.y >>",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention",
+        "keys of neighbours exchanged",
+        FORWARD,
+        "plan.column(keys_ahead, Share::row(i))",
+        "plan.column(keys_ahead, Share::row(i) ^ 1)",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention",
+        "wrong swizzle on read",
+        FORWARD,
+        "dev::lds16(stages + Tile<D>::at(row, chunk))",
+        "dev::lds16(stages + (row * Tile<D>::CHUNKS + chunk) * 16)",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention",
+        "swapped fragment registers",
+        FORWARD,
+        "dev::mma(T{}, left, q[i], b[0], b[1]);",
+        "dev::mma(T{}, left, q[i], b[1], b[0]);",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention",
+        "unwritten output",
+        FORWARD,
+        "if (t == 0 && token >= 0) dev::stg(p.a.lse",
+        "if (t == 0 && token > 0) dev::stg(p.a.lse",
+        "elements were not written",
+    ),
+    Plant(
+        "sparse_attention",
+        "shared memory too small",
+        FORWARD,
+        "SMEM = 2 * STAGE;",
+        "SMEM = 2 * STAGE - MASK_BYTES;",
+        "shared memory out of bounds",
+    ),
+    Plant(
+        "sparse_attention",
+        "lane-dependent branch around a collective",
+        FORWARD,
+        "      if (!computed) continue;",
+        "      if (!computed || lane == 31) continue;",
+        "divergent collective",
+    ),
+    Plant(
+        "sparse_attention",
+        "wrong rescale of the softmax",
+        FORWARD,
+        "      sum[r] *= keep;\n",
+        "",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention",
+        "missing barrier of a warp",
+        FORWARD,
+        "    dev::syncwarp();\n    uint16_t* out",
+        "    uint16_t* out",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention",
+        "missing barrier before a stage is used again",
+        FORWARD,
+        "    dev::syncthreads();   // nobody reads a stage any more\n",
+        "",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention",
+        "float32: values overwritten while they are read",
+        FORWARD,
+        "    dev::syncthreads();   // values and weights have been read\n",
+        "",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention",
+        "float32: weights read before they are there",
+        FORWARD,
+        "    dev::syncthreads();   // the values are there, and the weights\n",
+        "",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention",
+        "float32: off-by-one row",
+        FORWARD,
+        "base + (tokens[i] < 0 ? 0 : tokens[i]) * stride",
+        "base + (tokens[i] < 0 ? 0 : tokens[i] + 1) * stride",
+        "global memory out of bounds",
+    ),
+    Plant(
+        "sparse_attention",
+        "partial maxima of other rows",
+        FORWARD,
+        "dev::stg(partial.max(row), max[r])",
+        "dev::stg(partial.max(row ^ 1), max[r])",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "missing barrier in the loop",
+        BACKWARD,
+        "      dev::syncthreads();        // ... everybody's, and nobody reads the other stage any more\n",
+        "",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "short wait",
+        BACKWARD,
+        "dev::cp_async_wait<0>();   // this step's",
+        "dev::cp_async_wait<1>();   // this step's",
+        "with a cp.async in flight",
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "missing commit",
+        BACKWARD,
+        "copy(step + 1);\n      dev::cp_async_commit();",
+        "copy(step + 1);",
+        "cp.async",
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "one stage",
+        BACKWARD,
+        "STAGES = 2;",
+        "STAGES = 1;",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "swapped fragment registers",
+        BACKWARD,
+        "dev::mma(T{}, s[1], a, b[2], b[3]);",
+        "dev::mma(T{}, s[1], a, b[3], b[2]);",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "missing barrier of a warp",
+        BACKWARD,
+        "  dev::syncwarp();   // the rows there have been read\n",
+        "",
+        "without a barrier",
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "delta left out",
+        BACKWARD,
+        "grad = weight * (grad - q.delta);",
+        "grad = weight * grad;",
+        INACCURATE,
+    ),
+    Plant(
+        "sparse_attention_backward",
+        "wrong mask word",
+        BACKWARD,
+        "(e ? words.y : words.x)",
+        "(e ? words.x : words.y)",
+        INACCURATE,
+    ),
+    Plant(
+        "gumbel_softmax",
+        "missing barrier of a cluster",
+        SWEEP,
+        "    const int tid = dev::tid();\n    dev::cluster_sync();",
+        "    const int tid = dev::tid();",
+        "another block",
+    ),
+    Plant(
+        "gumbel_softmax",
+        "missing last barrier of a cluster",
+        SWEEP,
+        "put(at(whole, 0, tid), a);\n    }\n    dev::cluster_sync();",
+        "put(at(whole, 0, tid), a);\n    }",
+        "without a barrier",
+    ),
+    Plant(
+        "gumbel_softmax",
+        "missing barrier of a block",
+        SWEEP,
+        "if (column < width) put(at(warps, warp, column), v[i]);\n    }\n    dev::syncthreads();",
+        "if (column < width) put(at(warps, warp, column), v[i]);\n    }",
+        "without a barrier",
+    ),
+    Plant(
+        "gumbel_softmax",
+        "always the first block's numbers",
+        SWEEP,
+        "get(static_cast<uint32_t>(c / s.chunks_per_block),",
+        "get(0u,",
+        INACCURATE,
+    ),
+    Plant(
+        "gumbel_softmax",
+        "noise of another position",
+        SWEEP,
+        "const int skip = static_cast<int>(at % 4);",
+        "const int skip = 0;",
+        INACCURATE,
+    ),
+    Plant(
+        "gumbel_softmax",
+        "kept elements overwritten",
+        SWEEP,
+        "(chunk * s.rounds + round) * s.threads",
+        "chunk * s.rounds * s.threads",
+        INACCURATE,
+    ),
     Plant(
         "sample_tokens",
         "reductions share one area",
@@ -79,10 +358,10 @@ PLANTS = [
     ),
     Plant(
         "sample_tokens",
-        "a warp too few in the reduction",
+        "warps left out of the reduction",
         SAMPLE,
         "lane < WARPS ?",
-        "lane < WARPS - 1 ?",
+        "lane < 2 ?",
         INACCURATE,
     ),
     Plant(
@@ -91,7 +370,7 @@ PLANTS = [
         SAMPLE,
         "sts16(smem + quad * 16",
         "sts16(smem + (quad ^ 1) * 16",
-        "without a barrier",
+        "uninitialised",
     ),
     Plant(
         "sample_tokens",
@@ -99,7 +378,7 @@ PLANTS = [
         SAMPLE,
         "i < left ? key_of",
         "i <= left ? key_of",
-        INACCURATE,
+        "global memory out of bounds",
     ),
     Plant(
         "sample_tokens",
@@ -153,8 +432,8 @@ PLANTS = [
         "decode_attention",
         "missing barrier of a warp",
         DECODE,
-        "dev::sts_f32(a + D * 4 + 4, sum);\n    dev::syncwarp();",
-        "dev::sts_f32(a + D * 4 + 4, sum);",
+        "void save(uint32_t a) const {\n    dev::syncwarp();",
+        "void save(uint32_t a) const {",
         "without a barrier",
     ),
     Plant(
@@ -185,8 +464,8 @@ PLANTS = [
         "decode_attention",
         "off-by-one row",
         DECODE,
-        "list + (i < count ? i : count - 1) * 4",
-        "list + (i < count - 1 ? i : count - 1) * 4",
+        "place(list, first + 8 * t + g, count)",
+        "place(list, first + 8 * t + g + 1, count)",
         INACCURATE,
     ),
     Plant(

@@ -1,0 +1,83 @@
+"""The CUDA kernels under emulation with AddressSanitizer and UBSan: what the emulation does not look at, such as arrays
+in registers, shifts, signed overflow, and the code on the host.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cuda_emulation import emulated
+
+TESTS = [
+    "test_cuda_sparse_attention.py::test_head_dims",
+    "test_cuda_sparse_attention_backward.py::test_head_dims",
+    "test_cuda_decode_attention.py::test_head_dims",
+    "test_cuda_gumbel_softmax.py::test_layouts_dims_and_tau",
+    "test_cuda_sample_tokens.py::test_the_extremes_of_filters",
+]
+REPORTS = "AddressSanitizer", "runtime error:"
+
+
+def runtime(name):
+    """A sanitizer's library, or None where g++ has none."""
+    command = ["g++", f"-print-file-name={name}"]
+    path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    return path if path.is_file() else None
+
+
+LIBRARIES = [runtime("libasan.so"), runtime("libubsan.so")]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(None in LIBRARIES, reason="g++ has no libasan.so or libubsan.so"),
+]
+
+
+def run_sanitized(command):
+    environment = {
+        **os.environ,
+        emulated.SANITIZE: "1",
+        "LD_PRELOAD": ":".join(map(str, LIBRARIES)),
+        "ASAN_OPTIONS": "detect_leaks=0",
+    }
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_no_report(monkeypatch):
+    monkeypatch.setenv(emulated.SANITIZE, "1")  # compiled here, where the compiler does not run with those libraries
+    emulated.compile_library(emulated.ROOT / "csrc", emulated.ROOT / "build" / "cuda_emulation_sanitized")
+    tests = [emulated.ROOT / "tests" / test for test in TESTS]
+    status, output = run_sanitized([sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *tests])
+    assert not any(report in output for report in REPORTS), output[-20000:]
+    assert status == 0, output[-5000:]
+
+
+FAULTY = """
+#include "cuda/device.h"
+using namespace dk;
+struct Params { float* out; int index; };
+static void kernel(Params p) {
+  float x[4] = {1, 2, 3, 4};
+  dev::syncthreads();
+  dev::stg(p.out + dev::tid(), x[p.index]);
+}
+int main(int count, char**) {
+  float out[32];
+  emulation::allow(out, sizeof out);
+  dev::launch<Params>("kernel", kernel, {1}, 32, 0, nullptr, {out, 2 + 2 * count});
+}
+"""
+
+
+def test_an_array_overrun_is_reported(tmp_path):
+    source = tmp_path / "kernel.cpp"
+    source.write_text(FAULTY)
+    include = [f"-I{emulated.ROOT / 'csrc'}", f"-I{emulated.HERE}"]
+    flags = ["-std=c++17", "-g1", "-fsanitize=address,undefined", *include]
+    subprocess.run(["g++", *flags, source, "-o", tmp_path / "kernel"], check=True)
+    _, output = run_sanitized([tmp_path / "kernel"])
+    assert "stack-buffer-overflow" in output or "index 4 out of bounds" in output
+    assert "kernel.cpp:8" in output
