@@ -73,14 +73,14 @@ def test_text_lengths(text_len, dtype, seed):
 def test_more_keys_than_are_listed_at_a_time(dtype, seed):
     pattern = P.causal(1100, (33, 32))
     start = 32 * 33 - 1
-    check(pattern, *make(pattern, 1, 2, 1, 64, dtype, start), 1, start)
+    check(pattern, *make(pattern, 1, 2, 3, 64, dtype, start), 1, start)
 
 
 @pytest.mark.parametrize("factor", [5.0, 40.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_large_logits(factor, dtype, seed):
     pattern = P.conv(140, (5, 6), kernel=3)
-    check(pattern, *make(pattern, 1, 3, 2, 64, dtype, start=14, factor=factor), 1, 14, steps=5)
+    check(pattern, *make(pattern, 1, 16, 4, 64, dtype, start=14, factor=factor), 1, 14, steps=6)
 
 
 @pytest.mark.parametrize("layout", ["qkv", "heads_last", "unaligned"])

@@ -112,7 +112,8 @@ template <class Body> DK_DEVICE void for_each_piece(DecodeSchedule::Runs runs, u
 // Place number i; the last one again beyond it.
 DK_DEVICE int64_t place(uint32_t list, int i, int count) { return dev::lds_u32(list + (i < count ? i : count - 1) * 4); }
 
-// -- what the softmax over some keys has come to. Scores are in units of log 2; `out` is the values' weighted sum, not yet divided by `sum`.
+// -- what the softmax over some keys has come to. Scores are products not yet scaled, so that they are rounded once; `scale` takes their differences to the
+// exponents of 2. `out` is the values' weighted sum, not yet divided by `sum`.
 
 template <class T, int D> struct State {
   static constexpr int N = Shape<T, D>::CHUNK;   // a lane holds chunk lane % LANES
@@ -135,21 +136,21 @@ template <class T, int D> struct State {
     if (dev::tid() % 32 == 0) dev::sts_f32(a + D * 4, max), dev::sts_f32(a + D * 4 + 4, sum);
     dev::syncwarp();
   }
-  DK_DEVICE void merge(const State& other) {
-    const float new_max = dev::max(max, other.max), keep = dev::exp2_approx(max - new_max), add = dev::exp2_approx(other.max - new_max);
+  DK_DEVICE void merge(const State& other, float scale) {
+    const float new_max = dev::max(max, other.max), keep = dev::exp2_approx((max - new_max) * scale), add = dev::exp2_approx((other.max - new_max) * scale);
     DK_UNROLL
     for (int i = 0; i < N; ++i) out[i] = dev::fma(out[i], keep, other.out[i] * add);
     max = new_max, sum = dev::fma(sum, keep, other.sum * add);
   }
   // of all groups of the warp, in the first lanes
-  DK_DEVICE void merge_groups() {
+  DK_DEVICE void merge_groups(float scale) {
     DK_UNROLL
     for (int lanes = Shape<T, D>::LANES; lanes < 32; lanes *= 2) {
       State other;
       DK_UNROLL
       for (int i = 0; i < N; ++i) other.out[i] = dev::shfl_xor(out[i], lanes);
       other.max = dev::shfl_xor(max, lanes), other.sum = dev::shfl_xor(sum, lanes);
-      merge(other);
+      merge(other, scale);
     }
   }
 };
@@ -191,16 +192,16 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const Rows<T>& rows, int
       for (int i = 0; i < N; ++i) s[r] = dev::fma(q[i], k[i], s[r]);
       DK_UNROLL
       for (int lanes = 1; lanes < S::LANES; lanes *= 2) s[r] += dev::shfl_xor(s[r], lanes);
-      s[r] = first + r * S::GROUPS + group < count ? s[r] * scale : -dev::inf();
+      s[r] = first + r * S::GROUPS + group < count ? s[r] : -dev::inf();
       new_max = dev::max(new_max, s[r]);
     }
-    const float keep = dev::exp2_approx(now.max - new_max);
+    const float keep = dev::exp2_approx((now.max - new_max) * scale);
     float added[N] = {}, sum = 0.0f;   // chains are short: longer ones err more
     DK_UNROLL
     for (int r = 0; r < ROWS; ++r) {
       float v[N];
       widen(T{}, value[r], v);
-      const float p = dev::exp2_approx(s[r] - new_max);
+      const float p = dev::exp2_approx((s[r] - new_max) * scale);
       sum += p;
       DK_UNROLL
       for (int i = 0; i < N; ++i) added[i] = dev::fma(p, v[i], added[i]);
@@ -209,7 +210,7 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const Rows<T>& rows, int
     for (int i = 0; i < N; ++i) now.out[i] = dev::fma(now.out[i], keep, added[i]);
     now.max = new_max, now.sum = dev::fma(now.sum, keep, sum);
   }
-  now.merge_groups();
+  now.merge_groups(scale);
   now.save(state);
 }
 
@@ -252,19 +253,19 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
         dev::mma(T{}, s[t], q[2 * b + 1], w.z, w.w);
       }
       DK_UNROLL
-      for (int e = 0; e < 4; ++e) s[t][e] = first + 8 * t + 2 * c + e % 2 < count ? s[t][e] * scale : -dev::inf();
+      for (int e = 0; e < 4; ++e) s[t][e] = first + 8 * t + 2 * c + e % 2 < count ? s[t][e] : -dev::inf();
     }
     DK_UNROLL
     for (int half = 0; half < 2; ++half) {
       float new_max = dev::max(dev::max(s[0][2 * half], s[0][2 * half + 1]), dev::max(s[1][2 * half], s[1][2 * half + 1]));
       new_max = dev::max(new_max, dev::shfl_xor(new_max, 1));
       new_max = dev::max(max[half], dev::max(new_max, dev::shfl_xor(new_max, 2)));
-      const float keep = dev::exp2_approx(max[half] - new_max);
+      const float keep = dev::exp2_approx((max[half] - new_max) * scale);
       max[half] = new_max;
       DK_UNROLL
       for (int t = 0; t < 2; ++t)
         DK_UNROLL
-        for (int e = 0; e < 2; ++e) s[t][2 * half + e] = dev::exp2_approx(s[t][2 * half + e] - new_max);
+        for (int e = 0; e < 2; ++e) s[t][2 * half + e] = dev::exp2_approx((s[t][2 * half + e] - new_max) * scale);
       sum[half] = dev::fma(sum[half], keep, (s[0][2 * half] + s[0][2 * half + 1]) + (s[1][2 * half] + s[1][2 * half + 1]));
       DK_UNROLL
       for (auto& column : out) column[2 * half] *= keep, column[2 * half + 1] *= keep;
@@ -352,7 +353,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, (D <= 64 && ALIGNED ?
       sum.load(state(candidate));
       for (int w = 1; w < WARPS; ++w) {
         part.load(state(w * CANDIDATES + candidate));
-        sum.merge(part);
+        sum.merge(part, scale);
       }
       sum.save(state(candidate));
     }
