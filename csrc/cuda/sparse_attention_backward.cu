@@ -4,8 +4,8 @@
 // each warp, with its 16 rows, takes 16 at a time. A tile that is split between blocks leaves accumulators in scratch, as the threads hold them, and a small
 // kernel adds these up in the plan's order.
 //
-// lse is rounded, by more the larger it is, and that error multiplies every weight of a query. So the first kernel also adds up the weights that it
-// recomputes; the inverse of the sum corrects its own dQ and, in the second kernel, each weight.
+// lse is rounded, by more the larger it is, and that error multiplies every weight of a query. In float32 it would show: there the first kernel also adds up
+// the weights that it recomputes, and both kernels divide by the sum.
 #include "cuda/sparse_attention_backward.h"
 
 #include "cuda/element.h"
@@ -20,9 +20,9 @@ constexpr int QUERY_GROUP = 64, KEY_GROUP = 32;                     // columns o
 
 // What the second kernel must know of a query; 16 bytes in scratch.
 struct Statistics {
-  float lse;          // to base 2
+  float lse;       // to base 2
   float delta;
-  float correction;   // of recomputed weights
+  float weights;   // the sum of them, recomputed
 };
 constexpr int STATISTICS_FLOATS = 4;
 constexpr uint32_t MASK_BYTES = TILE_ROWS / 32 * COLUMNS * 4;
@@ -41,6 +41,7 @@ struct Lane {
   int warp = dev::tid() / 32, group = dev::tid() % 32 / 4, quad = dev::tid() % 4;
   DK_DEVICE int row(int r) const { return 16 * warp + group + 8 * r; }   // of the block's tile
 };
+template <class T> constexpr bool NORMALISED = std::is_same_v<T, float>;
 template <class T> constexpr int WORDS = sizeof(Stored<T>) / 2;
 
 template <class T, int D> constexpr int MIN_BLOCKS = (D < 128 ? 4 : 3) - WORDS<T>;   // on a multiprocessor
@@ -242,8 +243,9 @@ template <int GROUP> struct Steps {
   }
 };
 
-DK_DEVICE float power_of_two(float, float x) { return exp2(x); }
-template <class T> DK_DEVICE float power_of_two(T, float x) { return dev::exp2_approx(x); }
+// The weight of a pair, from the logarithm to base 2.
+DK_DEVICE float weight_of(float, float log2, const Statistics& q) { return exp2(log2) / q.weights; }
+template <class T> DK_DEVICE float weight_of(T, float log2, const Statistics&) { return dev::exp2_approx(log2); }
 
 // From scores and dP to weights and dS, of 16 x 16 pairs, where `mask` (0: none) allows them. of_query(n, r, e): the Statistics of the query of an element.
 template <class T, class OfQuery>
@@ -253,7 +255,7 @@ DK_DEVICE void weigh(T, const Params& p, uint32_t mask, const Lane& lane, const 
       DK_UNROLL for (int e = 0; e < 2; ++e) {
         const Statistics& q = of_query(n, r, e);
         float &weight = s[n][2 * r + e], &grad = d[n][2 * r + e];
-        weight = power_of_two(T{}, dev::fma(weight, p.scale_log2, -q.lse)) * q.correction;
+        weight = weight_of(T{}, dev::fma(weight, p.scale_log2, -q.lse), q);
         grad = weight * (grad - q.delta);
       }
   if (mask == 0) return;
@@ -293,42 +295,22 @@ template <class T, int D> struct GradQ {
     const SparseAttentionArgs& f = p.a.forward;
     float factor[2];
     DK_UNROLL for (int r = 0; r < 2; ++r) {
-      const float correction = 1.0f / weights[r];
-      factor[r] = f.scale * correction;
+      factor[r] = NORMALISED<T> ? f.scale / weights[r] : f.scale;
       const int32_t token = plan.row(tile, lane.row(r));
       if (lane.quad == 0 && token >= 0) {
         const int64_t at = bh * f.n + token;
-        dev::stg16(p.statistics + at * STATISTICS_FLOATS, {dev::as_bits(dev::ldg(f.lse + at) * LOG2E), dev::as_bits(delta[r]), dev::as_bits(correction), 0});
+        dev::stg16(p.statistics + at * STATISTICS_FLOATS, {dev::as_bits(dev::ldg(f.lse + at) * LOG2E), dev::as_bits(delta[r]), dev::as_bits(weights[r]), 0});
       }
     }
     write_rows<T>(p, sums, factor, memory, plan, tile, matrix<T>(p, p.a.grad_q, p.a.grad_q_strides, bh), lane);
   }
 };
 
-// sum + the products of the elements of two chunks
-DK_DEVICE float dot(float, const uint32_t (&x)[4], const uint32_t (&y)[4], float sum) {
-  DK_UNROLL for (int i = 0; i < 4; ++i) sum = dev::fma(dev::as_float(x[i]), dev::as_float(y[i]), sum);
-  return sum;
-}
-template <class T> DK_DEVICE float dot(T, const uint32_t (&x)[4], const uint32_t (&y)[4], float sum) {
-  DK_UNROLL for (int i = 0; i < 8; ++i) {
-    const int shift = i % 2 * 16;
-    sum = dev::fma(dev::unpack(T{}, static_cast<uint16_t>(x[i / 2] >> shift)), dev::unpack(T{}, static_cast<uint16_t>(y[i / 2] >> shift)), sum);
-  }
-  return sum;
-}
-// delta of the lane's rows, from dO and O
-template <class T, int D> DK_DEVICE void rows_dot(uint32_t x, uint32_t y, const Lane& lane, float (&sum)[2]) {
-  using Chunks = Tile<D * WORDS<T>>;
-  DK_UNROLL for (int r = 0; r < 2; ++r) {
-    DK_ROLLED for (int chunk = lane.quad; chunk < Chunks::CHUNKS; chunk += 4) {
-      const uint32_t at = Chunks::at(lane.row(r), chunk);
-      const dev::u32x4 a = dev::lds16(x + at), b = dev::lds16(y + at);
-      sum[r] = dot(T{}, {a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}, sum[r]);
-    }
-    sum[r] += dev::shfl_xor(sum[r], 1);
-    sum[r] += dev::shfl_xor(sum[r], 2);
-  }
+// delta of the lane's rows, from dO and the tile of O: the diagonal of a product like dP, so that dP - delta is exactly 0 where a query sees one key.
+template <class T, int D> DK_DEVICE void diagonal(const Operand<T, D, WORDS<T> == 1>& grad_out, uint32_t out, const Lane& lane, float (&delta)[2]) {
+  float x[2][4] = {};
+  grad_out.multiply(out, 16 * lane.warp, lane, x);
+  DK_UNROLL for (int r = 0; r < 2; ++r) delta[r] = dev::shfl(lane.group % 2 ? x[r][2 * r + 1] : x[r][2 * r], 4 * lane.group + lane.group / 2);
 }
 
 template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(DK_PARAM Params p) {
@@ -363,9 +345,9 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
   }
   steps.start(fetch, copy_step);
 
-  GradQ<T, D> grad;
-  rows_dot<T, D>(memory.second, memory.stage(1), lane, grad.delta);
   const Operand<T, D, WORDS<T> == 1> q(memory.first, lane), grad_out(memory.second, lane);
+  GradQ<T, D> grad;
+  diagonal<T, D>(grad_out, memory.stage(1), lane, grad.delta);
   Statistics of_row[2];
   DK_UNROLL for (int r = 0; r < 2; ++r) {
     const int32_t token = plan.row(item.tile, lane.row(r));
@@ -380,11 +362,12 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
       q.multiply(stage, 16 * part, lane, s);
       grad_out.multiply(stage + M::STEP, 16 * part, lane, d);
       weigh(T{}, p, entry.mask < 0 ? 0 : stage + M::MASK + 64 * part, lane, [&](int, int r, int) -> const Statistics& { return of_row[r]; }, s, d);
-      DK_UNROLL for (int r = 0; r < 2; ++r) grad.weights[r] += (s[0][2 * r] + s[0][2 * r + 1]) + (s[1][2 * r] + s[1][2 * r + 1]);
+      if constexpr (NORMALISED<T>)
+        DK_UNROLL for (int r = 0; r < 2; ++r) grad.weights[r] += (s[0][2 * r] + s[0][2 * r + 1]) + (s[1][2 * r] + s[1][2 * r + 1]);
       grad.sums.add(d, stage, 16 * part, lane);
     }
   });
-  DK_UNROLL for (int r = 0; r < 2; ++r) {
+  if constexpr (NORMALISED<T>) DK_UNROLL for (int r = 0; r < 2; ++r) {
     grad.weights[r] += dev::shfl_xor(grad.weights[r], 1);
     grad.weights[r] += dev::shfl_xor(grad.weights[r], 2);
   }
