@@ -64,18 +64,18 @@ def check(x, tau, hard, dim):
             assert_accurate(a, e, p)
 
 
-# Enough positions that the largest error is a property, not chance.
+# The largest error over a few positions is chance, over many it is a property.
 SHAPES = [
-    ((300, 65), 1),
-    ((600, 3), 1),
-    ((100, 1000), 1),
-    ((2, 100, 100), 1),
-    ((100, 20, 2), 1),
-    ((50, 33, 3), 1),
-    ((8, 50, 31), 1),
-    ((8, 17, 33), 1),
-    ((1, 1000, 6, 8), 1),
-    ((60, 7, 9), 0),
+    ((500, 65), 1),
+    ((500, 3), 1),
+    ((400, 200), 1),
+    ((2, 100, 400), 1),
+    ((400, 20, 2), 1),
+    ((300, 33, 3), 1),
+    ((30, 50, 31), 1),
+    ((30, 17, 33), 1),
+    ((1, 400, 20, 16), 1),
+    ((60, 20, 50), 0),
     ((3, 5, 300), 1),
 ]
 
@@ -84,8 +84,7 @@ SHAPES = [
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize(("shape", "dim"), SHAPES, ids=str)
 def test_matches_float64(shape, dim, hard, dtype, seed):
-    for tau in (1 / 16, 1.0):
-        check(make("contiguous", shape, dtype), tau, hard, dim)
+    check(make("contiguous", shape, dtype), (1 / 16, 1.0)[random_key() % 2], hard, dim)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
@@ -99,7 +98,7 @@ def test_one_class(hard, seed):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_layouts_dims_and_tau(layout, seed):
     """Noise follows the shape, whatever the strides; storage around a view holds NaN."""
-    x = make(layout, (9, 19, 6), torch.float32)
+    x = make(layout, (30, 19, 40), torch.float32)
     for dim in range(3):
         for hard in (False, True):
             check(x, 5.0, hard, dim)
@@ -108,8 +107,8 @@ def test_layouts_dims_and_tau(layout, seed):
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_large_logits(hard, offset, seed):
-    check(torch.randn(10, 70, 50) * 30 + offset, 0.5, hard, 1)
-    check((torch.randn(400, 70) * 30 + offset).bfloat16(), 0.5, hard, 1)
+    check(torch.randn(8, 70, 200) * 30 + offset, 0.5, hard, 1)
+    check((torch.randn(500, 70) * 30 + offset).bfloat16(), 0.5, hard, 1)
 
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
@@ -166,7 +165,9 @@ def test_seeds_use_all_64_bits(key):
 
 # Several chunks of classes: clusters from capability 90 on, one block that reads twice before.
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
-@pytest.mark.parametrize(("shape", "dim"), [((2, 4100, 16), 1), ((3, 20, 5), 1), ((1, 20000), 1), ((2, 5000, 7), 1)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((2, 4100, 16), 1), ((3, 20, 5), 1), ((1, 20000), 1), ((2, 5000, 7), 1)], ids=str
+)
 def test_same_bits_on_every_device_and_in_every_order(shape, dim, hard, seed):
     for dtype in (torch.float32, torch.bfloat16):
         x, key = torch.randn(shape).to(dtype), random_key()

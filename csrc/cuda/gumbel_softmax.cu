@@ -1,5 +1,5 @@
-// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum from the noisy logits that were kept. They
-// are computed again where shared memory is too small for them. The hard variant needs no more than the argmax for its second sweep.
+// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum from the noisy logits that were kept.
+// They are computed again where shared memory is too small for them. The hard variant needs no more than the argmax for its second sweep.
 #include "cuda/gumbel_softmax.h"
 
 #include "cuda/gumbel_sweep.h"

@@ -106,7 +106,7 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
   for (int i = 0; i < 4; ++i) {
     factor[i] = 1.0f;
     if constexpr (HARD) factor[i] = 1.0f / v[i][1];
-    dot[i] = HARD ? v[i][N - 1] * factor[i] : v[i][0];
+    dot[i] = HARD ? dev::mul_rn(v[i][N - 1], factor[i]) : v[i][0];
     if constexpr (KL)
       if (s.place(p.cut, i) >= 0) kl[i] = KLGradient(p.args, s.place(p.cut, i));
   }
@@ -144,7 +144,8 @@ template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxBac
   const int64_t kept = p.cut.kept_bytes(quad), reduction = Reduction<Kinds<T, HARD>::Statistics::WORDS>::bytes(p.cut);
   const bool resident = kept + reduction <= dev::shared_memory_per_block();
   return dev::launch("gumbel_softmax_backward", resident ? backward<T, HARD, KL, true> : backward<T, HARD, KL, false>,
-                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
+                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction),
+                     stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* stream) {

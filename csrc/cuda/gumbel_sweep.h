@@ -1,11 +1,11 @@
-// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a lane holds, running statistics and their
-// reduction.
+// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a lane holds, running statistics and
+// their reduction.
 //
-// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a quad: 4 elements that follow each other in
-// memory, which is also what one Philox block serves. Where there are 4 positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes.
-// Strips are cut into chunks of classes, a chunk in rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are merged lanes first,
-// then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the chunks: one block in turn, or the blocks of a cluster, each of
-// which keeps its own in shared memory; nor on whether a block keeps what it has read or reads it twice.
+// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a quad: 4 elements that follow each other
+// in memory, which is also what one Philox block serves. Where there are 3 positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes.
+// Strips are cut into chunks of classes, a chunk into rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are merged
+// lanes first, then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the chunks, one block in turn or the blocks of a
+// cluster, each of which keeps its own in shared memory; nor on whether a block keeps what it has read or reads it twice.
 #pragma once
 #include "common/gumbel_softmax.h"
 #include "cuda/element.h"
@@ -55,7 +55,6 @@ inline Cut cut(const GumbelSoftmaxArgs& a, int element_bytes, int kept) {
   const int64_t rounds = (elements + 4 * c.threads() - 1) / (4 * c.threads());
   c.rounds = static_cast<int>((rounds + BATCH * c.chunks - 1) / (BATCH * c.chunks) * BATCH);
   c.cluster = dev::compute_capability() >= 90 ? c.chunks : 1;
-  c.aligned = true;
   return c;
 }
 
