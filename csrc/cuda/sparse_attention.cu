@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "cuda/element.h"
+#include "cuda/philox.h"
 #include "cuda/plan.h"
 #include "cuda/tile.h"
 
@@ -46,7 +47,8 @@ template <int D> struct Partial {
   float* values;
 };
 
-DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) { return dev::fma(max, p.scale, dev::log2_approx(sum) * LN2); }
+// (The logarithm takes any bits for a number: sum - sum is NaN where the sum is.)
+DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) { return dev::fma(max, p.scale, natural_log(sum)) + dev::sub_rn(sum, sum); }
 
 // The maximum of a row so far as something to subtract: where the row has seen nothing it is -inf, and -inf - 0 serves as well.
 DK_DEVICE float finite(float max) { return max == -dev::inf() ? 0.0f : max; }
