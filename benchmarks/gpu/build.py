@@ -2,15 +2,10 @@
 
 import json
 import os
-import shutil
 import subprocess
 import time
 
-import torch
-
 from .setting import ROOT, logged, python
-
-CONFORMANCE = ROOT / "tests/cuda_emulation/conformance.cu"
 
 
 def items(setting):
@@ -37,16 +32,4 @@ def backends():
 
 def primitives():
     """The bitwise conformance test of the device primitives: what emulation on a CPU cannot prove."""
-    if not CONFORMANCE.is_file():
-        raise FileNotFoundError(f"there is no {CONFORMANCE.relative_to(ROOT)}")
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        raise FileNotFoundError("nvcc is not on PATH")
-    program = ROOT / "build/gpu/conformance"
-    program.parent.mkdir(parents=True, exist_ok=True)
-    major, minor = torch.cuda.get_device_capability()
-    target = f"{major}{minor}{'a' if major >= 9 else ''}"
-    flags = ["-std=c++17", "-O2", "-lineinfo", f"-I{ROOT / 'csrc'}", f"-I{CONFORMANCE.parent}"]
-    architecture = ["-gencode", f"arch=compute_{target},code=sm_{target}"]
-    logged([nvcc, *flags, *architecture, "-o", str(program), str(CONFORMANCE)])
-    logged([str(program)])
+    logged(python("tests/cuda_emulation/conformance.py"))
