@@ -8,7 +8,7 @@
 
 namespace dk {
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float LOG2E = 1.44269504f;
 
 // -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that 8 rows of one chunk lie in different banks
 template <int D> struct Tile {
@@ -26,11 +26,6 @@ template <int D> struct Tile {
   static DK_DEVICE void load_a(uint32_t tile, int row, int chunk, uint32_t (&a)[4]) {
     const int lane = dev::tid() & 31;
     dev::ldmatrix_x4(tile + at(row + (lane & 15), chunk + (lane >> 4)), a);
-  }
-  // a [16, 16] whose columns are the rows of the tile: the transpose of what lies there
-  static DK_DEVICE void load_a_transposed(uint32_t tile, int row, int chunk, uint32_t (&a)[4]) {
-    const int lane = dev::tid() & 31;
-    dev::ldmatrix_x4_trans(tile + at(row + (lane & 7) + (lane >> 4 << 3), chunk + (lane >> 3 & 1)), a);
   }
   // b [16, 16] as two fragments {b[0], b[1]}, {b[2], b[3]} of 8 columns each. Its columns are rows of the tile (products over the elements of rows) ...
   static DK_DEVICE void load_b(uint32_t tile, int row, int chunk, uint32_t (&b)[4]) {
