@@ -20,7 +20,6 @@ constexpr int MAX_LOG_WIDTH = 5;              // of a strip, in positions
 constexpr int SECTOR = 32;                    // bytes that memory moves at least
 constexpr int MAX_CHUNKS = 8;                 // the blocks of a portable cluster
 constexpr int64_t CHUNK_BYTES = 64 * 1024;    // to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
-constexpr float LOG2E = 1.44269504f;
 constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
 constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 

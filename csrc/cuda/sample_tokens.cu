@@ -9,7 +9,6 @@ namespace dk::cuda {
 namespace {
 
 constexpr int THREADS = 512, WARPS = THREADS / 32;
-constexpr float LOG2E = 1.44269504f;
 constexpr uint32_t PADDING = 0, NAN_KEY = 0xFFFFFFFFu, INF_KEY = 0xFF800000u, MINUS_INF_KEY = 0x007FFFFFu;
 
 struct SampleTokensParams {

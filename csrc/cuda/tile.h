@@ -5,10 +5,9 @@
 
 #include "common/dtype.h"
 #include "cuda/device.h"
+#include "cuda/math.h"
 
 namespace dk {
-
-constexpr float LOG2E = 1.44269504f;
 
 // -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that 8 rows of one chunk lie in different banks
 template <int D> struct Tile {
@@ -98,21 +97,6 @@ DK_DEVICE void copy_rows(uint32_t to, const uint16_t* base, int64_t stride, int 
     const bool valid = tokens[i] >= 0;
     copy_chunk<ALIGNED>(to + Tile<D>::at(Share::row(i), Share::chunk()), base + (valid ? tokens[i] : 0) * stride, Share::chunk(), head_dim, valid);
   }
-}
-
-// -- arithmetic
-// 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7 on every device; NaN stays NaN.
-DK_DEVICE float exp2(float x) {
-  x = x < -127.0f ? -127.0f : x;
-  const float shifted = dev::add_rn(x, 12582912.0f), f = x - dev::sub_rn(shifted, 12582912.0f);   // 1.5 * 2^23: rounds to the nearest integer
-  float p = 1.535336191e-4f;
-  p = dev::fma(p, f, 1.339887441e-3f);
-  p = dev::fma(p, f, 9.618437358e-3f);
-  p = dev::fma(p, f, 5.550332471e-2f);
-  p = dev::fma(p, f, 2.402264791e-1f);
-  p = dev::fma(p, f, 6.931472029e-1f);
-  p = dev::fma(p, f, 1.0f);
-  return p * dev::as_float((dev::as_bits(shifted) + 127) << 23);   // the integer stands in the lowest bits
 }
 
 // -- choosing an instance, on the host
