@@ -11,6 +11,7 @@ import torch
 
 FOLDER = Path(__file__).parents[2]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_WIDE_FLOAT32_BYTES = 132_608  # shared memory of a block; asserted in csrc/cuda/sparse_attention_backward.cu
 
 
 def _load(file):
@@ -38,6 +39,34 @@ def _isa_problem():
     if asked not in isas:
         return f"DALLE_KERNELS_CPU_ISA={asked!r} is not one of the compiled {', '.join(isas)}"
     return None if isas[asked] else f"DALLE_KERNELS_CPU_ISA={asked!r}: this processor does not have it"
+
+
+@torch.compiler.assume_constant_result
+def _gpu(device):
+    """Compute capability and bytes of shared memory that a block may have; None where no GPU is visible, as with
+    tensors without data.
+    """
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor), properties.shared_memory_per_block_optin
+
+
+def _gpu_problem(operation, tensor):
+    """Why the GPU that holds `tensor` cannot run `operation`, or None."""
+    gpu = _gpu(str(tensor.device))
+    if gpu is None:
+        return None
+    capability, shared_memory = gpu
+    if capability < (8, 0):
+        return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
+    wide = operation == "sparse_attention" and tensor.dtype == torch.float32 and tensor.shape[-1] > 64
+    if wide and shared_memory < _WIDE_FLOAT32_BYTES:
+        return (
+            f"in float32 it takes head dims up to 64 on this GPU, not {tensor.shape[-1]}: "
+            f"a block may have {shared_memory} bytes of shared memory, and {_WIDE_FLOAT32_BYTES} are needed"
+        )
+    return None
 
 
 class NativeBackend:
@@ -74,13 +103,12 @@ class NativeBackend:
             return (self.problem,)
         if tensor.device.type != self.name:
             return (f"it takes {self.name} tensors, not {tensor.device.type}",)
-        if self.name == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability(tensor.device) < (8, 0):
-            return ("it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)",)
         if tensor.dtype not in _DTYPES:
             return (f"it takes float32, bfloat16 and float16, not {tensor.dtype}",)
         if operation.endswith("attention") and tensor.shape[-1] > 128:
             return (f"it takes head dims up to 128, not {tensor.shape[-1]}",)
-        return ()
+        problem = _gpu_problem(operation, tensor) if self.name == "cuda" else None
+        return (problem,) if problem else ()
 
 
 cpu = NativeBackend("cpu", "libdalle_cpu.so", _isa_problem())
