@@ -23,7 +23,8 @@ ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
 MINIMUM_TORCH = (2, 11)
 TORCH = "torch>=2.11"
-CUDA_ARCHS = ["80-real", "90a-real", "100-real", "80-virtual"]
+# PTX of 90, for newer GPUs: code for 80 knows no clusters, which are launched from 90 on.
+CUDA_ARCHS = ["80-real", "90a-real", "100-real", "90-virtual"]
 
 
 def find_torch():

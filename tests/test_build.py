@@ -103,7 +103,7 @@ def test_when_the_cuda_library_is_built(tmp_path, tools, asked, torch_cuda, nvcc
         ("90a;100", "8.0", "90a-real;100-real"),
         ("", "9.0\n9.0\n", "90a-real"),
         ("", "8.0\n8.6\n", "80-real;86-real"),
-        ("", "NVIDIA-SMI has failed", "80-real;90a-real;100-real;80-virtual"),
+        ("", "NVIDIA-SMI has failed", "80-real;90a-real;100-real;90-virtual"),
     ],
 )
 def test_gpu_architectures(tmp_path, tools, asked, capabilities, expected):
