@@ -1,9 +1,9 @@
 """Decode schedules: a pattern compiled for generating an image one token at a time.
 
-Step s computes image token s. Every image key has a slot in the cache: its rank in the pattern's decode order modulo R, the
-smallest R with which no key is overwritten while a later query still needs it. So row attention keeps 33 of 1024 keys,
-and what a step reads lies in a few runs of neighbouring slots. A schedule is one int32 tensor (the format is the same
-for every backend):
+Step s computes image token s. Every image key has a slot in the cache: its rank in the pattern's decode order modulo R,
+the smallest R with which no key is overwritten while a later query still needs it. So row attention keeps 33 of 1024
+keys, and what a step reads lies in a few runs of neighbouring slots. A schedule is one int32 tensor (the format is the
+same for every backend):
 
     header [16]    magic, version, text_len, steps, slots (R), number of runs, where steps and runs begin in the tensor,
                    total length; the rest is 0

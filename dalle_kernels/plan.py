@@ -69,8 +69,8 @@ class Plan:
         return int(self.entries[:, 1].sum()) * self.gathered.shape[1] * self.rows.shape[1]
 
 
-# How the kernels of a device type cut the pairs: seen from the queries and, where they differ, for the backward pass from
-# the keys.
+# How the kernels of a device type cut the pairs: seen from the queries and, where they differ, for the backward pass
+# from the keys.
 TILES = {
     "cpu": {"query": TileShape()},
     "cuda": {"query": TileShape(64, 64, longest_run=1, split=16), "key": TileShape(64, 32, longest_run=1, split=16)},
