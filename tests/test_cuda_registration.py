@@ -47,7 +47,7 @@ def library(tmp_path_factory):
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
         "DALLE_TORCH_DIR": Path(torch.__file__).parent,
         "DALLE_CUDA": "ON",
-        "CMAKE_CUDA_ARCHITECTURES": "80-virtual",
+        "CMAKE_CUDA_ARCHITECTURES": "90-virtual",
         "Python_EXECUTABLE": sys.executable,
         "Python_INCLUDE_DIR": sysconfig.get_path("include"),
         "pybind11_DIR": pybind11.get_cmake_dir(),
