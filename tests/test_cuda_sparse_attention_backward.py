@@ -133,7 +133,7 @@ def test_large_logits(factor, dtype, seed):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("scale", [0.0, -0.2, 0.37])
+@pytest.mark.parametrize("scale", [0.0, -0.2, 0.15])
 def test_any_scale(scale, dtype, seed):
     check(EVERY_PATTERN["row"], *randn(dtype, n=90, dim=32, batch=BATCH[dtype]), scale)
 
