@@ -207,19 +207,24 @@ def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates
 
 
 def test_what_is_not_redrawn_stays_and_changes_what_follows(seed):
-    model = make()
-    with torch.no_grad():  # an untrained model hardly heeds what it is given
-        for weight in model.parameters():
-            weight.mul_(8 if weight.ndim > 1 else 1)
-    captions, codes = batch(SMALL, 3)
+    """Of untrained models about one in a hundred heeds nothing, so three are asked."""
     redraw = torch.zeros(3, 4, dtype=torch.bool)
     redraw[1:, 2:] = True
-    text, seeds = model.pack_text(captions), torch.randint(2**62, (96,))
-    drawn = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
-    assert torch.equal(drawn[:, ~redraw], codes.unflatten(1, (3, 4))[:, ~redraw].repeat_interleave(32, 0))
-    codes[:, 8:10] = (codes[:, 8:10] + 1) % SMALL.image_vocab  # below the first two redrawn codes, left of the last two
-    again = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
-    assert torch.equal(again[:, 1, 2:], drawn[:, 1, 2:]) and not torch.equal(again[:, 2, 2:], drawn[:, 2, 2:])
+    changed = 0
+    for _ in range(3):
+        model = make()
+        with torch.no_grad():  # an untrained model hardly heeds what it is given
+            for weight in model.parameters():
+                weight.mul_(8 if weight.ndim > 1 else 1)
+        captions, codes = batch(SMALL, 3)
+        text, seeds = model.pack_text(captions), torch.randint(2**62, (96,))
+        drawn = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
+        assert torch.equal(drawn[:, ~redraw], codes.unflatten(1, (3, 4))[:, ~redraw].repeat_interleave(32, 0))
+        codes[:, 8:10] = (codes[:, 8:10] + 1) % SMALL.image_vocab  # below the first two redrawn, left of the last two
+        again = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
+        assert torch.equal(again[:, 1, 2:], drawn[:, 1, 2:])
+        changed += (again[:, 2, 2:] != drawn[:, 2, 2:]).sum().item()
+    assert changed
 
 
 def test_codes_under_what_is_redrawn_do_not_matter(seed):
