@@ -2,6 +2,8 @@
 come from the forward kernel.
 """
 
+import itertools
+
 import pytest
 import torch
 from cuda_emulation import emulated
@@ -9,15 +11,14 @@ from test_cuda_sparse_attention import DTYPES, randn
 from test_sparse_attention import make, plain_attention, run
 
 import dalle_kernels as dk
-from accuracy import assert_accurate
+from accuracy import assert_accurate, mostly
 from dalle_kernels.plan import TileShape, plan_tensor
 from patterns_for_tests import NAMES, every_pattern
 
 TEXT, GRID = 21, (8, 10)  # 101 tokens: two tiles, the second with a part of 16 rows that is not full and an empty one
 N = TEXT + GRID[0] * GRID[1]
 EVERY_PATTERN = every_pattern(TEXT, GRID)
-# Of 4 heads each. In float32 the largest error of 16 heads is still chance: one of a hundred tests would miss the rule.
-BATCH = {torch.float32: 16, torch.bfloat16: 4, torch.float16: 4}
+BATCH = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}  # of 4 heads each; float32 depends more on chance
 
 
 def plans(pattern, n, split=None):
@@ -42,10 +43,14 @@ def gradients(q, k, v, grad, pattern, scale=None, split=None, seed=None):
 
 
 def check(pattern, q, k, v, scale=None, split=None, grad=None):
+    grads = itertools.chain([grad] * (grad is not None), (torch.randn(q.shape).to(q.dtype) for _ in itertools.count()))
+    mostly(lambda: check_once(pattern, q, k, v, next(grads), scale, split))
+
+
+def check_once(pattern, q, k, v, grad, scale, split):
     n = q.shape[2]
     mask = pattern.dense()[:n, :n]
     used = q.shape[-1] ** -0.5 if scale is None else scale
-    grad = torch.randn(q.shape).to(q.dtype) if grad is None else grad
     ours = gradients(q, k, v, grad, pattern, scale, split)
     exact = run(lambda *x: plain_attention(*x, mask, used), [x.double() for x in (q, k, v)], grad)[2:]
     plain = run(lambda *x: plain_attention(*x, mask, used), (q, k, v), grad)[2:]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
-from accuracy import assert_accurate
+from accuracy import assert_accurate, mostly
 from patterns_for_tests import NAMES, every_pattern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +32,10 @@ def check(pattern, q, k, v, backend, scale=None):
     """The accuracy rule on all outputs and gradients. Callers give at least 16 (batch, head) pairs: the largest error
     of one head comes from the few queries that see few keys and is chance; that of many heads is a property.
     """
+    mostly(lambda: check_once(pattern, q, k, v, backend, scale))
+
+
+def check_once(pattern, q, k, v, backend, scale):
     n = q.shape[2]
     used = q.shape[-1] ** -0.5 if scale is None else scale
     mask = pattern.dense()[:n, :n]

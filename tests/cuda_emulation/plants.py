@@ -32,7 +32,7 @@ class Plant:
     caught: str
 
 
-INACCURATE = "AssertionError"
+INACCURATE = "a failed comparison"
 
 
 def sample_tokens():
@@ -488,8 +488,10 @@ def main():
     emulated.library = lambda: library
     try:
         case()
-    except AssertionError as error:  # an EmulationError is one
-        print(f"{type(error).__name__}: {error}")
+    except emulated.EmulationError as error:
+        print(error)
+    except AssertionError as error:
+        print(f"{INACCURATE}: {error}")
 
 
 if __name__ == "__main__":
