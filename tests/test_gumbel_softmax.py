@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.profiler import profile
 
 import dalle_kernels as dk
-from accuracy import assert_accurate
+from accuracy import assert_accurate, mostly
 from dalle_kernels.philox import gumbel_noise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -50,6 +50,10 @@ def run(function, x, grad_y, grad_kl):
 
 
 def check(x, tau, hard, dim, backend, seed):
+    mostly(lambda: check_once(x, tau, hard, dim, backend, seed))
+
+
+def check_once(x, tau, hard, dim, backend, seed):
     grad_y, grad_kl = torch.randn(x.shape).to(x.dtype), torch.randn(x.sum(dim).shape)
     ours = run(
         lambda x: dk.gumbel_softmax(x, tau, hard, dim=dim, seed=seed, return_kl=True, backend=backend),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 import dalle_kernels as dk
-from accuracy import assert_accurate
+from accuracy import assert_accurate, mostly
 from dalle_kernels.philox import gumbel, gumbel_noise, random_bits
 from patterns_for_tests import NAMES, every_pattern
 
@@ -57,7 +57,7 @@ def cases(place: Place, tiny: bool) -> list:
     listed = {"attention": [], "gumbel": [], "sample": [], "decode": []}
 
     def add(name, check, *args, **options):
-        listed[name.split()[0]].append((name, lambda: check(place, *args, **options)))
+        listed[name.split()[0]].append((name, lambda: mostly(lambda: check(place, *args, **options))))
 
     for pattern in ("row", "column", "conv-wrap"):
         for dtype in DTYPES:

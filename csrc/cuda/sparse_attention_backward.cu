@@ -137,7 +137,7 @@ template <class T, int D, bool BY_KEYS> struct Memory {
   uint32_t first = dev::smem_base(), second = first + ROWS;
   DK_DEVICE uint32_t stage(int step) const { return second + ROWS + step % STAGES * STAGE; }
 };
-static_assert(Memory<float, 128, true>::TOTAL == 132608, "GPUs that have less are declined in dalle_kernels/backends/native/__init__.py");
+static_assert(Memory<float, 128, true>::TOTAL <= 132608, "GPUs that have less are declined in dalle_kernels/backends/native/__init__.py");
 
 // Which (batch, head) a block works on, and which of its `count` items or split tiles. Blocks of one head run side by side and share what they read.
 struct Work {
