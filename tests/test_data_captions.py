@@ -54,14 +54,14 @@ def test_all_captions_of_a_picture_are_merged_in_order_and_each_once(tmp_path):
 
 
 def test_paths_that_lead_out_of_the_folder_are_not_followed(tmp_path):
-    root, outside = tmp_path / "root", tmp_path / "outside"
-    add(tmp_path, "root/in.png", "root/sub/deep.png", "outside/out.png", "secret.png")
+    root, outside = tmp_path / "pictures", tmp_path / "outside"
+    add(tmp_path, "pictures/in.png", "pictures/sub/deep.png", "outside/out.png", "secret.png")
     (root / "link").symlink_to(outside, target_is_directory=True)
     paths = ["../secret.png", str(tmp_path / "secret.png"), str(root / "in.png"), "sub/../../secret.png"]
     paths += ["link/out.png", "..", ".", "sub", "nothing.png", "in.png\0", "IN.PNG", "sub\\deep.png", "a" * 100_000]
     lines = [{"file": path, "caption": "x"} for path in [*paths, "in.png"]]
     (root / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = ["../../root/in.png,x", "../in.png,fine", f"{root}/in.png,x"]
+    rows = ["../../pictures/in.png,x", "../in.png,fine", f"{root}/in.png,x"]
     (root / "sub/captions.csv").write_text("\n".join(["file,caption", *rows, ""]))
     found, skipped = captions_of(root)
     assert found == {"in.png": ("fine", "x")}
