@@ -3,28 +3,10 @@
 #include <optional>
 #include <vector>
 
+#include "ops/arguments.h"
 #include "ops/cpu/common.h"
 
 namespace dk {
-
-static GumbelSoftmaxArgs arguments(const Tensor& like, const Tensor& seed, const Tensor& tau, bool hard, int64_t dim) {
-  GumbelSoftmaxArgs a{};
-  a.outer = a.inner = 1;
-  for (int64_t i = 0; i < dim; ++i) a.outer *= like.size(i);
-  for (int64_t i = dim + 1; i < like.dim(); ++i) a.inner *= like.size(i);
-  a.classes = like.size(dim);
-  a.seed = static_cast<const int64_t*>(seed.data_ptr());
-  a.tau = static_cast<const float*>(tau.data_ptr());
-  a.hard = hard;
-  a.dtype = dtype_of(like);
-  return a;
-}
-
-static void set_stats(GumbelSoftmaxArgs& a, const Tensor& kl, const Tensor& stats) {
-  a.kl = static_cast<float*>(kl.data_ptr());
-  a.max = static_cast<float*>(stats.data_ptr());
-  a.sum = a.max + a.outer * a.inner;
-}
 
 template <class Args> static void run_strips(const StripKernel<Args>& kernel, const Args& a, int64_t elements) {
   if (elements == 0) return;
@@ -38,7 +20,7 @@ template <class Args> static void run_strips(const StripKernel<Args>& kernel, co
 // stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
 static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim, bool return_kl) {
   logits = torch::stable::contiguous(logits);
-  GumbelSoftmaxArgs a = arguments(logits, seed, tau, hard, dim);
+  GumbelSoftmaxArgs a = gumbel_softmax_args(logits, seed, tau, hard, dim);
   std::vector<int64_t> shape{0}, stats_shape{0};
   if (return_kl) {
     shape.clear();
@@ -67,7 +49,7 @@ static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_
   grad_y = torch::stable::contiguous(grad_y);
   Tensor grad_logits = torch::stable::empty_like(grad_y);
   GumbelSoftmaxBackwardArgs a{};
-  a.forward = arguments(grad_y, seed, tau, hard, dim);
+  a.forward = gumbel_softmax_args(grad_y, seed, tau, hard, dim);
   a.forward.logits = contiguous(logits), a.forward.y = contiguous(y);
   if (grad_kl) set_stats(a.forward, *kl, *stats);
   a.grad_y = grad_y.data_ptr(), a.grad_kl = static_cast<const float*>(contiguous(grad_kl));

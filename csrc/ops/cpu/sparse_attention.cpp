@@ -2,11 +2,10 @@
 #include <vector>
 
 #include "common/plan.h"
+#include "ops/arguments.h"
 #include "ops/cpu/common.h"
 
 namespace dk {
-
-static Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
 static void check_plan(const Tensor& plan, int64_t n) {
   const int32_t* p = static_cast<const int32_t*>(plan.data_ptr());
@@ -16,24 +15,11 @@ static void check_plan(const Tensor& plan, int64_t n) {
                   "the plan was compiled for another length or tile shape");
 }
 
-static SparseAttentionArgs forward_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& plan,
-                                        double scale) {
-  check_plan(plan, q.size(2));
-  SparseAttentionArgs a;
-  a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
-  a.lse = static_cast<float*>(lse.data_ptr());
-  a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v), a.out_strides = strides_of(out);
-  a.batch = q.size(0), a.heads = q.size(1), a.n = q.size(2), a.head_dim = q.size(3);
-  a.plan = static_cast<const int32_t*>(plan.data_ptr());
-  a.scale = static_cast<float>(scale);
-  a.dtype = dtype_of(q);
-  return a;
-}
-
 static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t>, double scale) {
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
-  const SparseAttentionArgs a = forward_args(q, k, v, out, lse, plan, scale);
+  check_plan(plan, q.size(2));
+  const SparseAttentionArgs a = sparse_attention_args(q, k, v, out, lse, plan, scale);
   const int64_t pairs = q.size(0) * a.heads, tiles = Plan(a.plan).tiles();
   if (pairs == 0) return {out, lse};
   // Enough pieces per head that the last thread does not work alone; a piece computes the same bits whatever the cut.
@@ -50,7 +36,8 @@ static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_
                                                                     std::vector<int64_t>, double scale) {
   Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k), grad_v = torch::stable::empty_like(v);
   SparseAttentionBackwardArgs a;
-  a.forward = forward_args(q, k, v, out, lse, plan, scale);
+  check_plan(plan, q.size(2));
+  a.forward = sparse_attention_args(q, k, v, out, lse, plan, scale);
   a.grad_out = grad_out.data_ptr(), a.grad_q = grad_q.data_ptr(), a.grad_k = grad_k.data_ptr(), a.grad_v = grad_v.data_ptr();
   a.grad_out_strides = strides_of(grad_out), a.grad_q_strides = strides_of(grad_q);
   a.grad_k_strides = strides_of(grad_k), a.grad_v_strides = strides_of(grad_v);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "ops/arguments.h"
 #include "ops/cuda/common.h"
 
 namespace dk {
@@ -13,15 +14,7 @@ static Tensor sample_tokens(Tensor logits, Tensor seed, Tensor offset, double te
   if (logits.stride(1) != 1) logits = as_contiguous(logits);
   seed = as_contiguous(seed), offset = as_contiguous(offset);
   Tensor tokens = new_output(logits, {logits.size(0)}, ScalarType::Long);
-  SampleTokensArgs a;
-  a.logits = logits.data_ptr();
-  a.seed = static_cast<const int64_t*>(seed.data_ptr()), a.offset = static_cast<const int64_t*>(offset.data_ptr());
-  a.tokens = static_cast<int64_t*>(tokens.data_ptr());
-  a.rows = logits.size(0), a.vocabulary = logits.size(1), a.row_stride = logits.stride(0);
-  a.top_k = top_k, a.top_p = top_p;
-  a.temperature = static_cast<float>(temperature);
-  a.dtype = dtype_of(logits);
-  check_launch(cuda::sample_tokens(a, current_stream(logits)));
+  check_launch(cuda::sample_tokens(sample_tokens_args(logits, seed, offset, tokens, temperature, top_k, top_p), current_stream(logits)));
   return tokens;
 }
 
