@@ -1,25 +1,48 @@
 #include "cpu/features.h"
 
 #include <cstdlib>
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace dk {
 
 const char* isa_name(Isa isa) {
   switch (isa) {
+    case Isa::amx: return "amx";
+    case Isa::avx512_bf16: return "avx512_bf16";
     case Isa::avx512: return "avx512";
     case Isa::avx2: return "avx2";
     default: return "portable";
   }
 }
 
+#if defined(__x86_64__)
+static bool has_avx512_bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
+
+// Tiles hold 8 KB that Linux saves with a thread only for processes that ask; it refuses where the processor has none.
+static bool tiles_permitted() {
+  constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
+  static const bool permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;
+  return permitted;
+}
+#endif
+
 bool isa_supported(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (isa == Isa::avx2) return avx2;
-  if (isa == Isa::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vl");
+  if (isa == Isa::avx512) return avx512;
+  if (isa == Isa::avx512_bf16) return avx512 && has_avx512_bf16();
+  if (isa == Isa::amx) return avx512 && has_avx512_bf16() && tiles_permitted();
 #endif
   return isa == Isa::portable;
 }
@@ -31,6 +54,12 @@ std::vector<Isa> isas_compiled() {
 #endif
 #if defined(DK_HAS_AVX512)
   list.push_back(Isa::avx512);
+#endif
+#if defined(DK_HAS_AVX512_BF16)
+  list.push_back(Isa::avx512_bf16);
+#endif
+#if defined(DK_HAS_AMX)
+  list.push_back(Isa::amx);
 #endif
   return list;
 }

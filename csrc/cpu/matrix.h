@@ -1,0 +1,106 @@
+// The matrix primitive of the bfloat16 kernels, on operands that lie in the first-level cache:
+//   C [16 M][16 N] floats  (+)=  A [16 M] rows of 2 * pairs bfloat16  x  B [pairs][16 N] dwords,
+// where a dword of B holds two consecutive rows of the right operand. AMX takes tiles of it; AVX512-BF16 broadcasts a dword of A, so that lanes are columns.
+#pragma once
+#include "cpu/vec.h"
+
+namespace dk::DK_ISA {
+
+#if defined(__AMX_BF16__)
+
+// Configures all tiles as 16 rows of 64 bytes while a kernel runs.
+struct MatrixUnit {
+  MatrixUnit() {
+    struct Config {
+      uint8_t palette, start_row, reserved[14];
+      uint16_t row_bytes[16];
+      uint8_t rows[16];
+    };
+    alignas(64) static const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&config);
+  }
+  ~MatrixUnit() { _tile_release(); }
+  MatrixUnit(const MatrixUnit&) = delete;
+};
+
+// C of 2 x 2 tiles, so that a tile that was loaded is used twice.
+template <int M, int N>
+void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs, bool add) {
+  static_assert(M % 2 == 0 && N % 2 == 0, "2 x 2 tiles");
+  asm volatile("" ::: "memory");   // GCC does not know that a tile load reads memory
+  for (int m = 0; m < M; m += 2)
+    for (int n = 0; n < N; n += 2) {
+      float *c0 = c + 16 * (m * ldc + n), *c1 = c0 + 16 * ldc;
+      if (add) {
+        _tile_loadd(0, c0, ldc * 4);
+        _tile_loadd(1, c0 + 16, ldc * 4);
+        _tile_loadd(2, c1, ldc * 4);
+        _tile_loadd(3, c1 + 16, ldc * 4);
+      } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+      }
+      for (int p = 0; p < pairs; p += 16) {
+        const BFloat16* left = a + 16 * m * lda + 2 * p;
+        const uint32_t* right = b + p * ldb + 16 * n;
+        _tile_loadd(4, left, lda * 2);
+        _tile_loadd(6, right, ldb * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, right + 16, ldb * 4);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(5, left + 16 * lda, lda * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
+      _tile_stored(0, c0, ldc * 4);
+      _tile_stored(1, c0 + 16, ldc * 4);
+      _tile_stored(2, c1, ldc * 4);
+      _tile_stored(3, c1 + 16, ldc * 4);
+    }
+}
+
+#elif defined(__AVX512BF16__)
+
+struct MatrixUnit {
+  MatrixUnit() {}
+  ~MatrixUnit() {}
+  MatrixUnit(const MatrixUnit&) = delete;
+};
+
+DK_INLINE __m512bh pair_bits(__m512i x) {
+  __m512bh y;
+  std::memcpy(&y, &x, sizeof(y));
+  return y;
+}
+
+// Blocks of 8 rows x 2 vectors: 16 sums, the two vectors of B and a broadcast fit the register file and hide the latency.
+template <int M, int N>
+void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs, bool add) {
+  static_assert(N % 2 == 0, "two vectors of columns");
+  for (int n = 0; n < 16 * N; n += 32)
+    for (int m = 0; m < 16 * M; m += 8) {
+      Vec sum[8][2] = {};
+      if (add) {
+        DK_UNROLL for (int i = 0; i < 8; ++i)
+          DK_UNROLL for (int half = 0; half < 2; ++half) sum[i][half] = load(c + (m + i) * ldc + n + half * LANES);
+      }
+      for (int p = 0; p < pairs; ++p) {
+        const __m512bh right0 = pair_bits(_mm512_loadu_si512(b + p * ldb + n)), right1 = pair_bits(_mm512_loadu_si512(b + p * ldb + n + LANES));
+        DK_UNROLL for (int i = 0; i < 8; ++i) {
+          int32_t left;
+          std::memcpy(&left, a + (m + i) * lda + 2 * p, sizeof(left));
+          const __m512bh both = pair_bits(_mm512_set1_epi32(left));
+          sum[i][0] = _mm512_dpbf16_ps(sum[i][0], both, right0);
+          sum[i][1] = _mm512_dpbf16_ps(sum[i][1], both, right1);
+        }
+      }
+      DK_UNROLL for (int i = 0; i < 8; ++i)
+        DK_UNROLL for (int half = 0; half < 2; ++half) store(c + (m + i) * ldc + n + half * LANES, sum[i][half]);
+    }
+}
+
+#endif
+
+}  // namespace dk::DK_ISA

@@ -1,0 +1,23 @@
+// The table of an instruction set that multiplies bfloat16 matrices: avx512's, but for attention.
+#include "cpu/kernels.h"
+
+namespace dk::avx512 {
+const Kernels& table();
+}
+
+namespace dk::DK_ISA {
+
+extern const SparseAttentionKernel sparse_attention;
+extern const SparseAttentionBackwardKernel sparse_attention_backward;
+
+const Kernels& table() {
+  static const Kernels kernels = [] {
+    Kernels t = avx512::table();
+    t.sparse_attention = sparse_attention;
+    t.sparse_attention_backward = sparse_attention_backward;
+    return t;
+  }();
+  return kernels;
+}
+
+}  // namespace dk::DK_ISA
