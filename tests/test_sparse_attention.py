@@ -183,25 +183,38 @@ def test_training_after_inference(seed):
     assert torch.equal(out, again) and x.grad is not None
 
 
-def test_bits_do_not_depend_on_batch_or_threads(seed):
-    pattern = dk.AttentionPattern.conv(40, (11, 13), kernel=5)
-    q, k, v, grad = torch.randn(4, 3, 2, pattern.seq_len, 64)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        dk.AttentionPattern.conv(40, (11, 13), kernel=5),
+        dk.AttentionPattern.causal(800, (20, 20)),  # several rounds of tiles where threads share a head
+    ],
+    ids=["conv", "causal"],
+)
+def test_bits_do_not_depend_on_batch_or_threads(pattern, dtype, seed):
+    """A thread may do a head alone or share it, by the numbers of both; the sixth of six heads is shared by five."""
+    q, k, v, grad = torch.randn(4, 3, 2, pattern.seq_len, 40).to(dtype)
 
-    def outputs(part):
+    def outputs(threads, part):
+        torch.set_num_threads(threads)
         leaves = [x[part].clone().requires_grad_() for x in (q, k, v)]
         out, lse = dk.sparse_attention(*leaves, pattern, return_lse=True, backend="cpu")
         out.backward(grad[part])
         return [out.detach(), lse, *(x.grad for x in leaves)]
 
-    threads = torch.get_num_threads()
+    before = torch.get_num_threads()
     try:
-        torch.set_num_threads(2)
-        whole = outputs(slice(None))
-        torch.set_num_threads(1)
-        for a, b in zip(outputs(slice(1, 2)), whole):
-            assert torch.equal(a, b[1:2])
+        whole = outputs(1, slice(None))
+        for threads in (2, 3, 5):
+            for a, b in zip(outputs(threads, slice(None)), whole):
+                assert torch.equal(a, b)
+        one = (slice(1, 2), slice(1, 2))
+        for threads in (1, 2, 3, 5):
+            for a, b in zip(outputs(threads, one), whole):
+                assert torch.equal(a, b[one])
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def test_n_of_one_copies_the_value(seed):

@@ -31,6 +31,8 @@ struct Plan {
     return reinterpret_cast<const uint32_t*>(p) + p[MASKS_AT] + index * p[GROUP_COLUMNS] * (p[TILE_ROWS] / 32);
   }
 
+  int32_t item(int64_t i) const { return p[p[ITEMS_AT] + ITEM_WORDS * i]; }   // the tile of a work item
+
   const int32_t* p;
 };
 

@@ -117,6 +117,36 @@ template <class T, int DP> DK_INLINE FloatRows float_rows(const T* base, int64_t
   return {copy, DP};
 }
 
+// The matrix of one (batch, head)
+template <class T> DK_INLINE const T* matrix_of(const void* p, const Strides& s, int64_t heads, int64_t bh) {
+  return static_cast<const T*>(p) + bh / heads * s.batch + bh % heads * s.head;
+}
+template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t heads, int64_t bh) {
+  return static_cast<T*>(p) + bh / heads * s.batch + bh % heads * s.head;
+}
+
+// K and V of one (batch, head), likewise; `copy` has `floats` floats, filled by `prepare` in parts.
+template <class T, int DP> struct FloatHead {
+  static bool in_place(const SparseAttentionArgs& a) { return sizeof(T) == sizeof(float) && a.head_dim == DP; }
+  static int64_t floats(const SparseAttentionArgs& a) { return in_place(a) ? 0 : 2 * a.n * DP; }
+
+  static void prepare(const SparseAttentionArgs& a, int64_t bh, int64_t part, int64_t parts, float* copy) {
+    if (in_place(a)) return;
+    const T *k = matrix_of<T>(a.k, a.k_strides, a.heads, bh), *v = matrix_of<T>(a.v, a.v_strides, a.heads, bh);
+    for (int64_t i = a.n * part / parts; i < a.n * (part + 1) / parts; ++i) {
+      fetch_row<T, DP>(k, a.k_strides.token, i, a.head_dim, copy + i * DP);
+      fetch_row<T, DP>(v, a.v_strides.token, i, a.head_dim, copy + (a.n + i) * DP);
+    }
+  }
+
+  FloatHead(const SparseAttentionArgs& a, int64_t bh, const float* copy) : k{copy, DP}, v{copy + a.n * DP, DP} {
+    if (!in_place(a)) return;
+    k = {matrix_of<float>(a.k, a.k_strides, a.heads, bh), a.k_strides.token};
+    v = {matrix_of<float>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
+  }
+  FloatRows k, v;
+};
+
 // Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of a tile, in the plan's order. Padding slots repeat the group's first key.
 template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t tile, const Visit& visit) {
   int32_t tokens[GROUP_COLUMNS];

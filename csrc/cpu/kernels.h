@@ -9,8 +9,8 @@
 namespace dk {
 
 struct Kernels {
-  SparseAttentionKernel sparse_attention;
-  SparseAttentionBackwardKernel sparse_attention_backward;
+  ChooseSparseAttention* sparse_attention;
+  ChooseSparseAttentionBackward* sparse_attention_backward;
   DecodeAttentionKernel decode_attention;
   GumbelSoftmaxKernel gumbel_softmax;
   GumbelSoftmaxBackwardKernel gumbel_softmax_backward;

@@ -28,10 +28,6 @@ template <int DP> DK_INLINE void absorb_chunk(ForwardSpace<DP>& w, int count) {
 }
 
 template <class T, int DP> struct Forward {
-  static constexpr int64_t SPACE = (sizeof(ForwardSpace<DP>) + 3) / 4;
-
-  static int64_t copy_floats(const SparseAttentionArgs& a) { return sizeof(T) == 4 && a.head_dim == DP ? 0 : a.n * DP; }
-
   static void tile(const SparseAttentionArgs& a, const Plan& plan, int64_t t, const T* q, FloatRows k, FloatRows v, T* out, float* lse,
                    ForwardSpace<DP>& w) {
     const int32_t* rows = plan.rows(t);
@@ -66,30 +62,22 @@ template <class T, int DP> struct Forward {
       if (rows[r] >= 0) lse[rows[r]] = static_cast<float>(w.max[r] + __builtin_log(w.sum[r]));
   }
 
-  static void call(const SparseAttentionArgs& a, float* workspace, int64_t bh, int64_t tile_begin, int64_t tile_end) {
-    const FlushDenormals guard;
-    const int64_t b = bh / a.heads, h = bh % a.heads;
-    const auto at = [&](const void* p, const Strides& s) { return static_cast<const T*>(p) + b * s.batch + h * s.head; };
-    auto& w = *reinterpret_cast<ForwardSpace<DP>*>(workspace);
-    float* copy = workspace + SPACE;
-    const FloatRows k = float_rows<T, DP>(at(a.k, a.k_strides), a.k_strides.token, a.n, a.head_dim, copy);
-    const FloatRows v = float_rows<T, DP>(at(a.v, a.v_strides), a.v_strides.token, a.n, a.head_dim, copy + copy_floats(a));
-    T* out = const_cast<T*>(at(a.out, a.out_strides));
-    const Plan plan(a.plan);
-    for (int64_t t = tile_begin; t < tile_end; ++t) tile(a, plan, t, at(a.q, a.q_strides), k, v, out, a.lse + bh * a.n, w);
+  static SparseAttentionSpace space(const SparseAttentionArgs& a) {
+    return {FloatHead<T, DP>::floats(a), 0, (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
   }
+
+  static void run(const SparseAttentionArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, const float* head, float* thread) {
+    const FlushDenormals guard;
+    const FloatHead<T, DP> keys(a, bh, head);
+    const T* q = matrix_of<T>(a.q, a.q_strides, a.heads, bh);
+    T* out = matrix_of<T>(a.out, a.out_strides, a.heads, bh);
+    const Plan plan(a.plan);
+    for (int64_t t = tile_begin; t < tile_end; ++t) tile(a, plan, t, q, keys.k, keys.v, out, a.lse + bh * a.n, *reinterpret_cast<ForwardSpace<DP>*>(thread));
+  }
+
+  static SparseAttentionKernel call() { return {space, FloatHead<T, DP>::prepare, run}; }
 };
 
-template <class T, int DP> struct ForwardWorkspace {
-  static int64_t call(const SparseAttentionArgs& a) { return Forward<T, DP>::SPACE + 2 * Forward<T, DP>::copy_floats(a); }
-};
-
-static int64_t workspace(const SparseAttentionArgs& a) { return dispatch<ForwardWorkspace>(a.dtype, a.head_dim, a); }
-static void run(const SparseAttentionArgs& a, float* workspace, int64_t bh, int64_t tile_begin, int64_t tile_end) {
-  dispatch<Forward>(a.dtype, a.head_dim, a, workspace, bh, tile_begin, tile_end);
-}
-
-extern const SparseAttentionKernel sparse_attention;
-const SparseAttentionKernel sparse_attention = {workspace, run};
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) { return dispatch<Forward>(a.dtype, a.head_dim); }
 
 }  // namespace dk::DK_ISA

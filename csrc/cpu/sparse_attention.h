@@ -1,3 +1,7 @@
+// The kernels of sparse_attention. A (batch, head) is done by one thread, or by many: `prepare` writes what its tiles read, in parts; then the tiles are
+// independent. A backward pass goes over the tiles twice: `queries` gives dQ of a tile and leaves its weights and their gradients, in a form of the
+// kernel's own; from them `keys` adds to dK and dV, in the order of the tiles, in parts that each own what they write. However a head is cut, the
+// arithmetic of every element is the same.
 #pragma once
 #include "common/sparse_attention.h"
 
@@ -5,13 +9,31 @@ namespace dk {
 
 constexpr int TILE_ROWS = 32, GROUP_COLUMNS = 8;   // the tile shape the CPU kernels read plans of
 
+// Floats, in multiples of 16, of buffers that begin at a cache line and are not cleared.
+struct SparseAttentionSpace {
+  int64_t head;     // of a (batch, head)
+  int64_t tile;     // of a tile, from `queries` to `keys`
+  int64_t thread;   // of a thread, during a call
+};
+
 struct SparseAttentionKernel {
-  int64_t (*workspace)(const SparseAttentionArgs&);   // floats
-  void (*run)(const SparseAttentionArgs&, float* workspace, int64_t bh, int64_t tile_begin, int64_t tile_end);
+  SparseAttentionSpace (*space)(const SparseAttentionArgs&);
+  void (*prepare)(const SparseAttentionArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
+  void (*run)(const SparseAttentionArgs&, int64_t bh, int64_t tile_begin, int64_t tile_end, const float* head, float* thread);
 };
+
 struct SparseAttentionBackwardKernel {
-  int64_t (*workspace)(const SparseAttentionBackwardArgs&);
-  void (*run)(const SparseAttentionBackwardArgs&, float* workspace, int64_t bh);
+  SparseAttentionSpace (*space)(const SparseAttentionBackwardArgs&);
+  void (*run)(const SparseAttentionBackwardArgs&, int64_t bh, float* head, float* tile, float* thread);   // all of a head at once
+  void (*prepare)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
+  void (*queries)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile, const float* head, float* left, float* thread);
+  // `left`: of tiles [tile_begin, tile_end), one after the other. Successive calls cover all tiles; the last one writes grad_k and grad_v.
+  void (*keys)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part, int64_t parts, float* head,
+               const float* left);
 };
+
+// The kernel for a problem's element type and head dim
+typedef SparseAttentionKernel ChooseSparseAttention(const SparseAttentionArgs&);
+typedef SparseAttentionBackwardKernel ChooseSparseAttentionBackward(const SparseAttentionBackwardArgs&);
 
 }  // namespace dk

@@ -1,78 +1,97 @@
-// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the same bits whatever the number of
-// threads. A tile keeps the weights of all its keys, so they are normalised exactly as in a plain softmax and neither out nor lse is read:
+// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the same bits however the work is cut.
+// A tile keeps the weights of all its keys, so they are normalised exactly as in a plain softmax and neither out nor lse is read:
 //   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q * scale.
 #include "cpu/attention_tile.h"
 
 namespace dk::DK_ISA {
 
-template <int DP> struct BackwardSpace {
-  alignas(64) float qt[DP * ROWS], gt[DP * ROWS], dqt[DP * ROWS];   // transposed: Q, dO, dQ
-  alignas(64) float q[ROWS * DP], g[ROWS * DP];                     // rows: Q * scale, dO
+// What a thread needs for a tile, transposed, and where the rows of its keys lie.
+template <int DP> struct QueriesSpace {
+  alignas(64) float qt[DP * ROWS], gt[DP * ROWS], dqt[DP * ROWS];   // Q, dO, dQ
+  const float* keys[];
 };
 
-// The keys of one tile: S then P, dP then dS, and where their rows lie.
-struct TileKeys {
-  float *p, *ds;
-  const float** rows;
-  float **grad_k, **grad_v;
-  int count;
+// What a tile leaves: rows of Q * scale and of dO, and for each of its keys, in plan order, S then P and dP then dS.
+template <int DP> struct TileLeft {
+  static int64_t floats(int64_t most_keys) { return 2 * ROWS * (DP + most_keys); }
+  TileLeft(float* left, int64_t most_keys) : q(left), g(q + ROWS * DP), p(g + ROWS * DP), ds(p + most_keys * ROWS) {}
+  float *q, *g, *p, *ds;
+};
 
-  static int64_t floats(int64_t keys) { return keys * (2 * ROWS + 3 * static_cast<int64_t>(sizeof(float*) / sizeof(float))); }
-  TileKeys(float* space, int64_t keys) : p(space), ds(p + keys * ROWS), rows(reinterpret_cast<const float**>(ds + keys * ROWS)), count(0) {
-    grad_k = const_cast<float**>(rows + keys);
-    grad_v = grad_k + keys;
+// From scores and dP to P and dS, for all keys of the tile.
+DK_INLINE void softmax_backward(float* p, float* ds, int count) {
+  for (int r = 0; r < ROWS; r += LANES) {
+    Vec most = splat(LOWEST), sum{}, delta{};
+    for (int j = 0; j < count; ++j) most = max(most, load(p + j * ROWS + r));
+    for (int j = 0; j < count; ++j) {
+      const Vec weight = exp(load(p + j * ROWS + r) - most);
+      store(p + j * ROWS + r, weight);
+      sum += weight;
+    }
+    sum = max(splat(1.0f), sum);   // it is at least 1 already, or NaN, but for padding rows that see nothing
+    for (int j = 0; j < count; ++j) {
+      const Vec weight = load(p + j * ROWS + r) / sum;
+      store(p + j * ROWS + r, weight);
+      delta += weight * load(ds + j * ROWS + r);
+    }
+    for (int j = 0; j < count; ++j) {
+      const int at = j * ROWS + r;
+      store(ds + at, load(p + at) * (load(ds + at) - delta));
+    }
   }
+}
+
+// What one key of a tile adds to dV and dK, and where.
+struct KeyUpdate {
+  const float *p, *ds;
+  float *grad_v, *grad_k;
 };
 
-// out[j][DP] += sum_r w[j][r] * x[r][DP] for the 4 rows out[0..3]
-template <int DP> DK_INLINE void outer4(const float* w, const float* x, float* const* out) {
+// out(i)[DP] += sum_r w(i)[r] * x[r][DP] for KEYS keys
+template <int DP, int KEYS> DK_INLINE void outer(const KeyUpdate* keys, const float* KeyUpdate::*w, const float* x, float* KeyUpdate::*out) {
   constexpr int WIDE = LANES == 16 && DP % 64 == 0 ? 4 : 2;   // vectors per register block
   for (int d = 0; d < DP; d += WIDE * LANES) {
-    Vec acc[4][WIDE] = {};
+    Vec acc[KEYS][WIDE] = {};
     for (int r = 0; r < ROWS; ++r) {
       Vec row[WIDE];
       DK_UNROLL for (int i = 0; i < WIDE; ++i) row[i] = load(x + r * DP + d + i * LANES);
-      DK_UNROLL for (int j = 0; j < 4; ++j)
-        DK_UNROLL for (int i = 0; i < WIDE; ++i) acc[j][i] += row[i] * w[j * ROWS + r];
+      DK_UNROLL for (int j = 0; j < KEYS; ++j)
+        DK_UNROLL for (int i = 0; i < WIDE; ++i) acc[j][i] += row[i] * (keys[j].*w)[r];
     }
-    DK_UNROLL for (int j = 0; j < 4; ++j)
+    DK_UNROLL for (int j = 0; j < KEYS; ++j)
       DK_UNROLL for (int i = 0; i < WIDE; ++i) {
-        float* o = out[j] + d + i * LANES;
+        float* o = keys[j].*out + d + i * LANES;
         store(o, load(o) + acc[j][i]);
       }
   }
 }
-
-// From scores and dP to P and dS, for all keys of the tile.
-DK_INLINE void softmax_backward(const TileKeys& keys) {
-  for (int r = 0; r < ROWS; r += LANES) {
-    Vec most = splat(LOWEST), sum{}, delta{};
-    for (int j = 0; j < keys.count; ++j) most = max(most, load(keys.p + j * ROWS + r));
-    for (int j = 0; j < keys.count; ++j) {
-      const Vec weight = exp(load(keys.p + j * ROWS + r) - most);
-      store(keys.p + j * ROWS + r, weight);
-      sum += weight;
-    }
-    sum = max(splat(1.0f), sum);   // it is at least 1 already, or NaN, but for padding rows that see nothing
-    for (int j = 0; j < keys.count; ++j) {
-      const Vec weight = load(keys.p + j * ROWS + r) / sum;
-      store(keys.p + j * ROWS + r, weight);
-      delta += weight * load(keys.ds + j * ROWS + r);
-    }
-    for (int j = 0; j < keys.count; ++j) {
-      const int at = j * ROWS + r;
-      store(keys.ds + at, load(keys.p + at) * (load(keys.ds + at) - delta));
-    }
-  }
+template <int DP, int KEYS> DK_INLINE void add_outer(const KeyUpdate* keys, const TileLeft<DP>& tile) {
+  outer<DP, KEYS>(keys, &KeyUpdate::p, tile.g, &KeyUpdate::grad_v);
+  outer<DP, KEYS>(keys, &KeyUpdate::ds, tile.q, &KeyUpdate::grad_k);
 }
 
-template <class T, int DP> struct Backward {
-  static constexpr int64_t SPACE = (sizeof(BackwardSpace<DP>) + 63) / 64 * 16;
+// Which of `parts` owns a key: blocks of 16 keys are dealt out such that the blocks of any range of keys are spread evenly (Fibonacci hashing).
+DK_INLINE int64_t owner(int32_t token, int64_t parts) { return (static_cast<uint32_t>(token / 16) * 2654435769u * static_cast<uint64_t>(parts)) >> 32; }
 
-  static void prepare_tile(const SparseAttentionBackwardArgs& a, const int32_t* rows, const T* q, const T* g, BackwardSpace<DP>& w) {
+template <class T, int DP> struct Backward {
+  // of a head: dK and dV, then copies of K and V
+  static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
+    const int64_t most_keys = Plan(a.forward.plan)[Plan::MOST_COLUMNS], pointers = most_keys * sizeof(float*);
+    return {2 * a.forward.n * DP + FloatHead<T, DP>::floats(a.forward), TileLeft<DP>::floats(most_keys),
+            (static_cast<int64_t>(sizeof(QueriesSpace<DP>)) + pointers + 63) / 64 * 16};
+  }
+
+  static void prepare(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t part, int64_t parts, float* head) {
+    const int64_t matrices = 2 * a.forward.n * DP, begin = matrices * part / parts, end = matrices * (part + 1) / parts;
+    std::memset(head + begin, 0, (end - begin) * sizeof(float));
+    FloatHead<T, DP>::prepare(a.forward, bh, part, parts, head + matrices);
+  }
+
+  static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows, const TileLeft<DP>& tile, QueriesSpace<DP>& w) {
     const SparseAttentionArgs& f = a.forward;
+    const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh), *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
     for (int r = 0; r < ROWS; ++r) {
-      float *qr = w.q + r * DP, *gr = w.g + r * DP;
+      float *qr = tile.q + r * DP, *gr = tile.g + r * DP;
       if (rows[r] < 0) {
         std::memset(qr, 0, DP * 4);
         std::memset(gr, 0, DP * 4);
@@ -86,71 +105,85 @@ template <class T, int DP> struct Backward {
         qr[d] *= f.scale;
       }
     }
-    std::memset(w.dqt, 0, sizeof(w.dqt));
   }
 
-  static void call(const SparseAttentionBackwardArgs& a, float* workspace, int64_t bh) {
+  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* left, float* thread) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
-    const int64_t b = bh / f.heads, h = bh % f.heads, matrix = f.n * DP;
-    const auto at = [&](const void* p, const Strides& s) { return static_cast<const T*>(p) + b * s.batch + h * s.head; };
-    const auto mutable_at = [&](void* p, const Strides& s) { return static_cast<T*>(p) + b * s.batch + h * s.head; };
-    auto& w = *reinterpret_cast<BackwardSpace<DP>*>(workspace);
-    float *grad_k = workspace + SPACE, *grad_v = grad_k + matrix, *copy = grad_v + matrix;
-    const FloatRows k = float_rows<T, DP>(at(f.k, f.k_strides), f.k_strides.token, f.n, f.head_dim, copy);
-    const FloatRows v = float_rows<T, DP>(at(f.v, f.v_strides), f.v_strides.token, f.n, f.head_dim, copy + matrix);
-    TileKeys keys(copy + 2 * matrix, plan[Plan::MOST_COLUMNS]);
-    std::memset(grad_k, 0, 2 * matrix * sizeof(float));
-
-    for (int64_t t = 0; t < plan.tiles(); ++t) {
-      const int32_t* rows = plan.rows(t);
-      prepare_tile(a, rows, at(f.q, f.q_strides), at(a.grad_out, a.grad_out_strides), w);
-      keys.count = 0;
-      for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
-        const float* values[GROUP_COLUMNS];
-        for (int j = 0; j < GROUP_COLUMNS; ++j) {
-          keys.rows[keys.count + j] = k.row(tokens[j]);
-          values[j] = v.row(tokens[j]);
-          keys.grad_k[keys.count + j] = grad_k + tokens[j] * DP;
-          keys.grad_v[keys.count + j] = grad_v + tokens[j] * DP;
-        }
-        float *p = keys.p + keys.count * ROWS, *ds = keys.ds + keys.count * ROWS;
-        products<DP>(w.qt, keys.rows + keys.count, f.scale, p);
-        products<DP>(w.gt, values, 1.0f, ds);
-        if (mask) {
-          apply_mask(mask, -INF, p);
-          apply_mask(mask, 0.0f, ds);
-        }
-        keys.count += GROUP_COLUMNS;
-      });
-      softmax_backward(keys);
-      accumulate<DP>(keys.ds, keys.rows, keys.count, w.dqt);
-      for (int j = 0; j < keys.count; j += 4) {
-        outer4<DP>(keys.p + j * ROWS, w.g, keys.grad_v + j);
-        outer4<DP>(keys.ds + j * ROWS, w.q, keys.grad_k + j);
+    const FloatHead<T, DP> rows(f, bh, head + 2 * f.n * DP);
+    const TileLeft<DP> tile(left, plan[Plan::MOST_COLUMNS]);
+    auto& w = *reinterpret_cast<QueriesSpace<DP>*>(thread);
+    fetch_queries(a, bh, plan.rows(t), tile, w);
+    int count = 0;
+    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+      const float *values[GROUP_COLUMNS], **keys = w.keys + count;
+      for (int j = 0; j < GROUP_COLUMNS; ++j) {
+        keys[j] = rows.k.row(tokens[j]);
+        values[j] = rows.v.row(tokens[j]);
       }
-      unpack_transposed<T, DP>(w.dqt, rows, f.head_dim, f.scale, mutable_at(a.grad_q, a.grad_q_strides), a.grad_q_strides.token);
-    }
+      float *p = tile.p + count * ROWS, *ds = tile.ds + count * ROWS;
+      products<DP>(w.qt, keys, f.scale, p);
+      products<DP>(w.gt, values, 1.0f, ds);
+      if (mask) {
+        apply_mask(mask, -INF, p);
+        apply_mask(mask, 0.0f, ds);
+      }
+      count += GROUP_COLUMNS;
+    });
+    softmax_backward(tile.p, tile.ds, count);
+    std::memset(w.dqt, 0, sizeof(w.dqt));
+    accumulate<DP>(tile.ds, w.keys, count, w.dqt);
+    unpack_transposed<T, DP>(w.dqt, plan.rows(t), f.head_dim, f.scale, matrix_of<T>(a.grad_q, a.grad_q_strides, f.heads, bh), a.grad_q_strides.token);
+  }
+
+  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v, const TileLeft<DP>& tile) {
+    KeyUpdate updates[4];
+    int count = 0, owned = 0;
+    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t*) {
+      for (int j = 0; j < GROUP_COLUMNS; ++j) {
+        if (owner(tokens[j], parts) != part) continue;
+        const int64_t weights = (count + j) * ROWS, row = int64_t{tokens[j]} * DP;
+        updates[owned++] = {tile.p + weights, tile.ds + weights, grad_v + row, grad_k + row};
+        if (owned == 4) {
+          add_outer<DP, 4>(updates, tile);
+          owned = 0;
+        }
+      }
+      count += GROUP_COLUMNS;
+    });
+    for (int i = 0; i < owned; ++i) add_outer<DP, 1>(updates + i, tile);
+  }
+
+  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part, int64_t parts, float* head,
+                   const float* left) {
+    const FlushDenormals guard;
+    const SparseAttentionArgs& f = a.forward;
+    const Plan plan(f.plan);
+    const int64_t most_keys = plan[Plan::MOST_COLUMNS];
+    float *grad_k = head, *grad_v = head + f.n * DP;
+    for (int64_t t = tile_begin; t < tile_end; ++t, left += TileLeft<DP>::floats(most_keys))
+      keys_of_tile(plan, t, part, parts, grad_k, grad_v, TileLeft<DP>(const_cast<float*>(left), most_keys));
+    if (tile_end < plan.tiles()) return;
+    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, f.heads, bh), *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, f.heads, bh);
     for (int64_t i = 0; i < f.n; ++i) {
-      store_row(grad_k + i * DP, mutable_at(a.grad_k, a.grad_k_strides) + i * a.grad_k_strides.token, f.head_dim);
-      store_row(grad_v + i * DP, mutable_at(a.grad_v, a.grad_v_strides) + i * a.grad_v_strides.token, f.head_dim);
+      if (owner(i, parts) != part) continue;
+      store_row(grad_k + i * DP, out_k + i * a.grad_k_strides.token, f.head_dim);
+      store_row(grad_v + i * DP, out_v + i * a.grad_v_strides.token, f.head_dim);
     }
   }
-};
 
-template <class T, int DP> struct BackwardWorkspace {
-  static int64_t call(const SparseAttentionBackwardArgs& a) {
-    return Backward<T, DP>::SPACE + 4 * a.forward.n * DP + TileKeys::floats(Plan(a.forward.plan)[Plan::MOST_COLUMNS]);
+  static void run(const SparseAttentionBackwardArgs& a, int64_t bh, float* head, float* tile, float* thread) {
+    prepare(a, bh, 0, 1, head);
+    for (int64_t t = 0; t < Plan(a.forward.plan).tiles(); ++t) {
+      queries(a, bh, t, head, tile, thread);
+      keys(a, bh, t, t + 1, 0, 1, head, tile);
+    }
   }
+
+  static SparseAttentionBackwardKernel call() { return {space, run, prepare, queries, keys}; }
 };
 
-static int64_t workspace(const SparseAttentionBackwardArgs& a) { return dispatch<BackwardWorkspace>(a.forward.dtype, a.forward.head_dim, a); }
-static void run(const SparseAttentionBackwardArgs& a, float* workspace, int64_t bh) {
-  dispatch<Backward>(a.forward.dtype, a.forward.head_dim, a, workspace, bh);
-}
-
-extern const SparseAttentionBackwardKernel sparse_attention_backward;
-const SparseAttentionBackwardKernel sparse_attention_backward = {workspace, run};
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) { return dispatch<Backward>(a.forward.dtype, a.forward.head_dim); }
 
 }  // namespace dk::DK_ISA

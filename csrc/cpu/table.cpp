@@ -3,8 +3,8 @@
 
 namespace dk::DK_ISA {
 
-extern const SparseAttentionKernel sparse_attention;
-extern const SparseAttentionBackwardKernel sparse_attention_backward;
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs&);
 extern const DecodeAttentionKernel decode_attention;
 extern const GumbelSoftmaxKernel gumbel_softmax;
 extern const GumbelSoftmaxBackwardKernel gumbel_softmax_backward;

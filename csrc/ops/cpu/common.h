@@ -11,8 +11,9 @@
 
 namespace dk {
 
-// A cache-line aligned buffer that each thread keeps and grows.
-inline float* thread_workspace(int64_t floats) {
+// Cache-line aligned buffers that each thread keeps and grows: one for what it works on, and one that it may lend to all threads.
+enum class Buffer { own, shared };
+template <Buffer> float* workspace(int64_t floats) {
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
@@ -33,8 +34,8 @@ template <class Run> void for_each_item(int64_t items, int64_t workspace_floats,
   const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
-    float* workspace = thread_workspace(workspace_floats);
-    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(item, workspace);
+    float* buffer = workspace<Buffer::own>(workspace_floats);
+    for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(item, buffer);
   });
 }
 

@@ -15,21 +15,73 @@ static void check_plan(const Tensor& plan, int64_t n) {
                   "the plan was compiled for another length or tile shape");
 }
 
+// The last heads % threads heads (all, where there are fewer than threads) are done by all threads together, the others by one thread each.
+struct Division {
+  explicit Division(int64_t heads) : threads(torch::stable::get_num_threads()), apart(heads - heads % threads), together(heads % threads) {}
+  int64_t pieces(int64_t per_thread) const { return (per_thread * threads + together - 1) / together; }   // of a head, for each thread to have some
+  const int64_t threads, apart, together;
+};
+
+// The tiles from begin to end, the heaviest first, so that no thread begins a heavy one when the others are done
+static std::vector<int64_t> heaviest_first(const Plan& plan, int64_t begin, int64_t end) {
+  std::vector<int64_t> tiles;
+  for (int64_t i = 0; i < plan[Plan::ITEMS]; ++i)
+    if (const int64_t tile = plan.item(i); begin <= tile && tile < end) tiles.push_back(tile);
+  return tiles;
+}
+
 static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t>, double scale) {
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
   check_plan(plan, q.size(2));
   const SparseAttentionArgs a = sparse_attention_args(q, k, v, out, lse, plan, scale);
-  const int64_t pairs = q.size(0) * a.heads, tiles = Plan(a.plan).tiles();
-  if (pairs == 0) return {out, lse};
-  // Enough pieces per head that the last thread does not work alone; a piece computes the same bits whatever the cut.
-  const int64_t pieces = std::clamp<int64_t>((4 * torch::stable::get_num_threads() + pairs - 1) / pairs, 1, tiles);
-  const SparseAttentionKernel& kernel = kernels().sparse_attention;
-  for_each_item(pairs * pieces, kernel.workspace(a), [&](int64_t item, float* workspace) {
-    const int64_t bh = item / pieces, piece = item % pieces;
-    kernel.run(a, workspace, bh, tiles * piece / pieces, tiles * (piece + 1) / pieces);
+  const SparseAttentionKernel kernel = kernels().sparse_attention(a);
+  const SparseAttentionSpace space = kernel.space(a);
+  const Division heads(a.batch * a.heads);
+  const int64_t tiles = Plan(a.plan).tiles();
+  for_each_item(heads.apart, space.head + space.thread, [&](int64_t bh, float* workspace) {
+    kernel.prepare(a, bh, 0, 1, workspace);
+    kernel.run(a, bh, 0, tiles, workspace, workspace + space.head);
+  });
+  if (heads.together == 0) return {out, lse};
+
+  float* shared = workspace<Buffer::shared>(heads.together * space.head);
+  const int64_t parts = heads.pieces(1);
+  if (space.head) for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
+    const int64_t head = item / parts;
+    kernel.prepare(a, heads.apart + head, item % parts, parts, shared + head * space.head);
+  });
+  const std::vector<int64_t> order = heaviest_first(Plan(a.plan), 0, tiles);
+  for_each_item(heads.together * tiles, space.thread, [&](int64_t item, float* thread) {
+    const int64_t head = item % heads.together, tile = order[item / heads.together];
+    kernel.run(a, heads.apart + head, tile, tile + 1, shared + head * space.head, thread);
   });
   return {out, lse};
+}
+
+// The last heads together: rounds of tiles, of which `queries` and then `keys` run in parallel. What a round leaves takes some MB.
+static void backward_together(const SparseAttentionBackwardArgs& a, const SparseAttentionBackwardKernel& kernel, const Division& heads) {
+  constexpr int64_t LEFT_FLOATS = 1 << 21;
+  const SparseAttentionSpace space = kernel.space(a);
+  const Plan plan(a.forward.plan);
+  const int64_t round = std::min<int64_t>(plan.tiles(), std::max(heads.pieces(4), LEFT_FLOATS / (heads.together * space.tile))), parts = heads.pieces(2);
+  float *shared = workspace<Buffer::shared>(heads.together * (space.head + round * space.tile)), *left = shared + heads.together * space.head;
+  for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
+    const int64_t head = item / parts;
+    kernel.prepare(a, heads.apart + head, item % parts, parts, shared + head * space.head);
+  });
+  for (int64_t begin = 0; begin < plan.tiles(); begin += round) {
+    const std::vector<int64_t> order = heaviest_first(plan, begin, begin + round);
+    const int64_t count = order.size();
+    for_each_item(heads.together * count, space.thread, [&](int64_t item, float* thread) {
+      const int64_t head = item % heads.together, tile = order[item / heads.together];
+      kernel.queries(a, heads.apart + head, tile, shared + head * space.head, left + (head * round + tile - begin) * space.tile, thread);
+    });
+    for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
+      const int64_t head = item / parts;
+      kernel.keys(a, heads.apart + head, begin, begin + count, item % parts, parts, shared + head * space.head, left + head * round * space.tile);
+    });
+  }
 }
 
 static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, Tensor,
@@ -41,8 +93,13 @@ static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_
   a.grad_out = grad_out.data_ptr(), a.grad_q = grad_q.data_ptr(), a.grad_k = grad_k.data_ptr(), a.grad_v = grad_v.data_ptr();
   a.grad_out_strides = strides_of(grad_out), a.grad_q_strides = strides_of(grad_q);
   a.grad_k_strides = strides_of(grad_k), a.grad_v_strides = strides_of(grad_v);
-  const SparseAttentionBackwardKernel& kernel = kernels().sparse_attention_backward;
-  for_each_item(q.size(0) * q.size(1), kernel.workspace(a), [&](int64_t bh, float* workspace) { kernel.run(a, workspace, bh); });
+  const SparseAttentionBackwardKernel kernel = kernels().sparse_attention_backward(a);
+  const SparseAttentionSpace space = kernel.space(a);
+  const Division heads(a.forward.batch * a.forward.heads);
+  for_each_item(heads.apart, space.head + space.tile + space.thread, [&](int64_t bh, float* workspace) {
+    kernel.run(a, bh, workspace, workspace + space.head, workspace + space.head + space.tile);
+  });
+  if (heads.together) backward_together(a, kernel, heads);
   return {grad_q, grad_k, grad_v};
 }
 
