@@ -1,0 +1,216 @@
+// AMX instructions against plain loops, in every form of address, and what must be refused: `exercise NAME SEED`. Values are small whole numbers,
+// so that sums are exact in any order. Prints what differs; returns 0 if nothing does.
+#include <immintrin.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+using Generator = std::mt19937;
+
+struct alignas(64) Config {
+  uint8_t palette = 1, start_row = 0, reserved[14] = {};
+  uint16_t colsb[16] = {};
+  uint8_t rows[16] = {};
+  void shape(int tile, int r, int bytes) { rows[tile] = r, colsb[tile] = bytes; }
+  void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }   // GCC 12's intrinsic names 8 of the 64 bytes
+};
+
+static bool permission() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
+
+static uint16_t bf16(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u >> 16;
+}
+
+static int uniform(Generator& random, int low, int high) { return std::uniform_int_distribution<>(low, high)(random); }
+
+struct Matrix {   // rows of `stride` bytes
+  int stride;
+  std::vector<uint8_t> bytes;
+  Matrix(int rows, int row_bytes, Generator& random) : stride(row_bytes + uniform(random, 0, 70)), bytes(rows * stride + 64, 0xEE) {}
+  template <class T> T& at(int r, int c) { return reinterpret_cast<T*>(bytes.data() + r * stride)[c]; }
+};
+
+// A product of tiles of m x n floats and k pairs of bf16.
+struct Product {
+  int m, n, k;
+  Matrix a, b, c, expected;
+  Product(int m, int n, int k, Generator& random)
+      : m(m), n(n), k(k), a(m, 4 * k, random), b(k, 4 * n, random), c(m, 4 * n, random), expected(c) {
+    std::vector<int> left(m * 2 * k), right(2 * k * n);
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < 2 * k; ++j) a.at<uint16_t>(i, j) = bf16(left[i * 2 * k + j] = uniform(random, -99, 99));
+    for (int i = 0; i < 2 * k; ++i)
+      for (int j = 0; j < n; ++j) b.at<uint16_t>(i / 2, 2 * j + i % 2) = bf16(right[i * n + j] = uniform(random, -99, 99));
+    for (int i = 0; i < m; ++i)
+      for (int j = 0; j < n; ++j) {
+        int sum = uniform(random, -999, 999);
+        c.at<float>(i, j) = sum;
+        for (int x = 0; x < 2 * k; ++x) sum += left[i * 2 * k + x] * right[x * n + j];
+        expected.at<float>(i, j) = sum;
+      }
+  }
+  Config config() const {
+    Config config;
+    config.shape(5, m, 4 * n), config.shape(0, m, 4 * k), config.shape(7, k, 4 * n);
+    return config;
+  }
+  void load() {
+    asm volatile("" ::: "memory");   // GCC 12's intrinsics do not say that they read memory
+    _tile_loadd(5, c.bytes.data(), c.stride);
+    _tile_stream_loadd(0, a.bytes.data(), a.stride);
+    _tile_loadd(7, b.bytes.data(), b.stride);
+  }
+  void multiply() { _tile_dpbf16ps(5, 0, 7); }
+  int wrong() {   // and nothing beside the tile was written
+    _tile_stored(5, c.bytes.data(), c.stride);
+    asm volatile("" ::: "memory");
+    const bool same = c.bytes == expected.bytes;
+    if (!same) printf("wrong product of %d x %d x %d\n", m, n, k);
+    return !same;
+  }
+};
+
+static int products(Generator& random) {
+  int wrong = 0;
+  for (int i = 0; i < 200; ++i) {
+    const bool whole = i == 0;
+    Product p(whole ? 16 : uniform(random, 1, 16), whole ? 16 : uniform(random, 1, 16), whole ? 16 : uniform(random, 1, 16), random);
+    p.config().load();
+    p.load(), p.multiply();
+    wrong += p.wrong();
+  }
+  _tile_release();
+  return wrong;
+}
+
+// Two threads with shapes of their own, whose instructions alternate.
+static int threads(Generator& random) {
+  int wrong[2] = {};
+  auto work = [](Generator random, int* wrong) {
+    for (int i = 0; i < 50; ++i) {
+      Product p(uniform(random, 1, 16), uniform(random, 1, 16), uniform(random, 1, 16), random);
+      p.config().load();
+      p.load(), std::this_thread::yield(), p.multiply(), std::this_thread::yield();
+      *wrong += p.wrong();
+    }
+    _tile_release();
+  };
+  std::thread first(work, Generator(random()), wrong), second(work, Generator(random()), wrong + 1);
+  first.join(), second.join();
+  return wrong[0] + wrong[1];
+}
+
+static Config static_config;
+
+// Every form of address: rows of 5 bytes are loaded, stored, and compared.
+static int addresses(Generator& random) {
+  int wrong = 0;
+  alignas(64) static uint8_t in[4096], out[16 * 5];
+  for (uint8_t& x : in) x = random();
+  static_config.shape(3, 16, 5);
+  asm volatile("ldtilecfg %0" ::"m"(static_config));   // relative to the instruction
+  auto compare = [&](const char* form, const uint8_t* from, int64_t stride) {
+    asm volatile("tilestored %%tmm3, (%0, %1)" ::"r"(out), "r"(int64_t{5}) : "memory");
+    for (int r = 0; r < 16; ++r)
+      if (memcmp(out + 5 * r, from + r * stride, 5)) ++wrong, printf("wrong rows by %s, row %d\n", form, r), r = 16;
+    asm volatile("tilezero %tmm3");
+  };
+#define FORM(TEXT, BASE, INDEX, FROM, STRIDE)                                            \
+  {                                                                                      \
+    register const uint8_t* base asm(BASE) = in + 2048;                                  \
+    register int64_t index asm(INDEX) = 7;                                               \
+    asm volatile("tileloadd " TEXT ", %%tmm3" ::"r"(base), "r"(index) : "memory");       \
+    compare(TEXT " with " BASE ", " INDEX, in + 2048 + (FROM), STRIDE);                  \
+  }
+  FORM("(%0, %1)", "rax", "rcx", 0, 7)
+  FORM("(%0, %1, 2)", "rbx", "rdx", 0, 14)
+  FORM("(%0, %1, 4)", "rdi", "r12", 0, 28)
+  FORM("(%0, %1, 8)", "r8", "rsi", 0, 56)
+  FORM("(%0, %1)", "r12", "r13", 0, 7)
+  FORM("(%0, %1)", "r13", "r9", 0, 7)
+  FORM("100(%0, %1)", "r15", "r14", 100, 7)
+  FORM("-100(%0, %1, 2)", "r10", "r11", -100, 14)
+  FORM("1000(%0, %1)", "rax", "rdx", 1000, 7)
+  FORM("-1000(%0, %1)", "rsi", "rax", -1000, 7)
+  FORM("(%0)", "rcx", "rax", 0, 0)
+  FORM("9(%0)", "r11", "rax", 9, 0)
+  int64_t stride = 7;   // the frame pointer can be no operand
+  asm volatile("xchg %0, %%rbp\n\ttileloadd (%1, %%rbp), %%tmm3\n\txchg %0, %%rbp" : "+r"(stride) : "r"(in + 2048) : "memory");
+  compare("rbp", in + 2048, 7);
+  const int64_t back = -9;
+  asm volatile("tileloadd (%0, %1), %%tmm3" ::"r"(in + 2048), "r"(back) : "memory");
+  compare("a negative stride", in + 2048, -9);
+  void* low = mmap(reinterpret_cast<void*>(0x20000000), 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+  if (low == MAP_FAILED) return puts("no low memory"), 1;
+  memcpy(low, in, 4096);
+  asm volatile("tileloadd 0x20000010(, %0, 4), %%tmm3" ::"r"(int64_t{3}) : "memory");
+  compare("displacement and index", in + 16, 12);
+  Config stored;
+  asm volatile("sttilecfg %0" : "=m"(stored));
+  if (memcmp(&stored, &static_config, 64)) ++wrong, puts("wrong configuration stored");
+  _tile_release();
+  asm volatile("sttilecfg %0" : "=m"(stored));
+  if (stored.palette || stored.rows[3]) ++wrong, puts("released tiles are still configured");
+  return wrong;
+}
+
+// Sums are rounded to nearest even, denormals are zero, infinities and NaN are what they are elsewhere.
+static int rounding(Generator& random) {
+  struct Case {
+    float a, b, c, expected;
+  };
+  const Case cases[] = {{0x1p-126f, 0x1p-1f, 0, 0}, {0x1p-127f, 0x1p10f, 0, 0}, {1, 1, 0x1p24f, 0x1p24f}, {3, 1, 0x1p24f, 0x1p24f + 4},
+                        {-1, 1, 0x1p-127f, -1}, {0, 0, 0x1p-127f, 0}, {0x1p127f, 2, 0, __builtin_inff()}, {0x1p-126f, 1, 0, 0x1p-126f}};
+  int wrong = 0;
+  for (const Case& x : cases) {
+    Product p(1, 1, 1, random);
+    p.a.at<uint16_t>(0, 0) = bf16(x.a), p.b.at<uint16_t>(0, 0) = bf16(x.b), p.c.at<float>(0, 0) = x.c, p.expected.at<float>(0, 0) = x.expected;
+    p.a.at<uint16_t>(0, 1) = 0;
+    p.config().load();
+    p.load(), p.multiply();
+    if (p.wrong()) ++wrong, printf("%a * %a + %a is not %a but %a\n", x.a, x.b, x.c, x.expected, p.c.at<float>(0, 0));
+  }
+  _tile_release();
+  return wrong;
+}
+
+static void fault(const std::string& name, Generator& random) {
+  Product p(4, 5, 6, random);
+  Config config = p.config();
+  if (name == "too many rows") config.shape(1, 17, 64);
+  if (name == "rows too long") config.shape(1, 16, 65);
+  if (name == "rows without columns") config.shape(1, 16, 0);
+  if (name == "palette 2") config.palette = 2;
+  if (name == "reserved") config.reserved[5] = 1;
+  if (name == "wrong shape") config.shape(0, 4, 20);
+  if (name != "unconfigured") config.load();
+  if (name == "released") _tile_release();
+  if (name == "another tile") _tile_zero(6);
+  if (name == "no address") _tile_loadd(5, nullptr, 0);
+  if (name == "not AMX") asm volatile("ud2");
+  p.load();
+  if (name == "same tile") asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");   // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
+  p.multiply();
+  if (name != "held") _tile_release();
+}
+
+int main(int, char** arguments) {
+  const std::string name = arguments[1];
+  Generator random(std::stoul(arguments[2]));
+  if (name != "no permission" && !permission()) return puts("no permission"), 1;
+  if (name == "products") return products(random);
+  if (name == "addresses") return addresses(random);
+  if (name == "rounding") return rounding(random);
+  if (name == "threads") return threads(random);
+  return fault(name, random), 0;
+}
