@@ -3,6 +3,7 @@ emulation (amx_emulation/emulation.cpp). First the emulation itself, then the ke
 """
 
 import os
+import shutil
 import signal
 import subprocess
 
@@ -13,10 +14,16 @@ pytestmark = pytest.mark.skipif(amx.problem() is not None, reason=str(amx.proble
 emulated = pytest.mark.skipif(amx.problem() is None and amx.native(), reason="this processor has AMX")
 
 
+TILES = "-mamx-tile", "-mamx-bf16"
+
+
+def run(*command):
+    environment = {**os.environ, **amx.environment()}
+    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+
+
 def exercise(name, seed):
-    program = amx.compile("exercise.cpp", "-O1", "-mamx-tile", "-mamx-bf16", "-pthread")
-    command = [program, name, str(seed)]
-    return subprocess.run(command, env={**os.environ, **amx.environment()}, capture_output=True, text=True)
+    return run(amx.compile("exercise.cpp", "-O1", *TILES, "-pthread"), name, seed)
 
 
 @pytest.mark.parametrize("name", ["products", "addresses", "rounding", "threads"])
@@ -59,3 +66,46 @@ def test_tiles_that_are_not_released_are_reported(seed):
 @pytest.mark.parametrize(("name", "number"), [("no address", signal.SIGSEGV), ("not AMX", signal.SIGILL)])
 def test_other_faults_stay_what_they_are(name, number, seed):
     assert exercise(name, seed).returncode == -number
+
+
+# -- csrc/cpu/matrix.h
+
+AVX512 = "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"
+QUIET = "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
+
+
+def primitive(isa, seed, csrc=amx.CSRC):
+    flags = [*AVX512, *(TILES if isa == "amx" else ()), f"-DDK_ISA={isa}", "-O2", "-ffp-contract=fast", *QUIET]
+    return run(amx.compile("primitive.cpp", *flags, csrc=csrc), seed)
+
+
+@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
+def test_the_primitive(isa, seed):
+    if "avx512_bf16" not in amx.processor():
+        pytest.skip("this processor has no AVX512-BF16")
+    done = primitive(isa, seed)
+    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
+
+
+PLANTS = {
+    "no release": ("_tile_release();", "", "did not release their tiles"),
+    "no configuration": ("_tile_loadconfig(&config);", "(void)config;", "no tiles are configured"),
+    "fewer rows": ("{16, 16, 16, 16, 16, 16, 16, 16}", "{16, 16, 16, 16, 16, 16, 16, 8}", "shapes do not match"),
+    "shorter rows": ("{64, 64, 64, 64, 64, 64, 64, 64}", "{64, 64, 64, 64, 64, 64, 64, 32}", "shapes do not match"),
+    "wrong tile": ("_tile_dpbf16ps(3, 5, 7)", "_tile_dpbf16ps(3, 4, 7)", "wrong product"),
+    "wrong stride": ("_tile_loadd(6, right, ldb * 4)", "_tile_loadd(6, right, ldb * 2)", "wrong product"),
+}
+
+
+@emulated
+@pytest.mark.slow
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_planted_fault_is_noticed(plant, tmp_path, seed):
+    before, after, message = PLANTS[plant]
+    csrc = tmp_path / "csrc"
+    shutil.copytree(amx.CSRC / "cpu", csrc / "cpu")
+    text = (csrc / "cpu" / "matrix.h").read_text()
+    assert before in text
+    (csrc / "cpu" / "matrix.h").write_text(text.replace(before, after))
+    done = primitive("amx", seed, csrc)
+    assert done.returncode != 0 and message in done.stdout + done.stderr
