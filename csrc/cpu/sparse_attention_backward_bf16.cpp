@@ -3,12 +3,11 @@
 #include "cpu/matrix.h"
 
 namespace dk::avx512 {
-extern const SparseAttentionBackwardKernel sparse_attention_backward;
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs&);
 }
 
 namespace dk::DK_ISA {
 
-extern const SparseAttentionBackwardKernel sparse_attention_backward;
-const SparseAttentionBackwardKernel sparse_attention_backward = avx512::sparse_attention_backward;
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) { return avx512::sparse_attention_backward(a); }
 
 }  // namespace dk::DK_ISA

@@ -3,12 +3,11 @@
 #include "cpu/matrix.h"
 
 namespace dk::avx512 {
-extern const SparseAttentionKernel sparse_attention;
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
 }
 
 namespace dk::DK_ISA {
 
-extern const SparseAttentionKernel sparse_attention;
-const SparseAttentionKernel sparse_attention = avx512::sparse_attention;
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) { return avx512::sparse_attention(a); }
 
 }  // namespace dk::DK_ISA

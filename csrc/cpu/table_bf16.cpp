@@ -7,8 +7,8 @@ const Kernels& table();
 
 namespace dk::DK_ISA {
 
-extern const SparseAttentionKernel sparse_attention;
-extern const SparseAttentionBackwardKernel sparse_attention_backward;
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs&);
 
 const Kernels& table() {
   static const Kernels kernels = [] {
