@@ -6,6 +6,44 @@
 
 namespace dk::DK_ISA {
 
+// -- vectors of pairs: two bfloat16 in a lane, the first in its lower half
+
+// 32 elements, those from n on as zeros
+DK_INLINE Vec load_pairs(const BFloat16* p, int n) {
+  const __mmask32 mask = n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
+  return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
+}
+
+DK_INLINE __m512bh as_pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
+
+// (first[i], second[i]) rounded, lane by lane
+DK_INLINE Vec pair_up(Vec first, Vec second) {
+  const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
+}
+
+// Two rows of 32 elements become 32 pairs: out[d] = (first[d], second[d])
+DK_INLINE void interleave(Vec first, Vec second, uint32_t* out) {
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
+  _mm512_storeu_si512(out + LANES, _mm512_permutex2var_epi16(a, high, b));
+}
+
+// 32 floats, rounded; the first n are stored
+DK_INLINE void store_rounded(Vec low, Vec high, BFloat16* out, int n) {
+  const __m512i x = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(high, low));
+  if (n >= 32) _mm512_storeu_si512(out, x);
+  else if (n > 0) _mm512_mask_storeu_epi16(out, (1u << n) - 1, x);
+}
+
+// 2^x for x <= 127, 0 for -inf. Relative error < 8e-5, a fiftieth of a rounding to bfloat16.
+DK_INLINE Vec exp2_coarse(Vec x) {
+  const Vec f = _mm512_reduce_ps(x, 1);   // x - floor(x)
+  return _mm512_scalef_ps(((f * 7.802452e-2f + 2.2606716e-1f) * f + 6.9583354e-1f) * f + 9.9992522e-1f, x);
+}
+
 #if defined(__AMX_BF16__)
 
 // Configures all tiles as 16 rows of 64 bytes while a kernel runs.
@@ -69,12 +107,6 @@ struct MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-DK_INLINE __m512bh pair_bits(__m512i x) {
-  __m512bh y;
-  std::memcpy(&y, &x, sizeof(y));
-  return y;
-}
-
 // Blocks of 8 rows x 2 vectors: 16 sums, the two vectors of B and a broadcast fit the register file and hide the latency.
 template <int M, int N>
 void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs, bool add) {
@@ -87,11 +119,11 @@ void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, fl
           DK_UNROLL for (int half = 0; half < 2; ++half) sum[i][half] = load(c + (m + i) * ldc + n + half * LANES);
       }
       for (int p = 0; p < pairs; ++p) {
-        const __m512bh right0 = pair_bits(_mm512_loadu_si512(b + p * ldb + n)), right1 = pair_bits(_mm512_loadu_si512(b + p * ldb + n + LANES));
+        const __m512bh right0 = as_pairs(_mm512_loadu_si512(b + p * ldb + n)), right1 = as_pairs(_mm512_loadu_si512(b + p * ldb + n + LANES));
         DK_UNROLL for (int i = 0; i < 8; ++i) {
           int32_t left;
           std::memcpy(&left, a + (m + i) * lda + 2 * p, sizeof(left));
-          const __m512bh both = pair_bits(_mm512_set1_epi32(left));
+          const __m512bh both = as_pairs(_mm512_set1_epi32(left));
           sum[i][0] = _mm512_dpbf16_ps(sum[i][0], both, right0);
           sum[i][1] = _mm512_dpbf16_ps(sum[i][1], both, right1);
         }

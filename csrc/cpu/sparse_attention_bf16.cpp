@@ -1,6 +1,5 @@
-// Forward in bfloat16; other types go to the kernel of avx512.
-#include "cpu/attention_tile.h"
-#include "cpu/matrix.h"
+// Forward in bfloat16: for every tile of 32 queries, softmax over the keys the plan lists, online over chunks of keys. Other types go to avx512's kernel.
+#include "cpu/attention_tile_bf16.h"
 
 namespace dk::avx512 {
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
@@ -8,6 +7,125 @@ SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
 
 namespace dk::DK_ISA {
 
-SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) { return avx512::sparse_attention(a); }
+template <int DP> struct ForwardSpace {
+  alignas(64) uint32_t q[DP / 2 * ROWS], v[CHUNK / 2 * DP];   // pairs
+  alignas(64) BFloat16 k[KEYS * DP], p[ROWS * CHUNK];
+  alignas(64) float s[CHUNK * ROWS], o[ROWS * DP], max[ROWS], sum[ROWS], keep[ROWS];
+  int32_t tokens[CHUNK];
+  const uint32_t* masks[CHUNK / GROUP_COLUMNS];
+};
+constexpr uint32_t HIDDEN[GROUP_COLUMNS] = {};
+
+// From the chunk's scores, in units of 2^unit, to weights p[query][key]; updates the softmax statistics.
+template <int DP> DK_INLINE void weigh(ForwardSpace<DP>& w, int count, float unit) {
+  for (int r = 0; r < ROWS; r += LANES) {
+    const float* s = w.s + r;
+    const Vec old_max = load(w.max + r);
+    Vec new_max = old_max, sum{};
+    for (int j = 0; j < count; ++j) new_max = max(new_max, load(s + j * ROWS));
+    for (int j = 0; j < count; j += KEYS) {
+      Vec pairs[LANES];
+      DK_UNROLL for (int i = 0; i < LANES; ++i) {
+        const Vec first = exp2_coarse((load(s + (j + 2 * i) * ROWS) - new_max) * unit);
+        const Vec second = exp2_coarse((load(s + (j + 2 * i + 1) * ROWS) - new_max) * unit);
+        sum += first + second;
+        pairs[i] = pair_up(first, second);
+      }
+      transpose(pairs);
+      DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK + j), pairs[i]);
+    }
+    const Vec keep = exp2_coarse((old_max - new_max) * unit);
+    store(w.max + r, new_max);
+    store(w.sum + r, load(w.sum + r) * keep + sum);
+    store(w.keep + r, keep);
+  }
+}
+
+template <int DP> struct Forward {
+  const SparseAttentionArgs& a;
+  const Rows q, k, v;
+  ForwardSpace<DP>& w;
+
+  // Fills the chunk up with hidden keys, so that products are whole.
+  int fill(int count) const {
+    for (; count % KEYS; count += GROUP_COLUMNS) {
+      for (int j = 0; j < GROUP_COLUMNS; ++j) w.tokens[count + j] = w.tokens[count - 1];
+      w.masks[count / GROUP_COLUMNS] = HIDDEN;
+    }
+    return count;
+  }
+
+  // Adds a chunk of keys to o.
+  void absorb(int count, bool first) const {
+    count = fill(count);
+    for (int j = 0; j < count; j += KEYS) {
+      const Rows keys = left_rows<DP>(k, w.tokens + j, a.head_dim, w.k);
+      multiply<KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + j * ROWS, ROWS, DP / 2, false);
+    }
+    float unit = a.scale;
+    if (!(unit > 0.0f)) {   // so that the largest score has the largest weight
+      for (int i = 0; i < count * ROWS; i += LANES) store(w.s + i, load(w.s + i) * a.scale);
+      unit = 1.0f;
+    }
+    for (int g = 0; g < count / GROUP_COLUMNS; ++g)
+      if (w.masks[g]) apply_mask(w.masks[g], -INF, w.s + g * GROUP_COLUMNS * ROWS);
+    weigh(w, count, unit * static_cast<float>(LOG2E));
+    for (int r = 0; r < ROWS && !first; ++r)
+      for (int d = 0; d < DP; d += LANES) store(w.o + r * DP + d, load(w.o + r * DP + d) * w.keep[r]);
+    pack_rows<DP>(v, w.tokens, count, a.head_dim, w.v);
+    multiply<ROWS / 16, DP / 16>(w.p, CHUNK, w.v, DP, w.o, DP, count / 2, !first);
+  }
+
+  void tile(const Plan& plan, int64_t t, BFloat16* out, float* lse) const {
+    const int32_t* rows = plan.rows(t);
+    pack_columns<DP>(q, rows, a.head_dim, w.q);
+    for (int r = 0; r < ROWS; r += LANES) {
+      store(w.max + r, splat(LOWEST));
+      store(w.sum + r, Vec{});
+    }
+    int count = 0;
+    bool first = true;
+    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+      std::memcpy(w.tokens + count, tokens, sizeof(int32_t) * GROUP_COLUMNS);
+      w.masks[count / GROUP_COLUMNS] = mask;
+      count += GROUP_COLUMNS;
+      if (count == CHUNK) {
+        absorb(count, first);
+        count = 0;
+        first = false;
+      }
+    });
+    if (count) absorb(count, first);
+
+    for (int r = 0; r < ROWS; ++r) {
+      if (rows[r] < 0) continue;
+      const float norm = 1.0f / w.sum[r];
+      const float* o = w.o + r * DP;
+      for (int d = 0; d < DP; d += 32)
+        store_rounded(load(o + d) * norm, load(o + d + LANES) * norm, out + rows[r] * a.out_strides.token + d, a.head_dim - d);
+      const float unit = a.scale > 0.0f ? a.scale : 1.0f;
+      lse[rows[r]] = static_cast<float>(w.max[r] * unit + __builtin_log(w.sum[r]));
+    }
+  }
+
+  static SparseAttentionSpace space(const SparseAttentionArgs&) { return {0, 0, (sizeof(ForwardSpace<DP>) + 63) / 64 * 16}; }
+  static void prepare(const SparseAttentionArgs&, int64_t, int64_t, int64_t, float*) {}
+
+  static void run(const SparseAttentionArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, const float*, float* thread) {
+    const FlushDenormals guard;
+    const MatrixUnit unit;
+    const auto rows = [&](const void* p, const Strides& s) { return Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token}; };
+    const Forward forward = {a, rows(a.q, a.q_strides), rows(a.k, a.k_strides), rows(a.v, a.v_strides), *reinterpret_cast<ForwardSpace<DP>*>(thread)};
+    BFloat16* out = matrix_of<BFloat16>(a.out, a.out_strides, a.heads, bh);
+    const Plan plan(a.plan);
+    for (int64_t t = tile_begin; t < tile_end; ++t) forward.tile(plan, t, out, a.lse + bh * a.n);
+  }
+
+  static SparseAttentionKernel call() { return {space, prepare, run}; }
+};
+
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {
+  return a.dtype == DType::bfloat16 ? dispatch_dim<Forward>(a.head_dim) : avx512::sparse_attention(a);
+}
 
 }  // namespace dk::DK_ISA

@@ -1,0 +1,56 @@
+// Building blocks of attention in bfloat16 over one tile of 32 queries, on the matrix primitive. Scores are computed as S^T [keys][32 queries], so
+// that softmax runs along lanes.
+#pragma once
+#include "cpu/attention_tile.h"
+#include "cpu/matrix.h"
+
+namespace dk::DK_ISA {
+
+constexpr int KEYS = 32;   // of one product; a chunk's keys are filled up to a multiple of it
+
+// A [N, D] matrix of one head.
+struct Rows {
+  const BFloat16* base;
+  int64_t stride;
+  const BFloat16* row(int32_t token) const { return base + token * stride; }
+};
+
+// The rows of a tile as pairs of columns, [DP / 2][ROWS]: the right operand of scores. Padding rows are zero.
+template <int DP> DK_INLINE void pack_columns(Rows x, const int32_t* rows, int head_dim, uint32_t* out) {
+  for (int r = 0; r < ROWS; r += LANES)
+    for (int d = 0; d < DP; d += 32) {
+      Vec v[LANES];
+      DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = rows[r + i] >= 0 ? load_pairs(x.row(rows[r + i]) + d, head_dim - d) : Vec{};
+      transpose(v);
+      DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(out) + (d / 2 + i) * ROWS + r, v[i]);
+    }
+}
+
+// Rows of `count` tokens, two by two as pairs, [count / 2][DP]: the right operand of sums over keys.
+template <int DP> DK_INLINE void pack_rows(Rows x, const int32_t* tokens, int count, int head_dim, uint32_t* out) {
+  for (int j = 0; j < count; j += 2)
+    for (int d = 0; d < DP; d += 32) {
+      const Vec first = load_pairs(x.row(tokens[j]) + d, head_dim - d), second = load_pairs(x.row(tokens[j + 1]) + d, head_dim - d);
+      interleave(first, second, out + j / 2 * DP + d);
+    }
+}
+
+// The rows of KEYS tokens as a left operand: as they lie where they are evenly spaced and need no padding, else copied.
+template <int DP> DK_INLINE Rows left_rows(Rows x, const int32_t* tokens, int head_dim, BFloat16* copy) {
+  const int32_t step = tokens[1] - tokens[0];
+  int32_t off = head_dim - DP;
+  for (int j = 0; j < KEYS; ++j) off |= tokens[0] + j * step - tokens[j];
+  if (off == 0) return {x.row(tokens[0]), step * x.stride};
+  for (int j = 0; j < KEYS; ++j)
+    for (int d = 0; d < DP; d += 32) store(reinterpret_cast<float*>(copy + j * DP + d), load_pairs(x.row(tokens[j]) + d, head_dim - d));
+  return {copy, DP};
+}
+
+// Picks the kernel instance for the smallest padded head dim.
+template <template <int> class Instance, class... A> DK_INLINE auto dispatch_dim(int64_t head_dim, A&&... a) {
+  if (head_dim <= 32) return Instance<32>::call(a...);
+  if (head_dim <= 64) return Instance<64>::call(a...);
+  return Instance<128>::call(a...);
+}
+
+}  // namespace dk::DK_ISA
