@@ -13,6 +13,9 @@ struct Rows {
   const BFloat16* base;
   int64_t stride;
   const BFloat16* row(int32_t token) const { return base + token * stride; }
+  Vec pairs(int32_t token, int d, int head_dim) const {   // of columns, from column d on; zeros beyond the head dim, and for padding rows
+    return token >= 0 ? load_pairs(row(token) + d, head_dim - d) : Vec{};
+  }
 };
 
 // The rows of a tile as pairs of columns, [DP / 2][ROWS]: the right operand of scores. Padding rows are zero.
@@ -20,18 +23,17 @@ template <int DP> DK_INLINE void pack_columns(Rows x, const int32_t* rows, int h
   for (int r = 0; r < ROWS; r += LANES)
     for (int d = 0; d < DP; d += 32) {
       Vec v[LANES];
-      DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = rows[r + i] >= 0 ? load_pairs(x.row(rows[r + i]) + d, head_dim - d) : Vec{};
+      DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = x.pairs(rows[r + i], d, head_dim);
       transpose(v);
       DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(out) + (d / 2 + i) * ROWS + r, v[i]);
     }
 }
 
-// Rows of `count` tokens, two by two as pairs, [count / 2][DP]: the right operand of sums over keys.
+// Rows of `count` tokens, two by two as pairs, [count / 2][DP]: the right operand of sums over tokens. Padding rows are zero.
 template <int DP> DK_INLINE void pack_rows(Rows x, const int32_t* tokens, int count, int head_dim, uint32_t* out) {
   for (int j = 0; j < count; j += 2)
     for (int d = 0; d < DP; d += 32) {
-      const Vec first = load_pairs(x.row(tokens[j]) + d, head_dim - d), second = load_pairs(x.row(tokens[j + 1]) + d, head_dim - d);
-      interleave(first, second, out + j / 2 * DP + d);
+      interleave(x.pairs(tokens[j], d, head_dim), x.pairs(tokens[j + 1], d, head_dim), out + j / 2 * DP + d);
     }
 }
 
@@ -44,6 +46,11 @@ template <int DP> DK_INLINE Rows left_rows(Rows x, const int32_t* tokens, int he
   for (int j = 0; j < KEYS; ++j)
     for (int d = 0; d < DP; d += 32) store(reinterpret_cast<float*>(copy + j * DP + d), load_pairs(x.row(tokens[j]) + d, head_dim - d));
   return {copy, DP};
+}
+
+// out[head_dim] = in[DP] * factor
+template <int DP> DK_INLINE void round_row(const float* in, float factor, int head_dim, BFloat16* out) {
+  for (int d = 0; d < DP; d += 32) store_rounded(load(in + d) * factor, load(in + d + LANES) * factor, out + d, head_dim - d);
 }
 
 // Picks the kernel instance for the smallest padded head dim.

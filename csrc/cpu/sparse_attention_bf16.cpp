@@ -99,10 +99,7 @@ template <int DP> struct Forward {
 
     for (int r = 0; r < ROWS; ++r) {
       if (rows[r] < 0) continue;
-      const float norm = 1.0f / w.sum[r];
-      const float* o = w.o + r * DP;
-      for (int d = 0; d < DP; d += 32)
-        store_rounded(load(o + d) * norm, load(o + d + LANES) * norm, out + rows[r] * a.out_strides.token + d, a.head_dim - d);
+      round_row<DP>(w.o + r * DP, 1.0f / w.sum[r], a.head_dim, out + rows[r] * a.out_strides.token);
       const float unit = a.scale > 0.0f ? a.scale : 1.0f;
       lse[rows[r]] = static_cast<float>(w.max[r] * unit + __builtin_log(w.sum[r]));
     }
