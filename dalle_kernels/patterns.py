@@ -104,7 +104,7 @@ class AttentionPattern:
     options: tuple[tuple[str, int], ...] = ()
     layout: str = "raster"
     _mask: _MaskRule | None = field(default=None, repr=False)
-    _order: tuple[int, ...] | None = field(default=None, repr=False)
+    _order: bytes | None = field(default=None, repr=False)  # int64; bytes remember their hash, a tuple does not
 
     def __post_init__(self):
         height, width = self.grid
@@ -197,9 +197,10 @@ class AttentionPattern:
         if len(blind):
             raise ValueError(f"mask hides token {blind[0, 0]} from itself; set the diagonal to True")
         if order is not None:
-            order = tuple(int(token) for token in order)
+            order = [int(token) for token in order]
             if sorted(order) != list(range(n)):
                 raise ValueError(f"order must be a permutation of the {n} tokens")
+            order = np.array(order, np.int64).tobytes()
         return cls("mask", int(text_len), (1, n - text_len), _mask=_MaskRule(mask), _order=order)
 
     # -- what a pattern says
@@ -251,7 +252,7 @@ class AttentionPattern:
 
     def _in_order(self, layout):
         if self._order is not None:
-            return torch.tensor(self._order)
+            return torch.frombuffer(bytearray(self._order), dtype=torch.int64)
         height, width = self.grid
         image = torch.arange(height * width)
         if layout == "columns":

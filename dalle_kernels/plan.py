@@ -215,6 +215,7 @@ def plan_tensor(
         return torch.from_numpy(packed).to(device), sizes
 
 
+@functools.lru_cache(maxsize=256)
 def plan_tensors(
     pattern: AttentionPattern, n: int, device: torch.device, kernels: str | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:

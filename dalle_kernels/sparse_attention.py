@@ -51,15 +51,16 @@ def _check(q, k, v, pattern):
     if not (isinstance(q, torch.Tensor) and isinstance(k, torch.Tensor) and isinstance(v, torch.Tensor)):
         kinds = [type(x).__name__ for x in (q, k, v)]
         raise TypeError(f"q, k and v must be tensors; got {kinds[0]}, {kinds[1]} and {kinds[2]}")
-    if q.ndim != 4 or q.shape != k.shape or q.shape != v.shape:
+    shape = q.shape
+    if len(shape) != 4 or shape != k.shape or shape != v.shape:
         raise ValueError(
-            f"q, k and v must share one shape [B, H, N, D]; got {list(q.shape)}, {list(k.shape)} and {list(v.shape)}"
+            f"q, k and v must share one shape [B, H, N, D]; got {list(shape)}, {list(k.shape)} and {list(v.shape)}"
         )
     if q.dtype != k.dtype or q.dtype != v.dtype or not q.is_floating_point():
         raise TypeError(f"q, k and v must share one floating-point dtype; got {q.dtype}, {k.dtype} and {v.dtype}")
     if q.device != k.device or q.device != v.device:
         raise ValueError(f"q, k and v must be on one device; got {q.device}, {k.device} and {v.device}")
-    if not 1 <= q.shape[2] <= pattern.seq_len:
-        raise ValueError(f"N must lie in [1, {pattern.seq_len}], the pattern's length; got {q.shape[2]}")
-    if q.shape[3] < 1:
-        raise ValueError(f"the head dim must be at least 1; got {q.shape[3]}")
+    if not 1 <= shape[2] <= pattern.seq_len:
+        raise ValueError(f"N must lie in [1, {pattern.seq_len}], the pattern's length; got {shape[2]}")
+    if shape[3] < 1:
+        raise ValueError(f"the head dim must be at least 1; got {shape[3]}")

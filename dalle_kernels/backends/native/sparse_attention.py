@@ -14,14 +14,14 @@ _backward_op = torch.ops.dalle_kernels.sparse_attention_backward.default
 
 @torch.compiler.assume_constant_result
 def _plans(pattern, n, device):
-    return plan_tensors(pattern, n, torch.device(device))
+    return plan_tensors(pattern, n, device)
 
 
 def sparse_attention(q, k, v, pattern, scale):
     """(out, lse) of already checked tensors."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     # index(): a plan is for one length, also under dynamic shapes
-    plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), str(q.device))
+    plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), q.device)
     return _op(q, k, v, plan, backward_plan, sizes, scale)
 
 
