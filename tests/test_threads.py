@@ -1,0 +1,166 @@
+"""The CPU kernels among other threads and processes: PyTorch's number of threads, several Python threads, the GIL,
+forked processes.
+"""
+
+import itertools
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+import dalle_kernels as dk
+
+ROW = dk.AttentionPattern.row(32, (16, 16))
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def python(code):
+    """What a fresh interpreter prints; fails if it takes too long."""
+    head = "import os, time, torch, dalle_kernels as dk\n"
+    command = [sys.executable, "-c", head + textwrap.dedent(code)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout.split()
+
+
+def test_the_number_of_threads_is_honoured():
+    """As many are started as PyTorch says, and with one thread only the calling one works."""
+    code = """
+    def tasks():
+        return len(os.listdir("/proc/self/task"))
+    torch.set_num_threads(1)
+    logits = torch.zeros(512, 8192)
+    before = tasks()
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        dk.gumbel_softmax(logits, seed=1, backend="cpu")
+        print(tasks() - before)
+    torch.set_num_threads(1)
+    time.sleep(0.5)  # the others have stopped to wait for work
+    others = time.process_time() - time.thread_time()
+    dk.gumbel_softmax(logits, seed=1, backend="cpu")
+    print(time.process_time() - time.thread_time() - others)
+    """
+    none, two, others = python(code)
+    assert (none, two) == ("0", "2")
+    assert float(others) < 0.005
+
+
+def problems():
+    """Functions that return tensors: every kernel, in different shapes."""
+    q, k, v, grad = torch.randn(4, 2, 3, ROW.seq_len, 64)
+    logits = torch.randn(64, 4096)
+    seeds = torch.arange(64)
+    one = torch.randn(3, 6, 2, 64)
+    cache = dk.DecodeCache([ROW], prompts=2, candidates=3, heads=2, head_dim=64, dtype=torch.float32)
+    text = torch.randn(2, 2, 2, 32, 64)
+
+    def attention(*leaves):
+        leaves = [x.clone().requires_grad_() for x in leaves]
+        out = dk.sparse_attention(*leaves, ROW, backend="cpu")
+        out.backward(grad[: len(out)].to(out.dtype))
+        return [out.detach(), *(x.grad for x in leaves)]
+
+    def decode():
+        cache.reset()
+        cache.write_prefix(0, *text)
+        return dk.decode_attention(*one, cache, 0)
+
+    return [
+        lambda: attention(q, k, v),
+        lambda: attention(*(x[:1].bfloat16() for x in (q, k, v))),
+        lambda: [dk.gumbel_softmax(logits, seed=3, backend="cpu"), dk.gumbel_softmax(logits[:9], seed=4, dim=0)],
+        lambda: [dk.sample_tokens(logits, top_k=50, seed=seeds, offset=seeds, backend="cpu"), decode()],
+    ]
+
+
+def test_calls_from_several_python_threads_at_once(seed):
+    tasks = problems()
+    expected = [task() for task in tasks]
+    wrong = []
+
+    def work(task, results):
+        for _ in range(5):
+            if not all(torch.equal(a, b) for a, b in zip(task(), results, strict=True)):
+                wrong.append(task)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(tasks, expected)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def long_calls():
+    many = dk.AttentionPattern.row(256, (32, 32))
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 1, 8, many.seq_len, 64).unbind(0))
+    logits = torch.randn(2048, 8192)
+    out = dk.sparse_attention(q, k, v, many, backend="cpu")
+    return {
+        "attention": lambda: dk.sparse_attention(*(x.detach().repeat(8, 1, 1, 1) for x in (q, k, v)), many),
+        "attention backward": lambda: torch.autograd.grad(out.sum(), (q, k, v)),
+        "gumbel": lambda: dk.gumbel_softmax(logits, seed=1, backend="cpu"),
+        "sample": lambda: dk.sample_tokens(logits, top_p=0.9, seed=1, backend="cpu"),
+    }
+
+
+@pytest.mark.parametrize("name", ["attention", "attention backward", "gumbel", "sample"])
+def test_other_python_threads_run_meanwhile(name, one_thread, seed):
+    call, ticks, stop = long_calls()[name], [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.perf_counter())
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    begin = time.perf_counter()
+    call()
+    end = time.perf_counter()
+    stop.set()
+    ticker.join()
+    moments = [begin, *(t for t in ticks if begin < t < end), end]
+    longest = max(b - a for a, b in itertools.pairwise(moments))
+    assert longest < 0.5 * (end - begin), f"nobody else ran for {longest:.3f} of {end - begin:.3f} s"
+
+
+def test_forked_processes():
+    """A forked process has none of its parent's threads. Like PyTorch's own operations, kernels that the parent ran on
+    several must be told to use one, as the workers of a DataLoader are.
+    """
+    code = """
+    torch.set_num_threads(2)
+    logits = torch.randn(64, 8192)
+    pattern = dk.AttentionPattern.row(16, (8, 8))
+    q, k, v = torch.randn(3, 2, 2, 80, 32)
+
+    def compute():
+        return dk.gumbel_softmax(logits, seed=5, backend="cpu"), dk.sparse_attention(q, k, v, pattern, backend="cpu")
+
+    def same(*_):
+        return all(map(torch.equal, compute(), expected))
+
+    expected = compute()
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        os._exit(0 if same() else 1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same())
+    loader = torch.utils.data.DataLoader(range(4), num_workers=2, collate_fn=same, multiprocessing_context="fork")
+    print(*loader)
+    """
+    assert python(code) == ["0", "True"] + ["True"] * 4
