@@ -42,8 +42,8 @@ test-full: $(DEV_STAMP)   ## all tests
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 
-bench: $(DEV_STAMP)   ## operations against dense attention and plain PyTorch
-	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only
+bench: $(DEV_STAMP)   ## operations and models against dense attention and plain PyTorch; K=... chooses benchmarks
+	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-quiet $(if $(K),-k "$(K)")
 
 gpu:   ## build, check and measure on a GPU, with the Python and PyTorch that are there: docs/gpu.md
 	$(GPU_PYTHON) benchmarks/run_gpu.py $(FLAGS)

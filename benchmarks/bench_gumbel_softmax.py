@@ -1,66 +1,97 @@
-"""Gumbel-softmax over the vocabulary of the published dVAE (dim 1 of [B, 8192, 32, 32]) against F.gumbel_softmax: soft,
-hard, and with the KL to the uniform distribution.
+"""Gumbel-softmax over the vocabulary of the published dVAE against F.gumbel_softmax, eager and compiled, and a softmax
+without noise: soft, hard, and with the KL to the uniform distribution; and the memory that they take.
 """
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from comparison import SETTING, attempt, compiled
+from memory import peak_bytes
 from torch.nn.functional import gumbel_softmax
 
 import dalle_kernels as dk
 
-SHAPE, TAU = (2, 8192, 32, 32), 0.9
-dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+TAU = 0.9
+# Codes of two pictures, in dim 1, and as many rows of logits side by side.
+SHAPES = {"codes": ((2, 8192, 32, 32), 1), "rows": ((2048, 8192), -1)}
+if SETTING.tiny:
+    SHAPES = {"codes": ((2, 64, 4, 4), 1), "rows": ((8, 64), -1)}
+EAGER, COMPILED, SOFTMAX = "F.gumbel_softmax", "compiled", "softmax without noise"
+
+CASES = [("codes", "float32"), ("codes", "bfloat16"), ("rows", "float32")]
+KINDS = [(kind, *case) for kind in ("soft", "hard", "kl") for case in CASES if kind == "soft" or case[0] == "codes"]
 
 
-def inputs(dtype):
-    return torch.randn(2, *SHAPE).to(getattr(torch, dtype)).unbind(0)
+def plain_kl(logits, dim):
+    log_p = logits.float().log_softmax(dim)
+    return (log_p.exp() * (log_p + math.log(logits.shape[dim]))).sum(dim)
 
 
-def plain_kl(logits):
-    log_p = logits.float().log_softmax(1)
-    return (log_p.exp() * (log_p + math.log(SHAPE[1]))).sum(1)
+def functions(kind, dim):
+    """logits -> results of ours and of the baselines. `kind`: soft, hard or kl."""
+    if kind == "kl":
+        return {
+            "ours": lambda x: dk.gumbel_softmax(x, TAU, dim=dim, return_kl=True),
+            EAGER: lambda x: (gumbel_softmax(x, TAU, dim=dim), plain_kl(x, dim)),
+            SOFTMAX: lambda x: (x.softmax(dim), plain_kl(x, dim)),
+        }
+    hard = kind == "hard"
+    return {
+        "ours": lambda x: dk.gumbel_softmax(x, TAU, hard, dim=dim),
+        EAGER: lambda x: gumbel_softmax(x, TAU, hard, dim=dim),
+        SOFTMAX: lambda x: x.softmax(dim),
+    }
 
 
-@dtypes
-def test_forward(versus, dtype):
-    logits, _ = inputs(dtype)
-    with torch.inference_mode():
-        versus(
-            ours=lambda: dk.gumbel_softmax(logits, TAU, dim=1),
-            eager=lambda: gumbel_softmax(logits, TAU, dim=1),
-            softmax_without_noise=lambda: logits.softmax(1),
-        )
+def function(name, kind, backward, shape, dim, dtype):
+    """One pass over random logits; Unavailable where nothing compiles."""
+    logits, grad = torch.randn(2, *shape).to(getattr(torch, dtype)).unbind(0)
+    every = functions(kind, dim)
+    run = attempt(lambda: compiled(every[EAGER])) if name == COMPILED else every[name]
+    if not callable(run):
+        return run
+    if backward:
+        leaf = logits.detach().requires_grad_()
+        grads = (grad, torch.ones(logits.select(dim, 0).shape)) if kind == "kl" else grad
+        return lambda: torch.autograd.grad(run(leaf), leaf, grads)
+
+    @torch.inference_mode()
+    def forward():
+        return run(logits)
+
+    return forward
 
 
-@dtypes
-@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
-def test_forward_and_backward(versus, hard, dtype):
-    logits, grad = inputs(dtype)
-    logits.requires_grad_()
-
-    def both(function):
-        return lambda: torch.autograd.grad(function(), logits, grad)
-
-    versus(
-        ours=both(lambda: dk.gumbel_softmax(logits, TAU, hard, dim=1)),
-        eager=both(lambda: gumbel_softmax(logits, TAU, hard, dim=1)),
-        softmax_without_noise=both(lambda: logits.softmax(1)),
-    )
+def against_all(versus, kind, backward, shape, dtype):
+    make = partial(function, kind=kind, backward=backward, shape=SHAPES[shape][0], dim=SHAPES[shape][1], dtype=dtype)
+    versus(make("ours"), {name: make(name) for name in (EAGER, COMPILED, SOFTMAX)})
 
 
-@dtypes
-def test_forward_and_backward_with_kl(versus, dtype):
-    logits, grad = inputs(dtype)
-    logits.requires_grad_()
-    grads = [grad, torch.ones(SHAPE[0], *SHAPE[2:])]
+@pytest.mark.parametrize(("shape", "dtype"), CASES)
+def test_forward(versus, shape, dtype):
+    """codes: [2, 8192, 32, 32] over dim 1; rows: [2048, 8192] over dim -1."""
+    against_all(versus, "soft", False, shape, dtype)
 
-    def both(function):
-        return lambda: torch.autograd.grad(function(), logits, grads)
 
-    versus(
-        ours=both(lambda: dk.gumbel_softmax(logits, TAU, dim=1, return_kl=True)),
-        eager=both(lambda: (gumbel_softmax(logits, TAU, dim=1), plain_kl(logits))),
-        softmax_without_noise=both(lambda: (logits.softmax(1), plain_kl(logits))),
-    )
+@pytest.mark.parametrize(("kind", "shape", "dtype"), KINDS)
+def test_forward_and_backward(versus, kind, shape, dtype):
+    """kl: also the KL to the uniform distribution, here of the softmax without noise too."""
+    against_all(versus, kind, True, shape, dtype)
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard", "kl"])
+@pytest.mark.parametrize("direction", ["forward", "forward and backward"])
+def test_peak_memory(record, direction, kind):
+    """Peak of the memory that a call takes beyond its logits and the output's gradient, in a fresh process, in units of
+    the float32 logits. The results alone are 1, and 2 with the logits' gradient.
+    """
+    shape, dim = SHAPES["codes"]
+    units = 4 * math.prod(shape)
+    rest = kind, direction != "forward"
+    peaks = {
+        name: peak_bytes(function, (name, *rest, (1, 64, 4, 4), dim, "float32"), (name, *rest, shape, dim, "float32"))
+        for name in ("ours", EAGER, SOFTMAX)
+    }
+    record({name: peak / units for name, peak in peaks.items() if peak is not None})

@@ -17,9 +17,10 @@ def multinomial(logits, top_k):
 
 @pytest.mark.parametrize("top_k", [None, 256], ids=["all", "top_k=256"])
 def test_sample(versus, top_k):
+    """64 rows of 8192 logits, float32."""
     logits = torch.randn(ROWS, VOCAB)
     with torch.inference_mode():
         versus(
-            ours=lambda: dk.sample_tokens(logits, top_k=top_k, seed=1, offset=2),
-            softmax_multinomial=lambda: multinomial(logits, top_k),
+            lambda: dk.sample_tokens(logits, top_k=top_k, seed=1, offset=2),
+            {"softmax, multinomial": lambda: multinomial(logits, top_k)},
         )

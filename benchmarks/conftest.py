@@ -1,98 +1,73 @@
-"""`versus`: times one of our functions against named baselines, interleaved, and writes the ratios of a whole run to
-benchmarks/results/.
+"""Fixtures for benchmarks: `versus` times one of our functions against named baselines, `record` keeps other numbers.
+The rows of a whole run go to benchmarks/results/ (--results), and with them the plot.
 """
 
-import datetime
-import json
-import platform
-import statistics
-import sys
-import time
 from pathlib import Path
 
+import plots
 import pytest
-import torch
+import tables
+from comparison import ROUNDS, SETTING, compare
 
-RESULTS = Path(__file__).parent / "results"
-ROUNDS = 11
 _rows: dict[str, list[dict]] = {}
 
 
-def _seconds(function):
-    begin = time.perf_counter()
-    function()
-    return time.perf_counter() - begin
+def pytest_addoption(parser):
+    parser.addoption("--results", type=Path, default=Path(__file__).parent / "results", help="folder of the results")
 
 
 @pytest.fixture
-def versus(benchmark, request):
-    """versus(ours, baseline=function, ...): medians over rounds A B C A B C ... after a warm-up, and the median of
-    the per-round ratios.
-    """
+def record(benchmark, request):
+    """record(facts) adds a row to the table of the test, a dict of columns; the rest is what `versus` measured."""
 
-    def run(ours, **baselines):
-        functions = {"ours": ours, **baselines}
-        for function in functions.values():
-            function()
-            function()
-        rounds = [{name: _seconds(function) for name, function in functions.items()} for _ in range(ROUNDS)]
-        row = {"case": request.node.callspec.id, "ms": statistics.median(r["ours"] for r in rounds) * 1e3}
-        for name in baselines:
-            ratios = sorted(r[name] / r["ours"] for r in rounds)
-            row[name] = {
-                "ms": statistics.median(r[name] for r in rounds) * 1e3,
-                "ratio": statistics.median(ratios),
-                "quartiles": [ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]],
-            }
-        _rows.setdefault(request.module.__name__.removeprefix("bench_"), []).append(
-            {"test": request.node.originalname, **row}
-        )
+    def run(facts, seconds=(), ratios=(), unavailable=(), unit="", count=1, ours=lambda: None):
+        row = {
+            "test": request.node.originalname,
+            "about": (request.function.__doc__ or "").strip(),
+            "case": request.node.callspec.id,
+            "parameters": {key: str(value) for key, value in request.node.callspec.params.items()},
+            "unit": unit,
+            "count": count,
+            "seconds": dict(seconds),
+            "ratios": dict(ratios),
+            "unavailable": dict(unavailable),
+            "facts": facts,
+        }
+        if not benchmark.disabled:
+            _rows.setdefault(request.module.__name__.removeprefix("bench_"), []).append(row)
         benchmark.extra_info.update(row)
-        benchmark.pedantic(ours, rounds=3)
+        benchmark.pedantic(ours, rounds=1)
 
     return run
 
 
-def _processor():
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+@pytest.fixture
+def versus(benchmark, record):
+    """versus(ours, {name: baseline}): times in `unit`, or how many of `count` things are done in a second.
+
+    A baseline may be Unavailable, and the table then says why. `facts` are more columns; `derived` are such that are a
+    factor times our seconds.
+    """
+
+    def run(ours, baselines, *, rounds=ROUNDS, least=0.0, unit="ms", count=1, facts=None, derived=None):
+        functions = {"ours": ours, **baselines}
+        unavailable = tables.missing(functions)
+        measured = {name: function for name, function in functions.items() if name not in unavailable}
+        times, ratios = compare(measured, 1 if benchmark.disabled or SETTING.tiny else rounds, least)
+        facts = {**{name: factor * times["ours"][1] for name, factor in (derived or {}).items()}, **(facts or {})}
+        record(facts, times, ratios, unavailable, unit, count, ours)
+
+    return run
 
 
 def pytest_sessionfinish(session):
     if not _rows:
         return
-    import dalle_kernels.info
-
-    info = dalle_kernels.info.collect()
-    conditions = {
-        "date": datetime.date.today().isoformat(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "instruction set": info["build"].get("cpu_isa_active"),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "compiler": info["build"].get("compiler"),
-        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
-        "method": f"median of {ROUNDS} interleaved rounds in one process after a warm-up, random inputs",
-    }
-    RESULTS.mkdir(exist_ok=True)
+    method = f"median of {ROUNDS} interleaved rounds (A B A B) in one process after a warm-up, random inputs"
+    conditions, folder = tables.conditions(method), session.config.getoption("results")
     for name, rows in _rows.items():
-        (RESULTS / f"{name}-cpu.json").write_text(json.dumps({"conditions": conditions, "rows": rows}, indent=1) + "\n")
-        (RESULTS / f"{name}-cpu.md").write_text(_table(name, rows, conditions))
-
-
-def _table(name, rows, conditions):
-    lines = [f"# {name}, CPU", "", *(f"- {key}: {value}" for key, value in conditions.items()), ""]
-    lines.append("Ratios: baseline time / our time (above 1, ours is faster), with the quartiles over rounds.")
-    for test in dict.fromkeys(row["test"] for row in rows):
-        part = [row for row in rows if row["test"] == test]
-        baselines = [key for key in part[0] if isinstance(part[0][key], dict)]
-        headings = " | ".join(f"{b.replace('_', ' ')}, ms | ratio" for b in baselines)
-        lines += ["", f"## {test.removeprefix('test_').replace('_', ' ')}", ""]
-        lines += [f"| case | ours, ms | {headings} |", "|---" * (2 + 2 * len(baselines)) + "|"]
-        for row in part:
-            cells = [row["case"], f"{row['ms']:.2f}"]
-            for b in (row[baseline] for baseline in baselines):
-                cells += [f"{b['ms']:.2f}", f"**{b['ratio']:.2f}** ({b['quartiles'][0]:.2f}–{b['quartiles'][1]:.2f})"]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        tables.write(folder, name, rows, conditions)
+    try:
+        plots.draw(folder, tables.suffix())
+    except ImportError:
+        print("\nthe plot is left out: it needs matplotlib")

@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dalle_kernels as dk
 
-from .timing import Unavailable, compare
+from .timing import Unavailable, compare, compiled
 
 P = dk.AttentionPattern
 PATTERNS = {"row": P.row, "column": P.column, "conv": P.conv}
@@ -158,12 +158,9 @@ def flex(inputs, order, block, setting):
     pattern = in_order(inputs.pattern) if order == "ordered" else inputs.pattern
     n = pattern.seq_len
     mask = create_block_mask(pattern.mask_mod, None, None, n, n, device=setting.device, BLOCK_SIZE=block)
-    function = flex_attention
     if inputs.backward and not setting.on_gpu:
         raise Unavailable("has no backward pass on a CPU")
-    if setting.on_gpu:
-        torch._dynamo.config.recompile_limit = 1000
-        function = torch.compile(flex_attention, dynamic=False)
+    function = flex_attention if setting.tiny else compiled(flex_attention)
     return inputs.function(lambda q, k, v: function(q, k, v, block_mask=mask))
 
 

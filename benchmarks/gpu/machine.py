@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import torch
 
@@ -62,9 +63,8 @@ def commit() -> str | None:
 
 
 def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return names[0] if names else platform.machine()
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def package(name: str) -> str | None:

@@ -28,6 +28,12 @@ def quartiles(values) -> list[float]:
     return [values[len(values) // 4], statistics.median(values), values[-1 - len(values) // 4]]
 
 
+def compiled(function):
+    """torch.compile for the sizes at hand, without the limit beyond which it quietly runs functions eagerly."""
+    torch._dynamo.config.recompile_limit = 1000
+    return torch.compile(function, dynamic=False)
+
+
 class HostTimer:
     """By the wall clock, one call a sample: for a dry run on a CPU."""
 

@@ -1,0 +1,159 @@
+"""Whole models: training steps of a prior and of a dVAE, and drawing pictures; the same models with our operations and
+with PyTorch's in their place.
+"""
+
+import contextlib
+import functools
+import math
+from types import SimpleNamespace
+from unittest import mock
+
+import pytest
+import torch
+from comparison import SETTING
+from torch.nn.functional import gumbel_softmax
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import dalle.dvae
+import dalle.prior
+import dalle_kernels as dk
+from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.prior import Prior, PriorConfig
+from dalle.training.optimizer import adamw
+
+if SETTING.tiny:
+    PRIOR = PriorConfig(8, 64, (4, 4), 32, layers=3, heads=2, head_dim=16, conv_kernel=3)
+    DVAE = DiscreteVAEConfig(16, 64, (8, 8, 16), blocks=1, codebook_dim=8)
+    PICTURES, CANDIDATES = 2, 2
+else:
+    PRIOR = PriorConfig(256, 1024, (32, 32), 1024, layers=4, heads=4)
+    DVAE = DiscreteVAEConfig(128, 8192, (32, 64, 128), blocks=1)
+    PICTURES, CANDIDATES = 2, 8
+
+
+class PaddedCache:
+    """What one would write first: keys and values of the whole sequence for every layer and candidate. A step attends
+    to all that is filled, or `masked` to what the pattern lets it see of that."""
+
+    capturable = False
+
+    def __init__(self, patterns, *, prompts, candidates, heads, head_dim, dtype, device=None, start=0, masked=False):
+        self.candidates, self.text, self.device = candidates, patterns[0].text_len, device
+        self.masks = [pattern.dense() for pattern in patterns] if masked else None
+        self.step = torch.tensor(start)
+        shape = 2, len(patterns), prompts * candidates, heads, patterns[0].seq_len, head_dim
+        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device)
+
+    def write_prefix(self, layer, k, v):
+        for storage, x in ((self.keys, k), (self.values, v)):
+            storage[layer][:, :, : x.shape[2]] = x.repeat_interleave(self.candidates, 0)
+
+    def advance(self):
+        self.step += 1
+
+    def attend(self, q, k, v, layer):
+        token = self.text + int(self.step)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[:, :, token], values[:, :, token] = k, v
+        mask = None if self.masks is None else self.masks[layer][token : token + 1, : token + 1]
+        seen = slice(token + 1)
+        return sdpa(q[:, :, None], keys[:, :, seen], values[:, :, seen], attn_mask=mask)[:, :, 0]
+
+
+def with_sdpa(masked: bool):
+    """dalle_kernels as the prior uses it, on SDPA: causal, or with the pattern as a boolean mask."""
+    masks = {}
+
+    def attention(q, k, v, pattern):
+        if not masked:
+            return sdpa(q, k, v, is_causal=True)
+        if pattern not in masks:
+            masks[pattern] = pattern.dense()
+        mask = masks[pattern]
+        return sdpa(q, k, v, attn_mask=mask[: q.shape[2], : q.shape[2]])
+
+    return SimpleNamespace(
+        AttentionPattern=dk.AttentionPattern,
+        sparse_attention=attention,
+        DecodeCache=lambda *args, **options: PaddedCache(*args, masked=masked, **options),
+        decode_attention=lambda q, k, v, cache, layer: cache.attend(q, k, v, layer),
+        sample_tokens=dk.sample_tokens,
+    )
+
+
+def plain_gumbel_softmax(logits, tau, dim, seed, return_kl):
+    log_p = logits.log_softmax(dim)
+    kl = (log_p.exp() * (log_p + math.log(logits.shape[dim]))).sum(dim)
+    return gumbel_softmax(logits, tau, dim=dim), kl
+
+
+PRIORS = {"ours": dk, "causal SDPA": with_sdpa(False), "masked SDPA": with_sdpa(True)}
+DVAES = {"ours": dk, "F.gumbel_softmax": SimpleNamespace(gumbel_softmax=plain_gumbel_softmax)}
+
+
+def using(module, kernels, function):
+    """The function with other kernels in the place of dalle_kernels in a module of the model layer."""
+
+    def run():
+        with mock.patch.object(module, "dk", kernels):
+            return function()
+
+    return run
+
+
+def against(versus, module, kernels, function, **options):
+    runs = {name: using(module, replacement, function) for name, replacement in kernels.items()}
+    versus(runs.pop("ours"), runs, **options)
+
+
+def training_step(model, loss, precision):
+    optimizer = adamw(model, betas=(0.9, 0.96), weight_decay=4.5e-2)
+
+    def step():
+        bfloat16 = torch.autocast("cpu", torch.bfloat16) if precision == "bfloat16" else contextlib.nullcontext()
+        with bfloat16:
+            value = loss()["loss"]
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+
+    return step
+
+
+def random_text(count):
+    ids = torch.randint(PRIOR.text_vocab, (count, PRIOR.text_len - 1))
+    return torch.cat([torch.full((count, 1), PRIOR.start_id), ids], 1)
+
+
+precisions = pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+
+
+@precisions
+def test_training_step_of_a_prior(versus, precision):
+    """256 text and 32×32 image tokens, 4 layers (row, column, row, conv) of 4 heads of 64, batch 2: loss, gradients and
+    AdamW; in bfloat16 by autocast.
+    """
+    model = Prior(PRIOR)
+    text, codes = random_text(2), torch.randint(PRIOR.image_vocab, (2, PRIOR.image_len))
+    step = training_step(model, lambda: model.loss(text, codes), precision)
+    tokens = 2 * (PRIOR.text_len + PRIOR.image_len)
+    against(versus, dalle.prior, PRIORS, step, unit="tokens/s", count=tokens)
+
+
+@pytest.mark.parametrize("candidates", [CANDIDATES])
+def test_drawing(versus, candidates):
+    """Whole pictures, candidates of one caption, by the same prior in float32; 3 rounds. SDPA attends to caches of the
+    whole sequence.
+    """
+    model, text = Prior(PRIOR), random_text(1)
+    draw = functools.partial(model.generate, text, candidates=candidates, seeds=torch.arange(candidates))
+    against(versus, dalle.prior, PRIORS, draw, unit="pictures/s", count=candidates, rounds=3)
+
+
+@pytest.mark.parametrize("precision", ["float32"])
+def test_training_step_of_a_dvae(versus, precision):
+    """128×128 pixels to 32×32 of 8192 codes, widths 32, 64, 128, batch 2: loss with its KL term, gradients, AdamW."""
+    model = DiscreteVAE(DVAE).to(memory_format=torch.channels_last)
+    images = torch.rand(PICTURES, 3, DVAE.image_size, DVAE.image_size)
+    step = training_step(model, lambda: model.loss(images, tau=0.9, beta=6.6), precision)
+    against(versus, dalle.dvae, DVAES, step, unit="pictures/s", count=PICTURES)

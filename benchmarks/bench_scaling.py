@@ -1,0 +1,60 @@
+"""One head of sparse attention on growing pictures: time, memory and plans against the number of tokens."""
+
+import pytest
+import torch
+from comparison import ROUNDS, SETTING, seconds
+from gpu.attention import Case, Inputs
+from memory import peak_bytes
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+import dalle_kernels as dk
+from dalle_kernels.plan import plan_tensor, plan_tensors
+
+TEXT, SIDES = (4, (4, 8)) if SETTING.tiny else (256, (32, 64, 128))
+CAUSAL, DIRECTIONS = "causal SDPA", ("forward", "forward and backward")
+
+
+def function(attention, name, direction, side):
+    """One pass over random inputs: of our attention, or of causal SDPA."""
+    case = Case(name, direction.split()[-1], TEXT, (side, side), batch=1, heads=1, dtype="float32")
+    inputs = Inputs(case, "cpu")
+    pattern = inputs.pattern.prepare()
+
+    def attend(q, k, v):
+        return sdpa(q, k, v, is_causal=True) if attention == CAUSAL else dk.sparse_attention(q, k, v, pattern)
+
+    if direction == "forward":
+        return inputs.function(attend)
+    return lambda: torch.autograd.grad(attend(*inputs.tensors), inputs.tensors, inputs.grad)
+
+
+def plan_facts(pattern):
+    """Bytes of the plan on a CPU, and the seconds to compile it."""
+    plan_tensor.cache_clear()
+    took = seconds(pattern.prepare)
+    return plan_tensors(pattern, pattern.seq_len, torch.device("cpu"))[0].nbytes, took
+
+
+@pytest.mark.parametrize("name", ["row", "column", "conv"])
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_one_head(versus, direction, side, name):
+    """256 text tokens and a picture of side × side tokens, one head of 64, float32. Peaks are what the first call takes
+    beyond its inputs, results and workspaces included, in a fresh process. 3 rounds for 128×128.
+    """
+    pattern = getattr(dk.AttentionPattern, name)(TEXT, (side, side))
+    peaks = {
+        attention: peak_bytes(function, (attention, name, direction, 4), (attention, name, direction, side))
+        for attention in ("ours", CAUSAL)
+    }
+    size, compiling = plan_facts(pattern)
+    facts = {
+        "tokens": pattern.seq_len,
+        "allowed pairs": pattern.nnz,
+        **{f"{attention}, peak MB": peak / 1e6 for attention, peak in peaks.items() if peak is not None},
+        "plan, kB": size / 1e3,
+        "plan, ms to compile": compiling * 1e3,
+    }
+    ours, causal = (function(attention, name, direction, side) for attention in ("ours", CAUSAL))
+    per_pair = {"ours, ns per pair": 1e9 / pattern.nnz}
+    versus(ours, {CAUSAL: causal}, rounds=ROUNDS if side <= 64 else 3, derived=per_pair, facts=facts)
