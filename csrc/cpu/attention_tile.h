@@ -20,28 +20,41 @@ template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t strid
   for (int d = head_dim; d < DP; ++d) out[d] = 0.0f;
 }
 
+// out[j][i] = in[i][j] for LANES rows of `columns`, a multiple of LANES
+DK_INLINE void transpose_rows(const float* in, int64_t in_stride, int columns, float* out, int64_t out_stride) {
+  for (int j = 0; j < columns; j += LANES) {
+    Vec v[LANES];
+    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(in + i * in_stride + j);
+    transpose(v);
+    DK_UNROLL for (int i = 0; i < LANES; ++i) store(out + (j + i) * out_stride, v[i]);
+  }
+}
+
+// LANES rows of a tile as floats, [LANES][DP]; padding rows are zero.
+template <class T, int DP> DK_INLINE void fetch_rows(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
+  for (int i = 0; i < LANES; ++i) {
+    if (rows[i] >= 0) fetch_row<T, DP>(base, stride, rows[i], head_dim, out + i * DP);
+    else std::memset(out + i * DP, 0, DP * sizeof(float));
+  }
+}
+
 // The rows of a tile, transposed to [DP][ROWS]; padding rows are zero.
 template <class T, int DP>
 DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
-  float row[DP];
-  for (int r = 0; r < ROWS; ++r) {
-    if (rows[r] >= 0) {
-      fetch_row<T, DP>(base, stride, rows[r], head_dim, row);
-      for (int d = 0; d < DP; ++d) out[d * ROWS + r] = row[d];
-    } else {
-      for (int d = 0; d < DP; ++d) out[d * ROWS + r] = 0.0f;
-    }
+  float fetched[LANES * DP];
+  for (int r = 0; r < ROWS; r += LANES) {
+    fetch_rows<T, DP>(base, stride, rows + r, head_dim, fetched);
+    transpose_rows(fetched, DP, DP, out + r, ROWS);
   }
 }
 
 template <class T, int DP>
 DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, float scale, T* base, int64_t stride) {
-  float row[DP];
-  for (int r = 0; r < ROWS; ++r) {
-    if (rows[r] < 0) continue;
-    for (int d = 0; d < head_dim; ++d) row[d] = in[d * ROWS + r] * scale;
-    store_row(row, base + rows[r] * stride, head_dim);
-  }
+  float unpacked[ROWS * DP];
+  for (int d = 0; d < DP; d += LANES) transpose_rows(in + d * ROWS, ROWS, ROWS, unpacked + d, DP);
+  for (int i = 0; i < ROWS * DP; ++i) unpacked[i] *= scale;
+  for (int r = 0; r < ROWS; ++r)
+    if (rows[r] >= 0) store_row(unpacked + r * DP, base + rows[r] * stride, head_dim);
 }
 
 // Products over the head dim are summed over even and odd d apart, and SPAN at a time: shorter chains err less.

@@ -90,21 +90,13 @@ template <class T, int DP> struct Backward {
   static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows, const TileLeft<DP>& tile, QueriesSpace<DP>& w) {
     const SparseAttentionArgs& f = a.forward;
     const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh), *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
-    for (int r = 0; r < ROWS; ++r) {
-      float *qr = tile.q + r * DP, *gr = tile.g + r * DP;
-      if (rows[r] < 0) {
-        std::memset(qr, 0, DP * 4);
-        std::memset(gr, 0, DP * 4);
-      } else {
-        fetch_row<T, DP>(q, f.q_strides.token, rows[r], f.head_dim, qr);
-        fetch_row<T, DP>(g, a.grad_out_strides.token, rows[r], f.head_dim, gr);
-      }
-      for (int d = 0; d < DP; ++d) {
-        w.qt[d * ROWS + r] = qr[d];
-        w.gt[d * ROWS + r] = gr[d];
-        qr[d] *= f.scale;
-      }
+    for (int r = 0; r < ROWS; r += LANES) {
+      fetch_rows<T, DP>(q, f.q_strides.token, rows + r, f.head_dim, tile.q + r * DP);
+      fetch_rows<T, DP>(g, a.grad_out_strides.token, rows + r, f.head_dim, tile.g + r * DP);
+      transpose_rows(tile.q + r * DP, DP, DP, w.qt + r, ROWS);
+      transpose_rows(tile.g + r * DP, DP, DP, w.gt + r, ROWS);
     }
+    for (int i = 0; i < ROWS * DP; ++i) tile.q[i] *= f.scale;
   }
 
   static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* left, float* thread) {

@@ -29,9 +29,9 @@ template <Buffer> float* workspace(int64_t floats) {
 }
 
 // Runs run(item, workspace) for every item in [0, items), each thread taking the next one when it is free.
-template <class Run> void for_each_item(int64_t items, int64_t workspace_floats, const Run& run) {
+template <class Run> void for_each_item(int64_t items, int64_t workspace_floats, const Run& run, int64_t most_threads = torch::stable::get_num_threads()) {
   std::atomic<int64_t> next{0};
-  const int64_t threads = std::min<int64_t>(items, torch::stable::get_num_threads());
+  const int64_t threads = std::min(items, most_threads);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
     float* buffer = workspace<Buffer::own>(workspace_floats);

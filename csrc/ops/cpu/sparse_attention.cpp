@@ -15,11 +15,18 @@ static void check_plan(const Tensor& plan, int64_t n) {
                   "the plan was compiled for another length or tile shape");
 }
 
-// The last heads % threads heads (all, where there are fewer than threads) are done by all threads together, the others by one thread each.
+// How heads are done: the last heads % threads (all, where there are fewer than threads) by all threads together, the others by one thread each.
 struct Division {
-  explicit Division(int64_t heads) : threads(torch::stable::get_num_threads()), apart(heads - heads % threads), together(heads % threads) {}
+  explicit Division(const SparseAttentionArgs& a) {
+    constexpr int64_t PRODUCTS = 1 << 18;   // worth waking a thread for: some 10 us. What a row costs beside its products is as 16 more columns and dims.
+    const Plan plan(a.plan);
+    const int64_t heads = a.batch * a.heads, products = heads * plan.tiles() * TILE_ROWS * (plan[Plan::MOST_COLUMNS] + 16) * (a.head_dim + 16);
+    threads = std::clamp<int64_t>(products / PRODUCTS, 1, torch::stable::get_num_threads());
+    together = heads % threads;
+    apart = heads - together;
+  }
   int64_t pieces(int64_t per_thread) const { return (per_thread * threads + together - 1) / together; }   // of a head, for each thread to have some
-  const int64_t threads, apart, together;
+  int64_t threads, apart, together;
 };
 
 // The tiles from begin to end, the heaviest first, so that no thread begins a heavy one when the others are done
@@ -30,6 +37,15 @@ static std::vector<int64_t> heaviest_first(const Plan& plan, int64_t begin, int6
   return tiles;
 }
 
+template <class Args, class Kernel>
+static void prepare_together(const Args& a, const Kernel& kernel, const Division& heads, float* shared, int64_t head_floats) {
+  const int64_t parts = heads.pieces(1);
+  for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
+    const int64_t head = item / parts;
+    kernel.prepare(a, heads.apart + head, item % parts, parts, shared + head * head_floats);
+  }, heads.threads);
+}
+
 static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t>, double scale) {
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
@@ -37,25 +53,21 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   const SparseAttentionArgs a = sparse_attention_args(q, k, v, out, lse, plan, scale);
   const SparseAttentionKernel kernel = kernels().sparse_attention(a);
   const SparseAttentionSpace space = kernel.space(a);
-  const Division heads(a.batch * a.heads);
+  const Division heads(a);
   const int64_t tiles = Plan(a.plan).tiles();
   for_each_item(heads.apart, space.head + space.thread, [&](int64_t bh, float* workspace) {
     kernel.prepare(a, bh, 0, 1, workspace);
     kernel.run(a, bh, 0, tiles, workspace, workspace + space.head);
-  });
+  }, heads.threads);
   if (heads.together == 0) return {out, lse};
 
   float* shared = workspace<Buffer::shared>(heads.together * space.head);
-  const int64_t parts = heads.pieces(1);
-  if (space.head) for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
-    const int64_t head = item / parts;
-    kernel.prepare(a, heads.apart + head, item % parts, parts, shared + head * space.head);
-  });
+  if (space.head > 0) prepare_together(a, kernel, heads, shared, space.head);
   const std::vector<int64_t> order = heaviest_first(Plan(a.plan), 0, tiles);
   for_each_item(heads.together * tiles, space.thread, [&](int64_t item, float* thread) {
     const int64_t head = item % heads.together, tile = order[item / heads.together];
     kernel.run(a, heads.apart + head, tile, tile + 1, shared + head * space.head, thread);
-  });
+  }, heads.threads);
   return {out, lse};
 }
 
@@ -66,21 +78,18 @@ static void backward_together(const SparseAttentionBackwardArgs& a, const Sparse
   const Plan plan(a.forward.plan);
   const int64_t round = std::min<int64_t>(plan.tiles(), std::max(heads.pieces(4), LEFT_FLOATS / (heads.together * space.tile))), parts = heads.pieces(2);
   float *shared = workspace<Buffer::shared>(heads.together * (space.head + round * space.tile)), *left = shared + heads.together * space.head;
-  for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
-    const int64_t head = item / parts;
-    kernel.prepare(a, heads.apart + head, item % parts, parts, shared + head * space.head);
-  });
+  prepare_together(a, kernel, heads, shared, space.head);
   for (int64_t begin = 0; begin < plan.tiles(); begin += round) {
     const std::vector<int64_t> order = heaviest_first(plan, begin, begin + round);
     const int64_t count = order.size();
     for_each_item(heads.together * count, space.thread, [&](int64_t item, float* thread) {
       const int64_t head = item % heads.together, tile = order[item / heads.together];
       kernel.queries(a, heads.apart + head, tile, shared + head * space.head, left + (head * round + tile - begin) * space.tile, thread);
-    });
+    }, heads.threads);
     for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
       const int64_t head = item / parts;
       kernel.keys(a, heads.apart + head, begin, begin + count, item % parts, parts, shared + head * space.head, left + head * round * space.tile);
-    });
+    }, heads.threads);
   }
 }
 
@@ -95,10 +104,10 @@ static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_
   a.grad_k_strides = strides_of(grad_k), a.grad_v_strides = strides_of(grad_v);
   const SparseAttentionBackwardKernel kernel = kernels().sparse_attention_backward(a);
   const SparseAttentionSpace space = kernel.space(a);
-  const Division heads(a.forward.batch * a.forward.heads);
+  const Division heads(a.forward);
   for_each_item(heads.apart, space.head + space.tile + space.thread, [&](int64_t bh, float* workspace) {
     kernel.run(a, bh, workspace, workspace + space.head, workspace + space.head + space.tile);
-  });
+  }, heads.threads);
   if (heads.together) backward_together(a, kernel, heads);
   return {grad_q, grad_k, grad_v};
 }
