@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from comparison import SETTING, attempt, fastest, need_compiler
+from comparison import ROUNDS, SETTING, attempt, fastest, need_compiler
 from gpu.attention import Case, Inputs, flex, shrink
 from plain_attention import plain_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -49,7 +49,8 @@ def best_plain(inputs):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_paper_shape(versus, name, dtype, direction):
     """256 text tokens, 32×32 image tokens, batch 2, 8 heads of 64. A backward pass is timed alone. The pair ceiling is
-    the pairs of dense causal attention over those of the pattern: the ratio that sparsity alone would give.
+    the pairs of dense causal attention over those of the pattern: the ratio that sparsity alone would give. Of
+    FlexAttention and plain PyTorch the fastest block size. 3 rounds for float16.
     """
     inputs = Inputs(case_of(name, dtype, direction), "cpu")
     pattern, mask = inputs.pattern, inputs.pattern.dense()
@@ -63,6 +64,7 @@ def test_paper_shape(versus, name, dtype, direction):
             "plain PyTorch": best_plain(inputs),
             "ours, dense causal": inputs.function(ours(dense)),
         },
+        rounds=3 if dtype == "float16" else ROUNDS,
         facts={"pair ceiling": dense.nnz / pattern.nnz},
     )
 
@@ -75,8 +77,9 @@ HARD = {
 
 
 @pytest.mark.parametrize("values", HARD)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("direction", "dtype"), [("forward", "float32"), ("forward", "bfloat16"), ("backward", "float32")]
+)
 def test_hard_values(versus, values, dtype, direction):
     """Row attention at the paper's shape on values that make processors slow; a ratio of "ours, randn" below 1 is what
     these values cost.
