@@ -3,22 +3,28 @@ emulation (amx_emulation/emulation.cpp). First the emulation itself, then the ke
 """
 
 import os
+import re
 import shutil
 import signal
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from amx_emulation import amx
 
-pytestmark = pytest.mark.skipif(amx.problem() is not None, reason=str(amx.problem()))
-emulated = pytest.mark.skipif(amx.problem() is None and amx.native(), reason="this processor has AMX")
+from dalle_kernels import _host
+
+PROBLEM = amx.problem() or ("amx" not in _host.cpu_isas() and "the compiler does not know AMX") or None
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+emulated = pytest.mark.skipif(PROBLEM is None and amx.native(), reason="this processor has AMX")
 
 
 TILES = "-mamx-tile", "-mamx-bf16"
 
 
-def run(*command):
-    environment = {**os.environ, **amx.environment()}
+def run(*command, **environment):
+    environment = {**os.environ, **amx.environment(), **environment}
     return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
 
 
@@ -70,6 +76,9 @@ def test_other_faults_stay_what_they_are(name, number, seed):
 
 # -- csrc/cpu/matrix.h
 
+needs_avx512_bf16 = pytest.mark.skipif(
+    PROBLEM is None and "avx512_bf16" not in amx.processor(), reason="the kernels need AVX512-BF16 too"
+)
 AVX512 = "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"
 QUIET = "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 
@@ -79,10 +88,9 @@ def primitive(isa, seed, csrc=amx.CSRC):
     return run(amx.compile("primitive.cpp", *flags, csrc=csrc), seed)
 
 
+@needs_avx512_bf16
 @pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
 def test_the_primitive(isa, seed):
-    if "avx512_bf16" not in amx.processor():
-        pytest.skip("this processor has no AVX512-BF16")
     done = primitive(isa, seed)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
 
@@ -98,6 +106,7 @@ PLANTS = {
 
 
 @emulated
+@needs_avx512_bf16
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_fault_is_noticed(plant, tmp_path, seed):
@@ -109,3 +118,18 @@ def test_a_planted_fault_is_noticed(plant, tmp_path, seed):
     (csrc / "cpu" / "matrix.h").write_text(text.replace(before, after))
     done = primitive("amx", seed, csrc)
     assert done.returncode != 0 and message in done.stdout + done.stderr
+
+
+# -- attention
+
+
+@needs_avx512_bf16
+@pytest.mark.slow
+def test_attention():
+    pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    file = Path(__file__).with_name("test_sparse_attention.py")
+    selected = "(bfloat16 or any_shape) and not reference"
+    done = run(*pytest_here, file, "-k", selected, DALLE_KERNELS_CPU_ISA="amx")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
+    if not amx.native():
+        assert int(re.search(r"AMX emulation: (\d+) instructions", done.stderr)[1]) > 100_000
