@@ -110,29 +110,32 @@ struct MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-// Blocks of 8 rows x 2 vectors: 16 sums, the two vectors of B and a broadcast fit the register file and hide the latency.
+// Blocks of 4 rows x 4 (or 2) vectors: enough sums to hide the latency, and few loads for each product.
 template <int M, int N>
 void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs, bool add) {
   static_assert(N % 2 == 0, "two vectors of columns");
-  for (int n = 0; n < 16 * N; n += 32)
-    for (int m = 0; m < 16 * M; m += 8) {
-      Vec sum[8][2] = {};
+  constexpr int TALL = 4, WIDE = N % 4 == 0 ? 4 : 2, STEPS = 4;
+  for (int n = 0; n < 16 * N; n += WIDE * LANES)
+    for (int m = 0; m < 16 * M; m += TALL) {
+      const BFloat16* left = a + m * lda;
+      float* out = c + m * ldc + n;
+      Vec sum[TALL][WIDE] = {};
       if (add) {
-        DK_UNROLL for (int i = 0; i < 8; ++i)
-          DK_UNROLL for (int half = 0; half < 2; ++half) sum[i][half] = load(c + (m + i) * ldc + n + half * LANES);
+        DK_UNROLL for (int i = 0; i < TALL; ++i)
+          DK_UNROLL for (int k = 0; k < WIDE; ++k) sum[i][k] = load(out + i * ldc + k * LANES);
       }
-      for (int p = 0; p < pairs; ++p) {
-        const __m512bh right0 = as_pairs(_mm512_loadu_si512(b + p * ldb + n)), right1 = as_pairs(_mm512_loadu_si512(b + p * ldb + n + LANES));
-        DK_UNROLL for (int i = 0; i < 8; ++i) {
-          int32_t left;
-          std::memcpy(&left, a + (m + i) * lda + 2 * p, sizeof(left));
-          const __m512bh both = as_pairs(_mm512_set1_epi32(left));
-          sum[i][0] = _mm512_dpbf16_ps(sum[i][0], both, right0);
-          sum[i][1] = _mm512_dpbf16_ps(sum[i][1], both, right1);
+      for (int step = 0; step < pairs; step += STEPS)
+        DK_UNROLL for (int p = step; p < step + STEPS; ++p) {
+          __m512bh right[WIDE];
+          DK_UNROLL for (int k = 0; k < WIDE; ++k) right[k] = as_pairs(_mm512_loadu_si512(b + p * ldb + n + k * LANES));
+          DK_UNROLL for (int i = 0; i < TALL; ++i) {
+            int32_t pair;
+            std::memcpy(&pair, left + i * lda + 2 * p, sizeof(pair));
+            DK_UNROLL for (int k = 0; k < WIDE; ++k) sum[i][k] = _mm512_dpbf16_ps(sum[i][k], as_pairs(_mm512_set1_epi32(pair)), right[k]);
+          }
         }
-      }
-      DK_UNROLL for (int i = 0; i < 8; ++i)
-        DK_UNROLL for (int half = 0; half < 2; ++half) store(c + (m + i) * ldc + n + half * LANES, sum[i][half]);
+      DK_UNROLL for (int i = 0; i < TALL; ++i)
+        DK_UNROLL for (int k = 0; k < WIDE; ++k) store(out + i * ldc + k * LANES, sum[i][k]);
     }
 }
 
