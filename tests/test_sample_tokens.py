@@ -122,7 +122,7 @@ def test_frequencies(options, backend, seed):
     assert counts.sum() == counts[allowed].sum(), "only tokens that the filters keep are drawn"
     statistic = ((counts[allowed] - p * draws) ** 2 / (p * draws)).sum()
     survival = torch.special.gammaincc(torch.tensor((len(p) - 1) / 2).double(), statistic / 2)
-    assert survival > 1e-7, f"chi-square {statistic:.1f} with {len(p) - 1} degrees of freedom"
+    assert len(p) == 1 or survival > 1e-7, f"chi-square {statistic:.1f} with {len(p) - 1} degrees of freedom"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
