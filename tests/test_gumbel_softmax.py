@@ -3,6 +3,8 @@ dtype, dimension and memory layout; its limits in tau; and that nothing depends 
 """
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -286,6 +288,22 @@ def test_forward_and_backward_allocate_two_buffers(seed):
             torch.autograd.grad(y, x, x.detach())
         sizes = [e.nbytes() for e in record.profiler.kineto_results.events() if e.name() == "[memory]"]
         assert sizes and sum(size for size in sizes if size > x.nbytes // 2) <= 2 * x.nbytes
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
+def test_large_outputs_ask_for_huge_pages(seed):
+    x = torch.randn(1, 8192, 32, 40, requires_grad=True)  # 40 MiB: malloc maps blocks this large anew
+    y = dk.gumbel_softmax(x, dim=1, backend="cpu")
+    for output in (y, *torch.autograd.grad(y, x, x.detach())):
+        middle, inside = output.data_ptr() + output.nbytes // 2, False
+        for line in Path("/proc/self/smaps").read_text().splitlines():
+            if match := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(match[1], 16) <= middle < int(match[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                assert "hg" in line.split()
+                break
+        else:
+            raise AssertionError("the output lies in no mapping")
 
 
 def test_double_backward_is_refused(seed):

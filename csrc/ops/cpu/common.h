@@ -6,6 +6,10 @@
 #include <memory>
 #include <new>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "cpu/kernels.h"
 #include "ops/common.h"
 
@@ -37,6 +41,22 @@ template <class Run> void for_each_item(int64_t items, int64_t workspace_floats,
     float* buffer = workspace<Buffer::own>(workspace_floats);
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(item, buffer);
   });
+}
+
+// A large output is new to the process: malloc maps such blocks from the system and gives them back each time, and faulting in page after page can take
+// longer than the kernel. So all threads together have its pages made, huge ones where there are such, before the kernel runs.
+constexpr int64_t PAGE = 4096, FRESH_BYTES = 4 << 20, SHARE_BYTES = 2 << 20;
+inline Tensor fresh(Tensor t) {
+#if defined(MADV_HUGEPAGE) && defined(MADV_POPULATE_WRITE)
+  const uintptr_t first = reinterpret_cast<uintptr_t>(t.data_ptr()), begin = (first + PAGE - 1) / PAGE * PAGE;
+  const int64_t bytes = static_cast<int64_t>(first + t.numel() * t.element_size() - begin) / PAGE * PAGE;
+  if (bytes < FRESH_BYTES) return t;
+  madvise(reinterpret_cast<void*>(begin), bytes, MADV_HUGEPAGE);   // advice: where it cannot be taken the pages come as they always do
+  torch::stable::parallel_for(0, (bytes + SHARE_BYTES - 1) / SHARE_BYTES, 1, [&](int64_t from, int64_t to) {
+    madvise(reinterpret_cast<void*>(begin + from * SHARE_BYTES), std::min(to * SHARE_BYTES, bytes) - from * SHARE_BYTES, MADV_POPULATE_WRITE);
+  });
+#endif
+  return t;
 }
 
 }  // namespace dk

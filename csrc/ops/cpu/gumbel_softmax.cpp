@@ -29,7 +29,7 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
     stats_shape = shape;
     stats_shape.insert(stats_shape.begin(), 2);
   }
-  Tensor y = torch::stable::empty_like(logits);
+  Tensor y = fresh(torch::stable::empty_like(logits));
   Tensor kl = torch::stable::new_empty(logits, shape, torch::headeronly::ScalarType::Float);
   Tensor stats = torch::stable::new_empty(logits, stats_shape, torch::headeronly::ScalarType::Float);
   a.logits = logits.data_ptr(), a.y = y.data_ptr();
@@ -47,7 +47,7 @@ static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_
     return t->data_ptr();
   };
   grad_y = torch::stable::contiguous(grad_y);
-  Tensor grad_logits = torch::stable::empty_like(grad_y);
+  Tensor grad_logits = fresh(torch::stable::empty_like(grad_y));
   GumbelSoftmaxBackwardArgs a{};
   a.forward = gumbel_softmax_args(grad_y, seed, tau, hard, dim);
   a.forward.logits = contiguous(logits), a.forward.y = contiguous(y);
