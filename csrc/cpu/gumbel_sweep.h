@@ -209,7 +209,7 @@ template <class T> struct Sweep {
       w.noise.draw(key, s, row, count, width);
       float* noisy = soft ? w.weights + row * width : w.x;
       for (int r = 0; r < count; ++r)
-        for (int j = 0; j < width; j += LANES) store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j));
+        for (int j = 0; j < width; j += LANES) store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j) * LN2);
       for (int j = 0; j < width; j += LANES) {
         if (soft) {
           w.noisy.absorb(noisy, count, j, scale);

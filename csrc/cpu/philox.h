@@ -69,75 +69,93 @@ DK_INLINE WVec unpack_high(WVec a, WVec b) {
 #endif
 }
 
-// The random bits of LANES / 2 consecutive blocks, in the order of their indices: 2 * LANES words.
-DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec out[2]) {
-  WVec c0;
+// float(x), rounded to nearest even
+DK_INLINE Vec to_floats(UVec x) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepu32_ps(reinterpret_cast<__m512i>(x));
+#else
+  // both halves and high * 65536 are exact, so only the sum rounds
+  const Vec high = __builtin_convertvector(reinterpret_cast<IVec>(x >> 16), Vec), low = __builtin_convertvector(reinterpret_cast<IVec>(x & 0xFFFFu), Vec);
+  return high * 65536.0f + low;
+#endif
+}
+
+// The functions below compute N vectors side by side: the steps of one depend on each other, and alone they would leave the processor waiting.
+
+// The random bits of N * LANES / 2 consecutive blocks, in the order of their indices.
+template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out)[2 * N]) {
+  WVec first;
   for (int i = 0; i < LANES / 4; ++i) {   // the order in which unpacking leaves the blocks sorted
-    c0[2 * i] = i;
-    c0[2 * i + 1] = LANES / 4 + i;
+    first[2 * i] = i;
+    first[2 * i + 1] = LANES / 4 + i;
   }
-  c0 += block;
-  WVec c1 = c0 >> 32, c2 = (key.offset & 0xFFFFFFFFu) - WVec{}, c3 = (key.offset >> 32) - WVec{};
+  WVec c0[N], c1[N], c2[N], c3[N];
+  DK_UNROLL for (int i = 0; i < N; ++i) {
+    c0[i] = first + (block + i * (LANES / 2)), c1[i] = c0[i] >> 32;
+    c2[i] = (key.offset & 0xFFFFFFFFu) - WVec{}, c3[i] = (key.offset >> 32) - WVec{};
+  }
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
   DK_UNROLL for (int round = 0; round < 10; ++round) {   // only the low 32 bits of a lane count
-    const WVec a = multiply_low(c0, PHILOX_M0), b = multiply_low(c2, PHILOX_M1);
-    c0 = (b >> 32) ^ c1 ^ static_cast<uint64_t>(k0);
-    c2 = (a >> 32) ^ c3 ^ static_cast<uint64_t>(k1);
-    c1 = b, c3 = a;
+    DK_UNROLL for (int i = 0; i < N; ++i) {
+      const WVec a = multiply_low(c0[i], PHILOX_M0), b = multiply_low(c2[i], PHILOX_M1);
+      c0[i] = (b >> 32) ^ c1[i] ^ static_cast<uint64_t>(k0);
+      c2[i] = (a >> 32) ^ c3[i] ^ static_cast<uint64_t>(k1);
+      c1[i] = b, c3[i] = a;
+    }
     k0 += PHILOX_W0, k1 += PHILOX_W1;
   }
-  const WVec c01 = (c0 & 0xFFFFFFFFu) | (c1 << 32), c23 = (c2 & 0xFFFFFFFFu) | (c3 << 32);
-  out[0] = reinterpret_cast<UVec>(unpack_low(c01, c23));
-  out[1] = reinterpret_cast<UVec>(unpack_high(c01, c23));
+  DK_UNROLL for (int i = 0; i < N; ++i) {
+    const WVec c01 = (c0[i] & 0xFFFFFFFFu) | (c1[i] << 32), c23 = (c2[i] & 0xFFFFFFFFu) | (c3[i] << 32);
+    out[2 * i] = reinterpret_cast<UVec>(unpack_low(c01, c23));
+    out[2 * i + 1] = reinterpret_cast<UVec>(unpack_high(c01, c23));
+  }
 }
 
-// Splits x = 2^e * m, m in [0.75, 1.5): returns e * 2^23 as an integer, which is what the bits of 2^e and of x / m differ by.
-DK_INLINE IVec scaled_exponent(Vec x) { return reinterpret_cast<IVec>((bits(x) - 0x3F400000u) & 0xFF800000u); }
+// Splits x = 2^k * m, m in [0.75, 1.5): returns k * 2^23 as an integer, which is what the bits of 2^k and of x / m differ by.
+DK_INLINE UVec scaled_exponent(Vec x) { return (bits(x) - 0x3F400000u) & 0xFF800000u; }
 
-// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23; to 0.95 units in the last place, near f = 0 too where e is 0.
-DK_INLINE Vec log_split(IVec scaled_e, Vec f) {
-  Vec p = splat(-4.49095816e-2f);
-  p = p * f + 1.04483288e-1f;
-  p = p * f - 1.31622319e-1f;
-  p = p * f + 1.44820619e-1f;
-  p = p * f - 1.66477672e-1f;
-  p = p * f + 1.99906067e-1f;
-  p = p * f - 2.50000546e-1f;
-  p = p * f + 3.33334544e-1f;
-  p = p * f - 5.00000008e-1f;
-  // e log 2 + f with what its rounding loses; e times the upper part of log 2 is exact
-  const Vec e = __builtin_convertvector(scaled_e, Vec), high = e * (0x1.62E4p-1f * 0x1p-23f), sum = high + f;
-  const Vec lost = f - (sum - high) + e * (1.42860677e-6f * 0x1p-23f);
-  return sum + (f * f * p + lost);
+// x = -log2(2^k * (1 + f)) for f in [-0.25, 0.5], from k * 2^23; to two units in the last place, near f = 0 too where k is 0.
+template <int N> DK_INLINE void minus_log2(const UVec (&k)[N], const Vec (&f)[N], Vec (&x)[N]) {
+  constexpr float C[] = {7.806674006e-2f, -1.742302321e-1f, 2.163248654e-1f, -2.427235177e-1f, 2.881915044e-1f, -3.605759219e-1f,
+                         4.809020805e-1f, -7.213484784e-1f, 1.442695032f};   // log2(1 + f) / f, to 2.7e-8
+  DK_UNROLL for (int i = 0; i < N; ++i) x[i] = splat(C[0]);
+  DK_UNROLL for (int c = 1; c < 9; ++c) {
+    DK_UNROLL for (int i = 0; i < N; ++i) x[i] = x[i] * f[i] + C[c];
+  }
+  DK_UNROLL for (int i = 0; i < N; ++i) x[i] = -(x[i] * f[i] + __builtin_convertvector(reinterpret_cast<IVec>(k[i]) >> 23, Vec));
 }
 
-// Random bits -> u -> -log(-log1p(-u)).
-DK_INLINE Vec gumbel(UVec x) {
-  // float(x) to nearest even on every instruction set: both halves and high * 65536 are exact, so only the sum rounds
-  const Vec high = __builtin_convertvector(reinterpret_cast<IVec>(x >> 16), Vec);
-  const Vec low = __builtin_convertvector(reinterpret_cast<IVec>(x & 0xFFFFu), Vec);
-  const Vec f = high * 65536.0f + low;
-  const Vec t = (f + 0.5f) * 0x1p-32f, most = splat(0x1.FFFFFEp-1f);
-  const Vec u = t < most ? t : most;
-  // 1 - u = 2^e (1 + g) with g = 2^-e - 1 - 2^-e u, which is exact: no digit of a small u is lost
-  const IVec e = scaled_exponent(1.0f - u);
-  const Vec scale = floats(0x3F800000u - reinterpret_cast<UVec>(e));
-  const Vec exponential = -log_split(e, (scale - 1.0f) - scale * u);
-  const IVec k = scaled_exponent(exponential);
-  return -log_split(k, floats(bits(exponential) - reinterpret_cast<UVec>(k)) - 1.0f);
+// The noise of N * LANES / 2 consecutive blocks, see below.
+template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out) {
+  UVec random[2 * N], k[2 * N];
+  Vec f[2 * N], x[2 * N];
+  philox<N>(key, block, random);
+  DK_UNROLL for (int i = 0; i < 2 * N; ++i) {
+    const Vec minus_u = max(splat(-0x1.FFFFFEp-1f), to_floats(random[i]) * -0x1p-32f - 0x1p-33f);
+    k[i] = scaled_exponent(1.0f + minus_u);
+    // 1 - u = 2^k (1 + f) with f = 2^-k - 1 - 2^-k u, which is exact: no digit of a small u is lost
+    const Vec scale = floats(0x3F800000u - k[i]);
+    f[i] = (scale - 1.0f) + scale * minus_u;
+  }
+  minus_log2(k, f, x);
+  DK_UNROLL for (int i = 0; i < 2 * N; ++i) {
+    k[i] = scaled_exponent(x[i]);
+    f[i] = floats(bits(x[i]) - k[i]) - 1.0f;
+  }
+  minus_log2(k, f, x);
+  DK_UNROLL for (int i = 0; i < 2 * N; ++i) store(out + i * LANES, x[i]);
 }
 
-// The noise of indices [first, first + count): returns where it begins in `buffer`, which must hold noise_capacity(count) floats.
+// The noise of indices [first, first + count) as -log2(-log2(1 - u)); times log 2 it is the noise of philox.py less a constant, which neither a softmax
+// nor an argmax sees. Returns where it begins in `buffer`, which must hold noise_capacity(count) floats.
+constexpr float LN2 = 6.93147181e-1f;
 constexpr int64_t noise_capacity(int64_t count) { return count + 3 + 2 * LANES; }
 static inline const float* gumbel_noise(PhiloxKey key, uint64_t first, int64_t count, float* buffer) {
   const int skip = static_cast<int>(first & 3);
   uint64_t block = first >> 2;
-  for (int64_t i = 0; i < count + skip; i += 2 * LANES, block += LANES / 2) {
-    UVec x[2];
-    philox(key, block, x);
-    store(buffer + i, gumbel(x[0]));
-    store(buffer + i + LANES, gumbel(x[1]));
-  }
+  int64_t i = 0;
+  for (; i + 2 * LANES < count + skip; i += 4 * LANES, block += LANES) gumbel<2>(key, block, buffer + i);
+  if (i < count + skip) gumbel<1>(key, block, buffer + i);
   return buffer + skip;
 }
 

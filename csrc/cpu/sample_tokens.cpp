@@ -90,7 +90,7 @@ static int64_t draw(const SampleTokensArgs& a, const SampleSpace& w, PhiloxKey k
   for (int64_t block = 0; block < a.vocabulary; block += BLOCK) {
     const float* noise = gumbel_noise(key, block, BLOCK, w.noise);
     for (int64_t i = 0; i < BLOCK; i += LANES)
-      best.take((load(w.x + block + i) - top) * inverse_temperature + load(noise + i), static_cast<int32_t>(block + i));
+      best.take((load(w.x + block + i) - top) * inverse_temperature + load(noise + i) * LN2, static_cast<int32_t>(block + i));
   }
   const IVec token = best.index + lane_index();
   int chosen = 0;
