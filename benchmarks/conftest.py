@@ -63,7 +63,7 @@ def versus(benchmark, record):
 def pytest_sessionfinish(session):
     if not _rows:
         return
-    method = f"median of {ROUNDS} interleaved rounds (A B A B) in one process after a warm-up, random inputs"
+    method = f"median of {ROUNDS} interleaved rounds (fewer where a table says so) in one process after a warm-up"
     conditions, folder = tables.conditions(method), session.config.getoption("results")
     for name, rows in _rows.items():
         tables.write(folder, name, rows, conditions)

@@ -3,6 +3,7 @@
 import datetime
 import json
 import platform
+import shlex
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def conditions(method: str) -> dict:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "compiler": build.get("compiler"),
-        "command": " ".join(["python -m pytest", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", "pytest", *sys.argv[1:]]),
         "method": method,
     }
 
