@@ -113,10 +113,11 @@ def test_large_logits(factor, dtype, seed):
     check(pattern, (q * factor).to(dtype), k.to(dtype), v.to(dtype), "cpu")
 
 
-def test_scale_is_used_even_when_zero(seed):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_scale_is_used_even_when_zero_or_negative(dtype, seed):
     pattern = dk.AttentionPattern.causal(8, (4, 4))
-    q, k, v = torch.randn(3, 1, 1, 24, 32)
-    for scale in (0.0, 0.37):
+    q, k, v = torch.randn(3, 16, 1, 24, 32).to(dtype)
+    for scale in (0.0, 0.37, -0.37):
         check(pattern, q, k, v, "cpu", scale=scale)
 
 
@@ -154,11 +155,12 @@ def test_hidden_keys_change_no_bit(name, dtype, seed):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
-def test_nan_shows_where_it_is_seen(which, seed):
+def test_nan_shows_where_it_is_seen(which, dtype, seed):
     """A diverged model must not look healthy: every query that sees a NaN is NaN, and so is its gradient."""
     pattern = dk.AttentionPattern.row(text_len=5, grid=(4, 9))
-    tensors = torch.randn(3, 1, 2, pattern.seq_len, 40)
+    tensors = torch.randn(3, 1, 2, pattern.seq_len, 40).to(dtype)
     tensors[which, 0, 0, 3] = torch.nan
     seen = torch.arange(pattern.seq_len) == 3 if which == 0 else pattern.dense()[:, 3]
     out, lse, grad_q, *_ = run(
