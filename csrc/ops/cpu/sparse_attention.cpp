@@ -71,12 +71,13 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
-// The last heads together: rounds of tiles, of which `queries` and then `keys` run in parallel. What a round leaves takes some MB.
+// The last heads together: rounds of tiles, of which `queries` and then `keys` run in parallel. What a round leaves should stay in the threads' caches.
 static void backward_together(const SparseAttentionBackwardArgs& a, const SparseAttentionBackwardKernel& kernel, const Division& heads) {
-  constexpr int64_t LEFT_FLOATS = 1 << 21;
+  constexpr int64_t LEFT_FLOATS = 1 << 18;   // of a thread: 1 MB
   const SparseAttentionSpace space = kernel.space(a);
   const Plan plan(a.forward.plan);
-  const int64_t round = std::min<int64_t>(plan.tiles(), std::max(heads.pieces(4), LEFT_FLOATS / (heads.together * space.tile))), parts = heads.pieces(2);
+  const int64_t fitting = heads.threads * LEFT_FLOATS / (heads.together * space.tile), parts = heads.pieces(2);
+  const int64_t round = std::min<int64_t>(plan.tiles(), std::max(heads.pieces(4), fitting));
   float *shared = workspace<Buffer::shared>(heads.together * (space.head + round * space.tile)), *left = shared + heads.together * space.head;
   prepare_together(a, kernel, heads, shared, space.head);
   for (int64_t begin = 0; begin < plan.tiles(); begin += round) {
