@@ -1,4 +1,4 @@
-// Shared by the launchers for the CPU: threads and workspaces.
+// Shared by the launchers for the CPU: threads, workspaces and large outputs.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -8,6 +8,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#if !defined(MADV_POPULATE_WRITE)
+#define MADV_POPULATE_WRITE 23   // Linux 5.14, which C libraries from before do not name
+#endif
 #endif
 
 #include "cpu/kernels.h"
@@ -47,7 +50,7 @@ template <class Run> void for_each_item(int64_t items, int64_t workspace_floats,
 // longer than the kernel. So all threads together have its pages made, huge ones where there are such, before the kernel runs.
 constexpr int64_t PAGE = 4096, FRESH_BYTES = 4 << 20, SHARE_BYTES = 2 << 20;
 inline Tensor fresh(Tensor t) {
-#if defined(MADV_HUGEPAGE) && defined(MADV_POPULATE_WRITE)
+#if defined(MADV_HUGEPAGE)
   const uintptr_t first = reinterpret_cast<uintptr_t>(t.data_ptr()), begin = (first + PAGE - 1) / PAGE * PAGE;
   const int64_t bytes = static_cast<int64_t>(first + t.numel() * t.element_size() - begin) / PAGE * PAGE;
   if (bytes < FRESH_BYTES) return t;
