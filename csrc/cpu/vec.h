@@ -163,6 +163,11 @@ struct BFloat16 {
 struct Float16 {
   uint16_t x;
 };
+#if defined(__aarch64__)
+typedef __fp16 Half;   // GCC 12 knows _Float16 in C++ on x86 alone
+#else
+typedef _Float16 Half;
+#endif
 DK_INLINE float to_float(float v) { return v; }
 DK_INLINE float to_float(BFloat16 v) {
   const uint32_t u = static_cast<uint32_t>(v.x) << 16;
@@ -171,7 +176,7 @@ DK_INLINE float to_float(BFloat16 v) {
   return f;
 }
 DK_INLINE float to_float(Float16 v) {
-  _Float16 h;
+  Half h;
   std::memcpy(&h, &v, 2);
   return static_cast<float>(h);
 }
@@ -183,7 +188,7 @@ DK_INLINE void from_float(float v, BFloat16* out) {  // round to nearest even; N
   out->x = static_cast<uint16_t>(v != v ? 0x7fc0u : rounded);
 }
 DK_INLINE void from_float(float v, Float16* out) {
-  const _Float16 h = static_cast<_Float16>(v);
+  const Half h = static_cast<Half>(v);
   std::memcpy(out, &h, 2);
 }
 
