@@ -7,6 +7,40 @@ SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
 
 namespace dk::DK_ISA {
 
+// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of neighbouring rows, [n / 2][DP].
+template <int DP> struct PackedHead {
+  static int64_t floats(int64_t n) { return (n + 1) / 2 * 2 * DP; }
+
+  PackedHead(int64_t n, const float* head) : PackedHead(n, const_cast<float*>(head)) {}
+  PackedHead(int64_t n, float* head) : k(reinterpret_cast<BFloat16*>(head)), v(reinterpret_cast<uint32_t*>(head + (n + 1) / 2 * DP)) {}
+
+  static void prepare(const SparseAttentionArgs& a, int64_t bh, int64_t part, int64_t parts, float* head) {
+    const Rows k{matrix_of<BFloat16>(a.k, a.k_strides, a.heads, bh), a.k_strides.token}, v{matrix_of<BFloat16>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
+    const PackedHead packed(a.n, head);
+    const int64_t pairs = (a.n + 1) / 2;
+    for (int64_t i = pairs * part / parts; i < pairs * (part + 1) / parts; ++i) {
+      const int32_t first = 2 * i, second = first + 1 < a.n ? first + 1 : -1;
+      for (int d = 0; d < DP; d += 32) {
+        store(reinterpret_cast<float*>(packed.k + first * DP + d), k.pairs(first, d, a.head_dim));
+        store(reinterpret_cast<float*>(packed.k + (first + 1) * DP + d), k.pairs(second, d, a.head_dim));
+        interleave(v.pairs(first, d, a.head_dim), v.pairs(second, d, a.head_dim), packed.v + i * DP + d);
+      }
+    }
+  }
+
+  // Rows of values as pairs: as they lie where `tokens` are neighbours, else packed into `copy`.
+  const uint32_t* values(Rows rows, const int32_t* tokens, int count, int head_dim, uint32_t* copy) const {
+    int32_t off = tokens[0] % 2;
+    for (int j = 0; j < count; ++j) off |= tokens[0] + j - tokens[j];
+    if (off == 0) return v + tokens[0] / 2 * DP;
+    pack_rows<DP>(rows, tokens, count, head_dim, copy);
+    return copy;
+  }
+
+  BFloat16* k;
+  uint32_t* v;
+};
+
 template <int DP> struct ForwardSpace {
   alignas(64) uint32_t q[DP / 2 * ROWS], v[CHUNK / 2 * DP];   // pairs
   alignas(64) BFloat16 k[KEYS * DP], p[ROWS * CHUNK];
@@ -43,7 +77,8 @@ template <int DP> DK_INLINE void weigh(ForwardSpace<DP>& w, int count, float uni
 
 template <int DP> struct Forward {
   const SparseAttentionArgs& a;
-  const Rows q, k, v;
+  const Rows q, v;
+  const PackedHead<DP> head;
   ForwardSpace<DP>& w;
 
   // Fills the chunk up with hidden keys, so that products are whole.
@@ -59,7 +94,7 @@ template <int DP> struct Forward {
   void absorb(int count, bool first) const {
     count = fill(count);
     for (int j = 0; j < count; j += KEYS) {
-      const Rows keys = left_rows<DP>(k, w.tokens + j, a.head_dim, w.k);
+      const Rows keys = left_rows<DP>({head.k, DP}, w.tokens + j, DP, w.k);
       multiply<KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + j * ROWS, ROWS, DP / 2, false);
     }
     float unit = a.scale;
@@ -72,8 +107,8 @@ template <int DP> struct Forward {
     weigh(w, count, unit * static_cast<float>(LOG2E));
     for (int r = 0; r < ROWS && !first; ++r)
       for (int d = 0; d < DP; d += LANES) store(w.o + r * DP + d, load(w.o + r * DP + d) * w.keep[r]);
-    pack_rows<DP>(v, w.tokens, count, a.head_dim, w.v);
-    multiply<ROWS / 16, DP / 16>(w.p, CHUNK, w.v, DP, w.o, DP, count / 2, !first);
+    const uint32_t* values = head.values(v, w.tokens, count, a.head_dim, w.v);
+    multiply<ROWS / 16, DP / 16>(w.p, CHUNK, values, DP, w.o, DP, count / 2, !first);
   }
 
   void tile(const Plan& plan, int64_t t, BFloat16* out, float* lse) const {
@@ -105,20 +140,19 @@ template <int DP> struct Forward {
     }
   }
 
-  static SparseAttentionSpace space(const SparseAttentionArgs&) { return {0, 0, (sizeof(ForwardSpace<DP>) + 63) / 64 * 16}; }
-  static void prepare(const SparseAttentionArgs&, int64_t, int64_t, int64_t, float*) {}
+  static SparseAttentionSpace space(const SparseAttentionArgs& a) { return {PackedHead<DP>::floats(a.n), 0, (sizeof(ForwardSpace<DP>) + 63) / 64 * 16}; }
 
-  static void run(const SparseAttentionArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, const float*, float* thread) {
+  static void run(const SparseAttentionArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, const float* head, float* thread) {
     const FlushDenormals guard;
     const MatrixUnit unit;
     const auto rows = [&](const void* p, const Strides& s) { return Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token}; };
-    const Forward forward = {a, rows(a.q, a.q_strides), rows(a.k, a.k_strides), rows(a.v, a.v_strides), *reinterpret_cast<ForwardSpace<DP>*>(thread)};
+    const Forward forward = {a, rows(a.q, a.q_strides), rows(a.v, a.v_strides), PackedHead<DP>(a.n, head), *reinterpret_cast<ForwardSpace<DP>*>(thread)};
     BFloat16* out = matrix_of<BFloat16>(a.out, a.out_strides, a.heads, bh);
     const Plan plan(a.plan);
     for (int64_t t = tile_begin; t < tile_end; ++t) forward.tile(plan, t, out, a.lse + bh * a.n);
   }
 
-  static SparseAttentionKernel call() { return {space, prepare, run}; }
+  static SparseAttentionKernel call() { return {space, PackedHead<DP>::prepare, run}; }
 };
 
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {
