@@ -12,8 +12,9 @@ import os
 
 from . import reference
 from .native import cpu, cuda
+from .triton import triton
 
-BACKENDS = {backend.name: backend for backend in (cuda, cpu, reference)}
+BACKENDS = {backend.name: backend for backend in (cuda, triton, cpu, reference)}
 OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention")
 
 _forced = os.environ.get("DALLE_KERNELS_BACKEND") or None

@@ -1,0 +1,91 @@
+"""How kernels are cut and launched: a table by architecture, head dim and size of an element.
+
+`python -m dalle_kernels.backends.triton.tune` measures alternatives on the GPU at hand and prints lines for TABLE.
+OVERRIDES goes before the table: `launch.OVERRIDES["sparse_attention"] = Launch(64, 64, 8, 3)`.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from ...plan import TileShape
+
+
+class Launch(NamedTuple):
+    rows: int  # of a tile
+    columns: int  # of a step
+    warps: int
+    stages: int  # of the software pipeline: how many steps' loads are under way, this one's included
+
+    @property
+    def tile_shape(self):
+        """How plans are cut for it; after 16 groups a tile is split, so that no block runs much longer than others."""
+        return TileShape(self.rows, self.columns, longest_run=1, split=16)
+
+
+ANY = None  # every architecture that has no line of its own
+
+# kernel: {(architecture, head dim padded to a power of two, bytes of an element): Launch}
+TABLE = {
+    "sparse_attention": {
+        (ANY, 32, 2): Launch(64, 64, 4, 2),
+        (ANY, 64, 2): Launch(64, 64, 4, 2),
+        (ANY, 128, 2): Launch(64, 64, 4, 2),
+        (ANY, 32, 4): Launch(64, 64, 8, 2),
+        (ANY, 64, 4): Launch(64, 64, 8, 2),
+        (ANY, 128, 4): Launch(64, 64, 8, 2),
+    },
+    "sparse_attention.grad_q": {  # on the plan of sparse_attention: the same rows and columns
+        (ANY, 32, 2): Launch(64, 64, 4, 2),
+        (ANY, 64, 2): Launch(64, 64, 4, 2),
+        (ANY, 128, 2): Launch(64, 64, 4, 2),
+        (ANY, 32, 4): Launch(64, 64, 8, 2),
+        (ANY, 64, 4): Launch(64, 64, 8, 2),
+        (ANY, 128, 4): Launch(64, 64, 8, 2),
+    },
+    "sparse_attention.grad_kv": {
+        (ANY, 32, 2): Launch(64, 64, 4, 2),
+        (ANY, 64, 2): Launch(64, 64, 4, 2),
+        (ANY, 128, 2): Launch(64, 64, 4, 2),
+        (ANY, 32, 4): Launch(64, 64, 8, 2),
+        (ANY, 64, 4): Launch(64, 64, 8, 2),
+        (ANY, 128, 4): Launch(64, 64, 8, 2),
+    },
+}
+OVERRIDES: dict[str, Launch] = {}
+
+
+def padded(head_dim: int) -> int:
+    """The head dim that a kernel is compiled for; what lies beyond `head_dim` counts as zeros."""
+    return 32 if head_dim <= 32 else 64 if head_dim <= 64 else 128
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """"sm_90", "gfx942", ...; "none" where there is no such GPU (the interpreter, tensors without data)."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return "none"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def lookup(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Launch:
+    return OVERRIDES.get(kernel) or in_table(kernel, architecture(device), padded(head_dim), dtype.itemsize)
+
+
+def in_table(kernel: str, architecture: str, dim: int, bytes: int) -> Launch:
+    lines = TABLE[kernel]
+    return lines.get((architecture, dim, bytes)) or lines[ANY, dim, bytes]
+
+
+def start(kernel, blocks, warps, stages, *arguments, **constants):
+    """Starts `blocks` programs of a kernel on the device of its first argument."""
+    if blocks == 0:
+        return
+    first = arguments[0][0] if isinstance(arguments[0], tuple) else arguments[0]
+    with torch.cuda.device_of(first):
+        kernel[(blocks,)](*arguments, **constants, num_warps=warps, num_stages=stages)
