@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ...plan import plan_tensor
-from .launch import lookup, padded, start
+from . import launch
 from .math import INFINITY, LOG2E, exp2, finite
 from .matrices import Matrices, load_rows, store_rows
 from .plan import parts, read_entry, row_tokens, split_tile, where_allowed, work_item
@@ -300,7 +300,7 @@ def _plans(pattern, n, device, head_dim, dtype):
     device = torch.device(device)
     plans, sizes = [], []
     for side, kernel in (("query", "sparse_attention"), ("key", "sparse_attention.grad_kv")):
-        shape = lookup(kernel, device, head_dim, dtype).tile_shape
+        shape = launch.lookup(kernel, device, head_dim, dtype).tile_shape
         plan, (_, *counts) = plan_tensor(pattern, n, device, shape, side)
         plans.append(plan)
         sizes += [shape.rows, shape.columns, *counts]
@@ -312,7 +312,7 @@ class _Problem:
 
     def __init__(self, q, scale):
         batch, self.heads, self.n, self.head_dim = q.shape
-        self.q, self.scale, self.pairs, self.dim = q, scale, batch * self.heads, padded(self.head_dim)
+        self.q, self.scale, self.pairs, self.dim = q, scale, batch * self.heads, launch.padded(self.head_dim)
 
     def partials(self, sizes, vectors):
         """Scratch memory for the partial results of a plan of `sizes`, each of so many float32 vectors [ROWS]."""
@@ -322,17 +322,17 @@ class _Problem:
     def start(self, kernel, name, sizes, *arguments, scale, **constants):
         """Starts a kernel on the work items of a plan, as the table says under `name`."""
         rows, columns, items, _, _ = sizes
-        launch = lookup(name, self.q.device, self.head_dim, self.q.dtype)
+        line = launch.lookup(name, self.q.device, self.head_dim, self.q.dtype)
         numbers = scale, self.pairs, self.heads, self.n
         shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=rows, COLUMNS=columns)
-        start(kernel, self.pairs * items, launch.warps, launch.stages, *arguments, *numbers, **shape, **constants)
+        launch.start(kernel, self.pairs * items, line.warps, line.stages, *arguments, *numbers, **shape, **constants)
 
     def combine(self, kernel, sizes, *arguments, scale):
         """Starts a kernel on the split tiles of a plan."""
         rows, _, _, _, split_tiles = sizes
         numbers = scale, self.pairs, self.heads, self.n
         shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=rows)
-        start(kernel, self.pairs * split_tiles, COMBINE_WARPS, 1, *arguments, *numbers, **shape)
+        launch.start(kernel, self.pairs * split_tiles, COMBINE_WARPS, 1, *arguments, *numbers, **shape)
 
 
 def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale):
