@@ -33,3 +33,45 @@ def exp2(x, PRECISE: tl.constexpr):
 def finite(maximum):
     """A maximum so far as something to subtract: where nothing was seen it is -inf, and -inf - 0 serves as well."""
     return tl.where(maximum == -INFINITY, 0.0, maximum)
+
+
+@triton.jit
+def natural_log(x):
+    """Of positive, normal float32 numbers, to a unit in the last place on every device."""
+    e = _scaled_exponent(x)
+    return _log_split(e, (x.to(tl.int32, bitcast=True) - e).to(tl.float32, bitcast=True) - 1.0)
+
+
+@triton.jit
+def log1p_negated(u):
+    """log(1 - u) of float32 u in (0, 1), to a unit in the last place: no digit of a small u is lost."""
+    # 1 - u = 2^e (1 + g) with g = 2^-e - 1 - 2^-e u, which is exact
+    e = _scaled_exponent(1.0 - u)
+    scale = (0x3F800000 - e).to(tl.float32, bitcast=True)
+    return _log_split(e, tl.fma(-scale, u, scale - 1.0))
+
+
+@triton.jit
+def _scaled_exponent(x):
+    """Splits x = 2^e m, m in [0.75, 1.5): e * 2^23, which is what the bits of 2^e and of x / m differ by."""
+    return (x.to(tl.int32, bitcast=True) - 0x3F400000) & -0x00800000
+
+
+@triton.jit
+def _log_split(scaled_e, f):
+    """log(2^e (1 + f)) for f in [-0.25, 0.5], from e * 2^23."""
+    p = tl.full(f.shape, -4.49095816e-2, tl.float32)
+    p = tl.fma(p, f, 1.04483288e-1)
+    p = tl.fma(p, f, -1.31622319e-1)
+    p = tl.fma(p, f, 1.44820619e-1)
+    p = tl.fma(p, f, -1.66477672e-1)
+    p = tl.fma(p, f, 1.99906067e-1)
+    p = tl.fma(p, f, -2.50000546e-1)
+    p = tl.fma(p, f, 3.33334544e-1)
+    p = tl.fma(p, f, -5.00000008e-1)
+    # e log 2 + f with what its rounding loses; e times the upper part of log 2 is exact
+    e = scaled_e.to(tl.float32)
+    high = e * 8.262941264547408e-08  # 0x1.62E4p-1 * 2^-23
+    total = high + f
+    lost = tl.fma(e, 1.7030319809913635e-13, f - (total - high))  # 1.42860677e-6 * 2^-23
+    return total + tl.fma(f * f, p, lost)

@@ -1,0 +1,37 @@
+"""Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
+index).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .math import log1p_negated, natural_log
+
+
+@triton.jit
+def random_words(seed, offset, block):
+    """The random words (four of uint32) of the indices 4 * block to 4 * block + 3; all arguments int64."""
+    return tl.philox(
+        seed,
+        block.to(tl.uint32), (block >> 32).to(tl.uint32),
+        (offset + tl.zeros_like(block)).to(tl.uint32), ((offset + tl.zeros_like(block)) >> 32).to(tl.uint32),
+    )  # fmt: skip
+
+
+@triton.jit
+def random_bits(seed, offset, index):
+    """The 32 random bits (uint32) of every index, a tensor of int64; where neighbours are wanted, `random_words` costs
+    a quarter.
+    """
+    a, b, c, d = random_words(seed, offset, index >> 2)
+    word = index & 3
+    return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
+
+
+@triton.jit
+def gumbel(bits):
+    """Random bits -> u -> -log(-log1p(-u)), float32."""
+    u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32; 1 - 2^-24
+    return -natural_log(-log1p_negated(u))
