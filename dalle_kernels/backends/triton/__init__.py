@@ -7,7 +7,8 @@ How it is built:
   the operation's name with the arguments of `reference`. What several operations need stands in `math.py` and
   `philox.py`; `plan.py` reads plans.
 - How a kernel is cut and launched (rows and columns of a tile, warps, stages) is looked up in `launch.py`. Nothing is
-  tuned at run time; `python -m dalle_kernels.backends.triton.tune` prints better lines for that table.
+  tuned at run time; `python -m dalle_kernels.backends.triton.tune OPERATION` prints better lines for that
+  table.
 - Nothing here imports Triton, until somebody asks for a tensor that this backend could take, or for `problem`.
 - TRITON_INTERPRET=1, set before Triton is imported, makes it take CPU tensors: slow, but every line runs, in the tests
   too. (bfloat16 is declined there, which Triton's interpreter computes wrongly.)
@@ -33,21 +34,26 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-@torch.compiler.assume_constant_result
 @functools.cache
-def _problem():
-    """Why Triton cannot be used, or None; imports it."""
+def _load():
+    """Imports Triton, and the operations into the backend; returns why it cannot, or None."""
     try:
-        import triton
+        import triton as compiler
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
-    if tuple(map(int, triton.__version__.split(".")[:2])) < OLDEST:
-        return f"it takes Triton {'.'.join(map(str, OLDEST))} or newer, not {triton.__version__}"
+    if tuple(map(int, compiler.__version__.split(".")[:2])) < OLDEST:
+        return f"it takes Triton {'.'.join(map(str, OLDEST))} or newer, not {compiler.__version__}"
+    for name in OPERATIONS:
+        setattr(triton, name, getattr(importlib.import_module(f"{__name__}.{name}"), name))
     return None
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
+def _problem():
+    return _load()
+
+
+@torch.compiler.assume_constant_result
 def _gpu_problem(device):
     """Why a GPU cannot run Triton's kernels, or None."""
     if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0):
@@ -78,11 +84,6 @@ class TritonBackend:
             return (f"it takes head dims up to 128, not {tensor.shape[-1]}",)
         problem = _problem() or (_gpu_problem(tensor.device) if kind == "cuda" else None)
         return (problem,) if problem else ()
-
-    def __getattr__(self, operation):
-        if operation not in OPERATIONS:
-            raise AttributeError(operation)
-        return getattr(importlib.import_module(f"{__name__}.{operation}"), operation)
 
 
 triton = TritonBackend()

@@ -1,6 +1,6 @@
 """How kernels are cut and launched: a table by architecture, head dim and size of an element.
 
-`python -m dalle_kernels.backends.triton.tune` measures alternatives on the GPU at hand and prints lines for TABLE.
+`python -m dalle_kernels.backends.triton.tune OPERATION` measures alternatives on the GPU at hand and prints lines for TABLE.
 OVERRIDES goes before the table: `launch.OVERRIDES["sparse_attention"] = Launch(64, 64, 8, 3)`.
 """
 
@@ -14,6 +14,9 @@ import torch
 from ...plan import TileShape
 
 
+SPLIT = 16  # groups of columns after which a tile is split between programs, so that none runs much longer than others
+
+
 class Launch(NamedTuple):
     rows: int  # of a tile
     columns: int  # of a step
@@ -22,37 +25,53 @@ class Launch(NamedTuple):
 
     @property
     def tile_shape(self):
-        """How plans are cut for it; after 16 groups a tile is split, so that no block runs much longer than others."""
-        return TileShape(self.rows, self.columns, longest_run=1, split=16)
+        """How plans are cut for it."""
+        return TileShape(self.rows, self.columns, longest_run=1, split=SPLIT)
 
 
 ANY = None  # every architecture that has no line of its own
 
-# kernel: {(architecture, head dim padded to a power of two, bytes of an element): Launch}
+# kernel: {(architecture, head dim padded to a power of two, bytes of an element): Launch}. Blocks of all lines have at
+# most 64 KB of shared memory on AMD and 99 KB elsewhere, which every GPU that this backend takes has.
 TABLE = {
     "sparse_attention": {
         (ANY, 32, 2): Launch(64, 64, 4, 2),
         (ANY, 64, 2): Launch(64, 64, 4, 2),
-        (ANY, 128, 2): Launch(64, 64, 4, 2),
-        (ANY, 32, 4): Launch(64, 64, 8, 2),
-        (ANY, 64, 4): Launch(64, 64, 8, 2),
-        (ANY, 128, 4): Launch(64, 64, 8, 2),
+        (ANY, 128, 2): Launch(64, 64, 8, 2),
+        (ANY, 32, 4): Launch(64, 32, 8, 2),
+        (ANY, 64, 4): Launch(64, 32, 8, 2),
+        (ANY, 128, 4): Launch(32, 32, 8, 2),
+        ("sm_90", 128, 2): Launch(64, 64, 4, 2),
+        ("sm_100", 128, 2): Launch(64, 64, 4, 2),
+        ("gfx942", 128, 2): Launch(64, 64, 4, 2),
+        ("gfx942", 32, 4): Launch(64, 32, 4, 2),
+        ("gfx942", 64, 4): Launch(64, 32, 4, 2),
+        ("gfx942", 128, 4): Launch(64, 32, 4, 2),
     },
     "sparse_attention.grad_q": {  # on the plan of sparse_attention: the same rows and columns
         (ANY, 32, 2): Launch(64, 64, 4, 2),
         (ANY, 64, 2): Launch(64, 64, 4, 2),
-        (ANY, 128, 2): Launch(64, 64, 4, 2),
-        (ANY, 32, 4): Launch(64, 64, 8, 2),
-        (ANY, 64, 4): Launch(64, 64, 8, 2),
-        (ANY, 128, 4): Launch(64, 64, 8, 2),
+        (ANY, 128, 2): Launch(64, 64, 8, 2),
+        (ANY, 32, 4): Launch(64, 32, 8, 2),
+        (ANY, 64, 4): Launch(64, 32, 8, 2),
+        (ANY, 128, 4): Launch(32, 32, 8, 2),
+        ("sm_90", 128, 2): Launch(64, 64, 4, 2),
+        ("sm_100", 128, 2): Launch(64, 64, 4, 2),
+        ("gfx942", 128, 2): Launch(64, 64, 4, 2),
+        ("gfx942", 32, 4): Launch(64, 32, 4, 2),
+        ("gfx942", 64, 4): Launch(64, 32, 4, 2),
+        ("gfx942", 128, 4): Launch(64, 32, 4, 2),
     },
     "sparse_attention.grad_kv": {
-        (ANY, 32, 2): Launch(64, 64, 4, 2),
-        (ANY, 64, 2): Launch(64, 64, 4, 2),
-        (ANY, 128, 2): Launch(64, 64, 4, 2),
-        (ANY, 32, 4): Launch(64, 64, 8, 2),
-        (ANY, 64, 4): Launch(64, 64, 8, 2),
-        (ANY, 128, 4): Launch(64, 64, 8, 2),
+        (ANY, 32, 2): Launch(64, 32, 4, 2),
+        (ANY, 64, 2): Launch(64, 32, 4, 2),
+        (ANY, 128, 2): Launch(64, 32, 4, 2),
+        (ANY, 32, 4): Launch(64, 32, 8, 2),
+        (ANY, 64, 4): Launch(64, 32, 8, 2),
+        (ANY, 128, 4): Launch(32, 32, 8, 2),
+        ("gfx942", 32, 4): Launch(64, 32, 4, 1),
+        ("gfx942", 64, 4): Launch(64, 32, 4, 1),
+        ("gfx942", 128, 4): Launch(64, 32, 4, 1),
     },
 }
 OVERRIDES: dict[str, Launch] = {}

@@ -103,8 +103,8 @@ def _combine(
     maximum = tl.full([ROWS], -INFINITY, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, D], tl.float32)
-    for i in range(first, first + count):
-        part, part_maximum, part_total = _saved(partials, i.to(tl.int64) * pairs + bh, ROWS, D)
+    for i in range(count):
+        part, part_maximum, part_total = _saved(partials, (first + i).to(tl.int64) * pairs + bh, ROWS, D)
         new = tl.maximum(maximum, part_maximum)
         less = finite(new)
         keep = exp2((maximum - less) * (scale * LOG2E), True)
@@ -195,8 +195,8 @@ def _combine_q(
     bh = tl.program_id(0) % pairs
     tile, first, count = split_tile(plan, tl.program_id(0) // pairs)
     acc, total, delta = _saved(partials, first.to(tl.int64) * pairs + bh, ROWS, D)
-    for i in range(first + 1, first + count):
-        part, part_total, _ = _saved(partials, i.to(tl.int64) * pairs + bh, ROWS, D)
+    for i in range(1, count):
+        part, part_total, _ = _saved(partials, (first + i).to(tl.int64) * pairs + bh, ROWS, D)
         acc += part
         total += part_total
     rows = row_tokens(plan, tile, ROWS)
@@ -267,8 +267,8 @@ def _combine_kv(
     tile, first, count = split_tile(plan, tl.program_id(0) // pairs)
     acc_k = tl.zeros([ROWS, D], tl.float32)
     acc_v = tl.zeros([ROWS, D], tl.float32)
-    for i in range(first, first + count):
-        k_at, v_at = _kv_at(partials, i.to(tl.int64) * pairs + bh, ROWS, D)
+    for i in range(count):
+        k_at, v_at = _kv_at(partials, (first + i).to(tl.int64) * pairs + bh, ROWS, D)
         acc_k += tl.load(k_at)
         acc_v += tl.load(v_at)
     rows = row_tokens(plan, tile, ROWS)

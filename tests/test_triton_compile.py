@@ -1,0 +1,47 @@
+"""What Triton makes of our kernels for GPUs that are not here: nothing spilled, shared memory within what the table
+promises, matrix instructions, and loads that run ahead of their use.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # on sm_90 wgmma, on sm_100 tcgen05
+MAIN = {"sparse_attention": {"_forward", "_grad_q", "_grad_kv"}}  # the kernels that multiply matrices in a loop
+
+pytest.importorskip("triton")
+
+
+def compiled(*arguments):
+    """{target: {kernel: resources}} of compile_ahead.py."""
+    command = [sys.executable, "-m", "tests.triton_ahead.compile_ahead", *arguments]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+slow = pytest.mark.slow
+PROBLEMS = [
+    ("sparse_attention", "bfloat16", "64"),
+    *(pytest.param("sparse_attention", "bfloat16", dim, marks=slow) for dim in ("32", "48", "128")),
+    *(pytest.param("sparse_attention", "float32", dim, marks=slow) for dim in ("32", "64", "100", "128")),
+]
+
+
+@pytest.mark.parametrize(("operation", "dtype", "head_dim"), PROBLEMS)
+def test_kernels_for_every_gpu(operation, dtype, head_dim):
+    for target, kernels in compiled(operation, dtype, head_dim, *MATRIX).items():
+        assert kernels.keys() >= MAIN[operation]
+        for name, resources in kernels.items():
+            what = f"{name} on {target}: {resources}"
+            assert resources["spilled"] == 0, what
+            assert resources["shared"] <= (64 if target == "gfx942" else 99) * 1024, what
+            if name in MAIN[operation]:
+                assert dtype == "float32" or resources[MATRIX[target]], what
+                assert target == "gfx942" or resources["LDGSTS"], what  # cp.async

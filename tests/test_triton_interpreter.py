@@ -1,0 +1,27 @@
+"""Runs the tests of the Triton kernels in Triton's interpreter, in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+FILES = sorted(
+    file.name for file in TESTS.glob("test_triton_*.py") if "from triton_for_tests import" in file.read_text()
+)
+
+pytest.importorskip("triton", "3.9")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` checks the kernels on the GPU")
+@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+def test_the_kernels_in_the_interpreter(marked):
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marked, *FILES]
+    result = subprocess.run(
+        command, cwd=TESTS, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+    )
+    print(result.stdout[-20000:], result.stderr[-2000:])
+    assert result.returncode == 0

@@ -1,0 +1,106 @@
+"""Compiles the Triton kernels of an operation for a GPU that need not be there, in a process of its own:
+
+python -m tests.triton_ahead.compile_ahead OPERATION DTYPE HEAD_DIM TARGET...
+
+An operation of PROBLEMS is called on CPU tensors. Where it would start a kernel, the kernel is compiled: with these
+arguments, and the line that launch.TABLE has for the target (sm_80, gfx942, ...). Prints one JSON object with what the
+compiler made of each: {target: {kernel: ...}}.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # said aloud, because Triton 3.9 warns that the default will change
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+import dalle_kernels as dk
+from dalle_kernels.backends.triton import launch
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDL", "STL")  # of NVIDIA, that are counted
+
+
+def sparse_attention(dtype, head_dim):
+    """Long enough for tiles that are split."""
+    from dalle_kernels.backends.triton import sparse_attention as module
+
+    pattern = dk.AttentionPattern.row(256, (32, 32))
+    q = torch.zeros(1, 2, pattern.seq_len, head_dim, dtype=dtype)
+    plans = module._plans(pattern, pattern.seq_len, "cpu", head_dim, dtype)
+    out, lse = module._sparse_attention(q, q, q, *plans, 0.1)
+    module._sparse_attention_backward(q, q, q, q, out, lse, *plans, 0.1)
+
+
+PROBLEMS = {"sparse_attention": sparse_attention}
+
+
+class Driver:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, target):
+        kind, number = target.split("_") if target.startswith("sm_") else ("hip", target)
+        self.target = GPUTarget("hip", number, 64) if kind == "hip" else GPUTarget("cuda", int(number), 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return str(self.target)  # what it compiled is kept for each
+
+    def get_current_stream(self, device):
+        return 0
+
+
+def compile_for(target, problem):
+    """{kernel: what the compiler made of it}"""
+    compiled = {}
+
+    def compile(kernel, blocks, warps, stages, *arguments, **constants):
+        assert blocks, "the problem must start every kernel"
+        options = dict(num_warps=warps, num_stages=stages)
+        compiled[kernel.__name__] = kernel.warmup(*arguments, grid=(blocks,), **constants, **options)
+
+    launch.start, launch.architecture = compile, lambda device: target
+    triton.runtime.driver.set_active(Driver(target))
+    problem()
+    look = amd_resources if target.startswith("gfx") else nvidia_resources
+    return {name: {"shared": kernel.metadata.shared, **look(kernel.asm)} for name, kernel in compiled.items()}
+
+
+def nvidia_resources(asm):
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(asm["cubin"])
+        file.flush()
+        environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}"}  # cuobjdump calls nvdisasm
+        options = dict(capture_output=True, text=True, check=True, env=environment)
+        usage, listing = (
+            subprocess.run([TOOLS / "cuobjdump", option, file.name], **options).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+    counts = {name: len(re.findall(rf"\b{name}\b", listing)) for name in INSTRUCTIONS}
+    return {"registers": registers, "spilled": stack + local + counts.pop("LDL") + counts.pop("STL"), **counts}
+
+
+def amd_resources(asm):
+    text = asm["amdgcn"]
+    find = lambda word: int(re.search(rf"\.{word}:\s+(\d+)", text)[1])  # noqa: E731
+    spilled = find("vgpr_spill_count") + find("sgpr_spill_count") + find("private_segment_fixed_size")
+    return {"registers": find("vgpr_count"), "spilled": spilled, "MFMA": len(re.findall(r"\bv_mfma_", text))}
+
+
+def main(operation, dtype, head_dim, *targets):
+    problem = PROBLEMS[operation]
+    print(json.dumps({t: compile_for(t, lambda: problem(getattr(torch, dtype), int(head_dim))) for t in targets}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
