@@ -29,10 +29,10 @@ INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDL", "STL")  # of NVIDIA
 
 
 def sparse_attention(dtype, head_dim):
-    """Long enough for tiles that are split."""
+    """Forward and backward, of a pattern some of whose tiles are split."""
     from dalle_kernels.backends.triton import sparse_attention as module
 
-    pattern = dk.AttentionPattern.row(256, (32, 32))
+    pattern = dk.AttentionPattern.causal(256, (32, 32))
     q = torch.zeros(1, 2, pattern.seq_len, head_dim, dtype=dtype)
     plans = module._plans(pattern, pattern.seq_len, "cpu", head_dim, dtype)
     out, lse = module._sparse_attention(q, q, q, *plans, 0.1)

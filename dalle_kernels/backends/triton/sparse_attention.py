@@ -279,7 +279,7 @@ def _combine_kv(
 # -- the operations
 
 SIZES = 5  # of a plan: rows, columns, work items, partial results, split tiles
-COMBINE_WARPS = 4
+COMBINE_WARPS = 8
 
 
 def sparse_attention(q, k, v, pattern, scale):
