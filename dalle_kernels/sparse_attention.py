@@ -28,7 +28,7 @@ def sparse_attention(
         pattern: which query sees which key; its first N tokens are used.
         scale: factor of the scores; D ** -0.5 where omitted.
         return_lse: also return the log-sum-exp of each query's scores.
-        backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
+        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
 
     Returns:
         out [B, H, N, D] in q's dtype and memory order; with `return_lse` the pair (out, lse), lse [B, H, N] float32,

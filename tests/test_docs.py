@@ -95,3 +95,12 @@ def test_numbers_at_the_papers_size(name):
         f"{sum(reads) / len(reads):.1f} ({max(reads):,})",
     ]
     assert f"| {name} | {' | '.join(cells)} |" in DESIGN
+
+
+def test_the_triton_page_shows_the_code_as_it_is():
+    page = (ROOT / "docs/triton.md").read_text(encoding="utf-8")
+    files = (ROOT / "dalle_kernels/backends/triton").glob("*.py")
+    code = {line.strip() for file in files for line in file.read_text(encoding="utf-8").splitlines()}
+    _, *blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)  # the first is for a user
+    shown = {line.strip() for block in blocks for line in block.splitlines()}
+    assert len(shown) > 25 and shown <= code, shown - code

@@ -1,9 +1,9 @@
 """What the `triton` backend takes and declines, and that it costs nothing where it is not asked."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,51 +11,43 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dalle_kernels as dk
 from dalle_kernels import backends
-from dalle_kernels.backends import triton as package
-from dalle_kernels.backends.triton import launch
+from dalle_kernels.backends.triton import _gpu_problem, _load, launch
 
 ROOT = Path(dk.__file__).parents[1]
 
 
-def python(code, **environment):
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **environment})
-    assert result.returncode == 0, result.stderr
-    return result.stdout
-
-
-def test_importing_and_running_elsewhere_does_not_import_triton():
+def test_its_kernels_are_not_imported_where_nobody_asks():
     code = """
 import sys, torch
-before = "triton" in sys.modules
 import dalle_kernels as dk
 q = torch.randn(1, 1, 6, 8)
 dk.sparse_attention(q, q, q, dk.AttentionPattern.row(2, (2, 2)))
-print(before or "triton" not in sys.modules)
+assert "dalle_kernels.backends.triton" in sys.modules
+assert "dalle_kernels.backends.triton.sparse_attention" not in sys.modules
 """
-    assert python(code, TRITON_INTERPRET="0").strip() == "True"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_without_triton_only_this_backend_is_missing(tmp_path):
-    (tmp_path / "triton.py").write_text("raise ImportError('there is none')")
-    code = """
-import torch, dalle_kernels as dk
-from dalle_kernels.backends import BACKENDS
-from dalle_kernels.info import collect
-assert BACKENDS["triton"].problem == "Triton cannot be imported: there is none", BACKENDS["triton"].problem
-assert collect()["libraries"]["triton"] == BACKENDS["triton"].problem
-q = torch.randn(1, 1, 6, 8)
-dk.sparse_attention(q, q, q, dk.AttentionPattern.row(2, (2, 2)))
-"""
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    python(code, PYTHONPATH=path, TRITON_INTERPRET="0")
-
-
-def test_an_old_triton_is_declined(tmp_path):
-    (tmp_path / "triton.py").write_text("__version__ = '3.5.1'")
-    code = "from dalle_kernels.backends import BACKENDS; print(BACKENDS['triton'].problem)"
-    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    assert "it takes Triton 3.6 or newer, not 3.5.1" in python(code, PYTHONPATH=path)
+@pytest.mark.parametrize(
+    ("module", "problem"),
+    [
+        (None, "Triton cannot be imported"),
+        (SimpleNamespace(__version__="3.5.1"), "it takes Triton 3.6 or newer, not 3.5.1"),
+    ],
+    ids=["missing", "old"],
+)
+def test_without_triton_only_this_backend_is_missing(module, problem, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", module)
+    _load.cache_clear()
+    try:
+        assert problem in backends.triton.problem
+        with FakeTensorMode():
+            (reason,) = backends.triton.reasons("sparse_attention", torch.empty(1, 1, 6, 8, device="cuda"))
+        assert problem in reason
+        q = torch.randn(1, 1, 6, 8)
+        dk.sparse_attention(q, q, q, dk.AttentionPattern.row(2, (2, 2)))
+    finally:
+        _load.cache_clear()
 
 
 def test_it_says_what_it_does_not_take(monkeypatch):
@@ -77,7 +69,7 @@ def test_old_gpus_are_declined(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for capability, declined in (((7, 5), True), ((8, 0), False), ((9, 0), False)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
-        assert ("compute capability 8.0" in (package._gpu_problem(torch.device("cuda")) or "")) == declined
+        assert ("compute capability 8.0" in (_gpu_problem(torch.device("cuda")) or "")) == declined
 
 
 @pytest.mark.parametrize("kernel", launch.TABLE)

@@ -21,7 +21,11 @@ pytest.importorskip("triton", "3.9")
 def test_the_kernels_in_the_interpreter(marked):
     command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marked, *FILES]
     result = subprocess.run(
-        command, cwd=TESTS, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"}
+        command,
+        cwd=TESTS,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
     )
     print(result.stdout[-20000:], result.stderr[-2000:])
     assert result.returncode == 0

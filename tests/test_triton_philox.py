@@ -1,9 +1,11 @@
 """The noise of the Triton kernels: the bits of dalle_kernels/philox.py, and its numbers to seven digits."""
 
 import torch
+from triton_for_tests import DEVICE  # before Triton: skips where there is no interpreter
+
+# isort: split
 import triton
 import triton.language as tl
-from triton_for_tests import DEVICE
 
 from dalle_kernels import philox
 from dalle_kernels.backends.triton.philox import gumbel, random_bits

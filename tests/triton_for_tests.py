@@ -13,5 +13,5 @@ if not interpreted():
     pytest.skip("runs where TRITON_INTERPRET=1; test_triton_interpreter.py starts it", allow_module_level=True)
 pytest.importorskip("triton", "3.9")  # older interpreters fail with newer NumPy
 
-DEVICE = "cpu"
+DEVICE = torch.device("cpu")
 DTYPES = [torch.float32, torch.float16]  # the interpreter computes bfloat16 wrongly

@@ -34,7 +34,7 @@ def sparse_attention(dtype, head_dim):
 
     pattern = dk.AttentionPattern.causal(256, (32, 32))
     q = torch.zeros(1, 2, pattern.seq_len, head_dim, dtype=dtype)
-    plans = module._plans(pattern, pattern.seq_len, "cpu", head_dim, dtype)
+    plans = module._plans(pattern, pattern.seq_len, q.device, head_dim, dtype)
     out, lse = module._sparse_attention(q, q, q, *plans, 0.1)
     module._sparse_attention_backward(q, q, q, q, out, lse, *plans, 0.1)
 

@@ -1,6 +1,7 @@
 """How kernels are cut and launched: a table by architecture, head dim and size of an element.
 
-`python -m dalle_kernels.backends.triton.tune OPERATION` measures alternatives on the GPU at hand and prints lines for TABLE.
+`python -m dalle_kernels.backends.triton.tune OPERATION` measures alternatives on the GPU at hand and prints lines for
+TABLE.
 OVERRIDES goes before the table: `launch.OVERRIDES["sparse_attention"] = Launch(64, 64, 8, 3)`.
 """
 
@@ -12,7 +13,6 @@ from typing import NamedTuple
 import torch
 
 from ...plan import TileShape
-
 
 SPLIT = 16  # groups of columns after which a tile is split between programs, so that none runs much longer than others
 
@@ -84,7 +84,7 @@ def padded(head_dim: int) -> int:
 
 @functools.cache
 def architecture(device: torch.device) -> str:
-    """"sm_90", "gfx942", ...; "none" where there is no such GPU (the interpreter, tensors without data)."""
+    """ "sm_90", "gfx942", ...; "none" where there is no such GPU (the interpreter, tensors without data)."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return "none"
     if torch.version.hip:

@@ -286,7 +286,7 @@ def sparse_attention(q, k, v, pattern, scale):
     """(out, lse) of already checked tensors."""
     q, k, v = (_rows_contiguous(x) for x in (q, k, v))
     # index(): a plan is for one length, also under dynamic shapes
-    plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), str(q.device), q.shape[3], q.dtype)
+    plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), q.device, q.shape[3], q.dtype)
     return _op(q, k, v, plan, backward_plan, sizes, scale)
 
 
@@ -297,7 +297,6 @@ def _rows_contiguous(x):
 @torch.compiler.assume_constant_result
 def _plans(pattern, n, device, head_dim, dtype):
     """The plan seen from the queries, that seen from the keys, and the SIZES of both."""
-    device = torch.device(device)
     plans, sizes = [], []
     for side, kernel in (("query", "sparse_attention"), ("key", "sparse_attention.grad_kv")):
         shape = launch.lookup(kernel, device, head_dim, dtype).tile_shape
