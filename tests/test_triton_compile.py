@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # on sm_90 wgmma, on sm_100 tcgen05
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB of a block; RTX GPUs take the lines of sm_80
 MAIN = {"sparse_attention": {"_forward", "_grad_q", "_grad_kv"}}  # the kernels that multiply matrices in a loop
 
 pytest.importorskip("triton")
@@ -41,7 +42,7 @@ def test_kernels_for_every_gpu(operation, dtype, head_dim):
         for name, resources in kernels.items():
             what = f"{name} on {target}: {resources}"
             assert resources["spilled"] == 0, what
-            assert resources["shared"] <= (64 if target == "gfx942" else 99) * 1024, what
+            assert resources["shared"] <= SHARED[target] * 1024, what
             if name in MAIN[operation]:
                 assert dtype == "float32" or resources[MATRIX[target]], what
                 assert target == "gfx942" or resources["LDGSTS"], what  # cp.async

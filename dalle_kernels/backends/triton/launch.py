@@ -31,8 +31,8 @@ class Launch(NamedTuple):
 
 ANY = None  # every architecture that has no line of its own
 
-# kernel: {(architecture, head dim padded to a power of two, bytes of an element): Launch}. Blocks of all lines have at
-# most 64 KB of shared memory on AMD and 99 KB elsewhere, which every GPU that this backend takes has.
+# kernel: {(architecture, head dim padded to a power of two, bytes of an element): Launch}. Blocks take at most
+# 99 KB of shared memory by the lines for ANY architecture, which every NVIDIA GPU since sm_80 has, and 64 KB on AMD.
 TABLE = {
     "sparse_attention": {
         (ANY, 32, 2): Launch(64, 64, 4, 2),
