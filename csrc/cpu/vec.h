@@ -110,6 +110,13 @@ DK_INLINE void transpose(Vec (&v)[LANES]) {
   }
 }
 
+// lane i: the sum of v[i]'s lanes
+DK_INLINE Vec reduce_add_each(Vec (&v)[LANES]) {
+  DK_UNROLL for (int w = LANES / 2; w; w /= 2)
+    DK_UNROLL for (int i = 0; i < w; ++i) v[i] = zip_low(v[i], v[i + w]) + zip_high(v[i], v[i + w]);
+  return v[0];
+}
+
 // 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7.
 DK_INLINE Vec exp2(Vec x) {
   x = max(splat(-127.0f), x);   // in this order NaN stays NaN
@@ -190,6 +197,25 @@ DK_INLINE void from_float(float v, BFloat16* out) {  // round to nearest even; N
 DK_INLINE void from_float(float v, Float16* out) {
   const Half h = static_cast<Half>(v);
   std::memcpy(out, &h, 2);
+}
+
+// LANES elements as floats
+DK_INLINE Vec load(const BFloat16* p) {
+  typedef uint16_t Bits __attribute__((vector_size(LANES * 2)));
+  Bits x;
+  std::memcpy(&x, p, sizeof(x));
+  return floats(__builtin_convertvector(x, UVec) << 16);
+}
+DK_INLINE Vec load(const Float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec v;
+  for (int i = 0; i < LANES; ++i) v[i] = to_float(p[i]);
+  return v;
+#endif
 }
 
 // n elements <-> n floats
