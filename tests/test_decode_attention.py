@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
-from accuracy import assert_accurate
+from accuracy import assert_accurate, mostly
 from patterns_for_tests import NAMES, every_pattern
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -96,7 +96,9 @@ def test_any_shape(prompts, candidates, dim, text_len, grid, name, dtype, data):
     pattern = every_pattern(text_len, grid)[name]
     numbers = prompts * candidates * dim * (grid[0] * grid[1] - start)
     heads = -(-300 // numbers)  # a largest error means little over a handful of numbers
-    check(pattern, *make(pattern, prompts, candidates, heads, dim, dtype, start), prompts, start, "cpu")
+    mostly(
+        lambda: check(pattern, *make(pattern, prompts, candidates, heads, dim, dtype, start), prompts, start, "cpu")
+    )
 
 
 @pytest.mark.parametrize("factor", [5.0, 40.0])
