@@ -28,7 +28,7 @@ def one_thread():
 
 def python(code):
     """What a fresh interpreter prints; fails if it takes too long."""
-    head = "import os, time, torch, dalle_kernels as dk\n"
+    head = "import hashlib, os, time, torch, dalle_kernels as dk\n"
     command = [sys.executable, "-c", head + textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
@@ -139,28 +139,37 @@ def test_other_python_threads_run_meanwhile(name, one_thread, seed):
 
 
 def test_forked_processes():
-    """A forked process has none of its parent's threads. Like PyTorch's own operations, kernels that the parent ran on
-    several must be told to use one, as the workers of a DataLoader are.
+    """A forked process has none of its parent's threads. Where the parent used several, PyTorch's own large operations
+    hang there; ours run on one, with the same bits.
     """
     code = """
     torch.set_num_threads(2)
     logits = torch.randn(64, 8192)
     pattern = dk.AttentionPattern.row(16, (8, 8))
-    q, k, v = torch.randn(3, 2, 2, 80, 32)
+    q, k, v = (x.requires_grad_() for x in torch.randn(3, 2, 5, 80, 32).unbind(0))
 
-    def compute():
-        return dk.gumbel_softmax(logits, seed=5, backend="cpu"), dk.sparse_attention(q, k, v, pattern, backend="cpu")
+    def forward():
+        y, out = dk.gumbel_softmax(logits, seed=5, backend="cpu"), dk.sparse_attention(q, k, v, pattern, backend="cpu")
+        return [y.numpy().tobytes(), out.detach().numpy().tobytes()], out
 
-    def same(*_):
-        return all(map(torch.equal, compute(), expected))
+    def both():
+        results, out = forward()
+        return results + [x.numpy().tobytes() for x in torch.autograd.grad(out, (q, k, v), torch.ones(q.shape))]
 
-    expected = compute()
+    expected = forward()[0]
+    here, there = os.pipe()
     child = os.fork()
     if child == 0:
-        torch.set_num_threads(1)
-        os._exit(0 if same() else 1)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), same())
-    loader = torch.utils.data.DataLoader(range(4), num_workers=2, collate_fn=same, multiprocessing_context="fork")
-    print(*loader)
+        os.write(there, hashlib.sha256(b"".join(both())).digest())
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    results = both()
+    print(results[:2] == expected, os.read(here, 32) == hashlib.sha256(b"".join(results)).digest())
+
+    def same(_):
+        torch.set_num_threads(2)  # workers of a DataLoader are told to use one
+        return forward()[0] == expected
+
+    print(*torch.utils.data.DataLoader(range(4), num_workers=2, collate_fn=same, multiprocessing_context="fork"))
     """
-    assert python(code) == ["0", "True"] + ["True"] * 4
+    assert python(code) == ["0", "True", "True"] + ["True"] * 4

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
+#include <pthread.h>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -35,11 +36,24 @@ template <Buffer> float* workspace(int64_t floats) {
   return buffer.get();
 }
 
+// A forked process has none of its parent's threads, and the pool that it inherits would wait for them: once we have used one, we note a fork.
+inline bool forked = false;
+inline bool threads_lost() {
+  [[maybe_unused]] static const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+  return forked;
+}
+
+// Runs run(begin, end) for parts of [0, count) on PyTorch's threads, on the calling one alone where the others are lost.
+template <class Run> void in_parallel(int64_t count, const Run& run) {
+  if (count > 1 && torch::stable::get_num_threads() > 1 && threads_lost()) return run(0, count);
+  torch::stable::parallel_for(0, count, 1, run);
+}
+
 // Runs run(item, workspace) for every item in [0, items), each thread taking the next one when it is free.
 template <class Run> void for_each_item(int64_t items, int64_t workspace_floats, const Run& run, int64_t most_threads = torch::stable::get_num_threads()) {
   std::atomic<int64_t> next{0};
   const int64_t threads = std::min(items, most_threads);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+  in_parallel(threads, [&](int64_t begin, int64_t end) {
     if (begin >= end) return;
     float* buffer = workspace<Buffer::own>(workspace_floats);
     for (int64_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) run(item, buffer);
@@ -55,7 +69,7 @@ inline Tensor fresh(Tensor t) {
   const int64_t bytes = static_cast<int64_t>(first + t.numel() * t.element_size() - begin) / PAGE * PAGE;
   if (bytes < FRESH_BYTES) return t;
   madvise(reinterpret_cast<void*>(begin), bytes, MADV_HUGEPAGE);   // advice: where it cannot be taken the pages come as they always do
-  torch::stable::parallel_for(0, (bytes + SHARE_BYTES - 1) / SHARE_BYTES, 1, [&](int64_t from, int64_t to) {
+  in_parallel((bytes + SHARE_BYTES - 1) / SHARE_BYTES, [&](int64_t from, int64_t to) {
     madvise(reinterpret_cast<void*>(begin + from * SHARE_BYTES), std::min(to * SHARE_BYTES, bytes) - from * SHARE_BYTES, MADV_POPULATE_WRITE);
   });
 #endif
