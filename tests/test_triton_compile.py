@@ -46,3 +46,8 @@ def test_kernels_for_every_gpu(operation, dtype, head_dim):
             if name in MAIN[operation]:
                 assert dtype == "float32" or resources[MATRIX[target]], what
                 assert target == "gfx942" or resources["LDGSTS"], what  # cp.async
+
+
+def test_one_head():
+    kernels = compiled("sparse_attention_of_one_head", "float32", "32", "sm_90")["sm_90"]
+    assert kernels.keys() >= MAIN["sparse_attention"]

@@ -28,18 +28,23 @@ TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDL", "STL")  # of NVIDIA, that are counted
 
 
-def sparse_attention(dtype, head_dim):
+def sparse_attention(dtype, head_dim, heads=2):
     """Forward and backward, of a pattern some of whose tiles are split."""
     from dalle_kernels.backends.triton import sparse_attention as module
 
     pattern = dk.AttentionPattern.causal(256, (32, 32))
-    q = torch.zeros(1, 2, pattern.seq_len, head_dim, dtype=dtype)
+    q = torch.zeros(1, heads, pattern.seq_len, head_dim, dtype=dtype)
     plans = module._plans(pattern, pattern.seq_len, q.device, head_dim, dtype)
     out, lse = module._sparse_attention(q, q, q, *plans, 0.1)
     module._sparse_attention_backward(q, q, q, q, out, lse, *plans, 0.1)
 
 
-PROBLEMS = {"sparse_attention": sparse_attention}
+def sparse_attention_of_one_head(dtype, head_dim):
+    """Triton compiles sizes of 1 as constants."""
+    sparse_attention(dtype, head_dim, heads=1)
+
+
+PROBLEMS = {"sparse_attention": sparse_attention, "sparse_attention_of_one_head": sparse_attention_of_one_head}
 
 
 class Driver:
