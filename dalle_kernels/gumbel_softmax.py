@@ -36,8 +36,8 @@ def gumbel_softmax(
 
     Args:
         logits: unnormalised log-probabilities, any shape with at least one dimension; float32, bfloat16 or float16
-            (float64 on "reference"). -inf forbids a class: its y and its gradient are 0. Any strides; only C-contiguous
-            logits are read without a copy.
+            (float64 on "reference"). -inf forbids a class: its y and its gradient are 0. Any strides; read
+            without a copy if C-contiguous or, on "cpu", if only the classes were moved last (channels_last with dim 1).
         tau: temperature, > 0.
         hard: return the exact one-hot of the largest noisy logit, with the gradient of the soft y (straight-through).
         eps: accepted for compatibility, without effect.
@@ -47,9 +47,9 @@ def gumbel_softmax(
         backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
 
     Returns:
-        y in the logits' shape and dtype; with `return_kl` the pair (y, kl), kl float32 (float64 for float64 logits) in
-        the logits' shape without `dim`. Both are differentiable. A row that holds NaN or +inf, or only -inf, is NaN, as
-        in torch.softmax.
+        y in the logits' shape and dtype, with their strides if they were read without a copy; with `return_kl` the pair
+        (y, kl), kl float32 (float64 for float64 logits) in the logits' shape without `dim`. Both are differentiable. A
+        row that holds NaN or +inf, or only -inf, is NaN, as in torch.softmax.
 
     Raises:
         ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises

@@ -2,6 +2,7 @@
 dtype, dimension and memory layout; its limits in tau; and that nothing depends on threads or the batch.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -17,7 +18,7 @@ from accuracy import assert_accurate, mostly
 from dalle_kernels.philox import gumbel_noise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-LAYOUTS = ["contiguous", "transposed", "strided", "offset"]
+LAYOUTS = ["contiguous", "transposed", "strided", "offset", "classes last"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -79,11 +80,18 @@ def assert_argmax(y, x, seed, dim):
     assert short.max() < 1e-6 * noisy.abs().max(), f"a value {short.max():.3g} below the largest was taken"
 
 
+def classes_last(x):
+    """The same numbers with dim 1 contiguous: channels_last."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1)
+
+
 def make(layout, shape, dtype, scale=2.0):
     if layout == "contiguous":
         return (torch.randn(shape) * scale).to(dtype)
-    if layout == "transposed":  # channels last, for instance
+    if layout == "transposed":
         return (torch.randn(shape[::-1]) * scale).to(dtype).permute(*range(len(shape))[::-1])
+    if layout == "classes last":  # of dim 1
+        return classes_last(torch.randn(shape) * scale).to(dtype)
     if layout == "strided":
         return (torch.randn(*shape[:-1], 2 * shape[-1]) * scale).to(dtype)[..., ::2]
     storage = torch.full([n + 2 for n in shape], torch.nan, dtype=dtype)  # NaN all around the view
@@ -199,6 +207,28 @@ def test_noise_follows_the_shape_not_the_strides(layout, seed):
         torch.testing.assert_close(ours, dk.gumbel_softmax(x, dim=dim, seed=seed, backend="reference"))
 
 
+@pytest.mark.parametrize("return_kl", [False, True])
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_classes_last_in_memory_give_the_same_bits(dtype, hard, return_kl, seed):
+    """And results in the logits' layout, whichever that of the gradient is."""
+
+    def outputs(x, grad):
+        x = x.detach().requires_grad_()
+        y, kl = dk.gumbel_softmax(x, 0.7, hard, dim=1, seed=seed, return_kl=True, backend="cpu")
+        (gradient,) = torch.autograd.grad([y, kl][: 1 + return_kl], x, [grad, kl.detach()][: 1 + return_kl])
+        return y.detach(), kl.detach(), gradient
+
+    for shape in [(2, 64, 8, 8), (2, 300, 5, 7), (1, 1000, 3, 5, 9), (3, 16, 1, 5), (3, 5, 70), (2, 1, 3)]:
+        x, grad = torch.randn(2, *shape).to(dtype).unbind(0)
+        x[0, -1, ..., -1] = torch.nan
+        x[-1, 0] = -torch.inf
+        for other in (grad, classes_last(grad), grad[:1, :1].expand(shape)):
+            for a, b in zip(outputs(classes_last(x), other), outputs(x, other.contiguous()), strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+                assert a.dim() < len(shape) or a.stride() == classes_last(x).stride()
+
+
 def test_soft_and_hard_choose_the_same(seed):
     x = torch.randn(4, 50, 6)
     soft, hard = (dk.gumbel_softmax(x, 0.5, hard, dim=1, seed=seed, backend="cpu") for hard in (False, True))
@@ -281,8 +311,9 @@ def test_positional_order_is_that_of_torch(seed):
 
 
 def test_forward_and_backward_allocate_two_buffers(seed):
-    x = torch.randn(2, 512, 16, 16, requires_grad=True)
-    for hard in (False, True):
+    logits = torch.randn(2, 512, 16, 16)
+    for hard, last in itertools.product((False, True), (False, True)):
+        x = (classes_last(logits) if last else logits.clone()).requires_grad_()
         with profile(profile_memory=True) as record:
             y, _ = dk.gumbel_softmax(x, 1.0, hard, dim=1, return_kl=True, backend="cpu")
             torch.autograd.grad(y, x, x.detach())
@@ -322,7 +353,7 @@ def test_empty(shape, dim, backend):
     assert y.shape == x.shape and kl.shape == x.sum(dim).shape and x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "classes last"])
 @pytest.mark.parametrize("return_kl", [False, True])
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_opcheck(hard, return_kl, layout, seed):
@@ -352,8 +383,9 @@ def test_compiles_into_one_graph(hard, seed):
         torch.testing.assert_close(compiled(*arguments), step(*arguments))
     assert compilations <= 2
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    for tau in (1.0, 0.7, 0.3):
-        torch.testing.assert_close(torch.autograd.grad(compiled(x, tau, 5), x), torch.autograd.grad(step(x, tau, 5), x))
+    last = classes_last(x.detach()).requires_grad_()
+    for tau, z in itertools.product((1.0, 0.7, 0.3), (x, last)):
+        torch.testing.assert_close(torch.autograd.grad(compiled(z, tau, 5), z), torch.autograd.grad(step(z, tau, 5), z))
     drawn = torch.compile(lambda x: dk.gumbel_softmax(x, hard=hard), fullgraph=True, backend="aot_eager")
     assert not torch.equal(drawn(x), drawn(x)), "without a seed every call draws one, in the graph"
 

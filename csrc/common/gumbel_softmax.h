@@ -5,7 +5,8 @@
 
 namespace dk {
 
-// Tensors of logits' shape are contiguous and seen as [outer, classes, inner]; statistics are contiguous float32 [outer, inner].
+// Tensors of logits' shape are seen as [outer, classes, inner] and lie so in memory, without gaps, or where `classes_last` (the CPU only) as
+// [outer, inner, classes]; statistics are contiguous float32 [outer, inner].
 struct GumbelSoftmaxArgs {
   const void* logits;   // backward: null if neither hard nor with KL
   void* y;              // backward: read unless hard
@@ -13,7 +14,7 @@ struct GumbelSoftmaxArgs {
   int64_t outer, classes, inner;
   const int64_t* seed;
   const float* tau;
-  bool hard;
+  bool hard, classes_last;
   DType dtype;
 };
 

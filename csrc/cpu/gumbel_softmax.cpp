@@ -9,8 +9,12 @@ static Cut forward_cut(const GumbelSoftmaxArgs& a) { return a.hard ? Cut(a, MAX_
 template <class T> struct Forward {
   // One-hot of the argmax; NaN where softmax would be.
   static void put_one_hot(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, const SweepSpace& w) {
-    T* y = static_cast<T*>(a.y) + s.begin;
-    for (int64_t r = 0; r < s.rows; ++r) std::memset(static_cast<void*>(y + r * s.stride), 0, s.lanes_in(r) * sizeof(T));
+    T* y = static_cast<T*>(a.y) + s.memory;
+    if (s.lane_step > 1) {
+      std::memset(static_cast<void*>(y), 0, s.lanes * s.lane_step * sizeof(T));
+    } else {
+      for (int64_t r = 0; r < s.rows; ++r) std::memset(static_cast<void*>(y + r * s.row_step), 0, s.lanes_in(r) * sizeof(T));
+    }
     const auto write = [&](int64_t element, float best, bool nan, int64_t first, int64_t stride) {
       if (!nan && best - best == 0.0f) return from_float(1.0f, y + element);
       for (int64_t i = 0; i < a.classes; ++i) from_float(__builtin_nanf(""), y + first + i * stride);
@@ -21,9 +25,9 @@ template <class T> struct Forward {
     for (int i = 0; i < s.lanes; ++i) {
       const ArgMax& lane = w.best[i / LANES];
       const float value = lane.best[i % LANES];
-      const int64_t element = lane.index[i % LANES] * s.stride + i;
+      const int64_t element = lane.index[i % LANES] * s.row_step + i * s.lane_step;
       if (!cut.merge) {
-        write(element, value, lane.nan[i % LANES], i, s.stride);
+        write(element, value, lane.nan[i % LANES], i * s.lane_step, s.row_step);
       } else {
         nan |= lane.nan[i % LANES] != 0;
         if (value > best || (value == best && element < at)) best = value, at = element;

@@ -5,8 +5,12 @@
 namespace dk::DK_ISA {
 
 constexpr int STREAM_WIDTH = 256;   // lanes of a strip that is read twice from memory: longer runs than the sweep's
+constexpr int ACROSS_WIDTH = 16;    // where runs follow the classes, few lanes: they may stay in the cache
 
-static Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) { return a.forward.hard ? cut_to_cache(a.forward) : Cut(a.forward, STREAM_WIDTH); }
+static Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) {
+  if (a.forward.hard) return cut_to_cache(a.forward);
+  return Cut(a.forward, a.forward.classes_last ? ACROSS_WIDTH : STREAM_WIDTH);
+}
 
 struct BackwardSpace {
   BackwardSpace(Arena& arena, const Cut& cut, bool hard)

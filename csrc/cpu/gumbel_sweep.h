@@ -1,6 +1,6 @@
 // What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the sweep that draws the noise and
-// takes the softmax. Where the classes are the contiguous dimension (inner = 1), one position is laid out as rows of `width` classes and its lanes are
-// merged at the end, so the same code serves both.
+// takes the softmax. Where the classes are the last dimension (inner = 1), one position is laid out as rows of `width` classes and its lanes are
+// merged at the end, so the same code serves both. Where they are last in memory alone, rows are transposed as they are read and written.
 #pragma once
 #include "cpu/arena.h"
 #include "cpu/argmax.h"
@@ -19,16 +19,17 @@ constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR
 // -- geometry
 
 struct Strip {
-  int64_t begin, stride;   // element of lane 0 in row 0; elements from row to row
+  int64_t begin, stride;   // index of lane 0 in row 0; from row to row
   int64_t stat;            // of lane 0 in [outer, inner]
   int64_t rows;
   int lanes, last_lanes;   // in every row but the last; in the last row
+  int64_t memory, row_step, lane_step;   // as begin and stride, but of places in memory; from lane to lane
   int lanes_in(int64_t row) const { return row == rows - 1 ? last_lanes : lanes; }
 };
 
 // How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
 struct Cut {
-  Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1) {
+  Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1), classes_last(a.classes_last) {
     const int64_t lanes = merge ? classes : inner, pieces = (lanes + max_width - 1) / max_width;
     width = static_cast<int>(((lanes + pieces - 1) / pieces + LANES - 1) / LANES * LANES);
     per_outer = merge ? 1 : (inner + width - 1) / width;
@@ -36,16 +37,19 @@ struct Cut {
     strips = a.outer * per_outer;
   }
   Strip strip(int64_t i) const {
-    if (merge) return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width)};
+    if (merge) return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width), i * classes, width, 1};
     const int64_t outer = i / per_outer, at = i % per_outer * width;
     const int lanes = static_cast<int>(inner - at < width ? inner - at : width);
-    return {outer * classes * inner + at, inner, outer * inner + at, rows, lanes, lanes};
+    const int64_t first = outer * classes * inner, begin = first + at, stat = outer * inner + at;
+    if (classes_last) return {begin, inner, stat, rows, lanes, lanes, first + at * classes, 1, classes};
+    return {begin, inner, stat, rows, lanes, lanes, begin, inner, 1};
   }
   int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
 
   int64_t classes, inner, rows, per_outer, strips;
   int width;    // whole vectors
   bool merge;   // lanes are classes of one position
+  bool classes_last;
 };
 
 // The strips of a sweep that keeps weights are as narrow as the cache asks.
@@ -57,18 +61,58 @@ static Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
 
 // -- rows of a strip
 
+// Calls block(row, lane, rows, lanes) for every block of LANES x LANES, or what there is of it, in `count` rows.
+template <class Block> DK_INLINE void for_each_block(const Strip& s, int count, int width, const Block& block) {
+  for (int j = 0; j < width; j += LANES)
+    for (int r = 0; r < count; r += LANES) block(r, j, count - r < LANES ? count - r : LANES, s.lanes - j < LANES ? s.lanes - j : LANES);
+}
+
+// fetch and put of rows that are neighbours in memory, while lanes are not
+template <class T> static void fetch_across(const T* in, const Strip& s, int count, int width, float fill, float* out) {
+  for_each_block(s, count, width, [&](int row, int lane, int rows, int lanes) {
+    const T* from = in + lane * s.lane_step + row;
+    float* to = out + row * width + lane;
+    if (rows < LANES || lanes < LANES) {
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < LANES; ++i) to[r * width + i] = i < lanes ? to_float(from[i * s.lane_step + r]) : fill;
+      return;
+    }
+    Vec v[LANES];
+    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(from + i * s.lane_step);
+    transpose(v);
+    DK_UNROLL for (int r = 0; r < LANES; ++r) store(to + r * width, v[r]);
+  });
+}
+template <class T> static void put_across(const float* in, const Strip& s, int count, int width, T* out) {
+  for_each_block(s, count, width, [&](int row, int lane, int rows, int lanes) {
+    const float* from = in + row * width + lane;
+    T* to = out + lane * s.lane_step + row;
+    if (rows < LANES || lanes < LANES) {
+      for (int i = 0; i < lanes; ++i)
+        for (int r = 0; r < rows; ++r) from_float(from[r * width + i], to + i * s.lane_step + r);
+      return;
+    }
+    Vec v[LANES];
+    DK_UNROLL for (int r = 0; r < LANES; ++r) v[r] = load(from + r * width);
+    transpose(v);
+    DK_UNROLL for (int i = 0; i < LANES; ++i) store_vec(v[i], to + i * s.lane_step);
+  });
+}
+
 // Rows of a strip <-> floats [count][width]; missing lanes are filled.
 template <class T> DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
-  const T* in = static_cast<const T*>(base) + s.begin + row * s.stride;
-  for (int r = 0; r < count; ++r, out += width, in += s.stride) {
+  const T* in = static_cast<const T*>(base) + s.memory + row * s.row_step;
+  if (s.lane_step > 1) return fetch_across(in, s, count, width, fill, out);
+  for (int r = 0; r < count; ++r, out += width, in += s.row_step) {
     const int lanes = s.lanes_in(row + r);
     load_row(in, out, lanes);
     for (int i = lanes; i < width; ++i) out[i] = fill;
   }
 }
 template <class T> DK_INLINE void put(const float* in, const Strip& s, int64_t row, int count, int width, void* base) {
-  T* out = static_cast<T*>(base) + s.begin + row * s.stride;
-  for (int r = 0; r < count; ++r, in += width, out += s.stride) store_row(in, out, s.lanes_in(row + r));
+  T* out = static_cast<T*>(base) + s.memory + row * s.row_step;
+  if (s.lane_step > 1) return put_across(in, s, count, width, out);
+  for (int r = 0; r < count; ++r, in += width, out += s.row_step) store_row(in, out, s.lanes_in(row + r));
 }
 
 // The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn in one go.

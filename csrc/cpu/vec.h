@@ -218,6 +218,12 @@ DK_INLINE Vec load(const Float16* p) {
 #endif
 }
 
+template <class T> DK_INLINE void store_vec(Vec v, T* out) {
+  float x[LANES];
+  store(x, v);
+  for (int i = 0; i < LANES; ++i) from_float(x[i], out + i);
+}
+
 // n elements <-> n floats
 template <class T> DK_INLINE void load_row(const T* in, float* out, int n) {
   for (int i = 0; i < n; ++i) out[i] = to_float(in[i]);

@@ -1,6 +1,7 @@
 // gumbel_softmax, forward and backward: sees the logits as [outer, classes, inner], allocates, spreads strips over threads. Arguments were checked in
 // Python.
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "ops/arguments.h"
@@ -17,10 +18,24 @@ template <class Args> static void run_strips(const StripKernel<Args>& kernel, co
   });
 }
 
+// Is `t` laid out as a contiguous tensor whose last dimension is `dim`? So are channels_last pictures with their channels.
+static bool is_last_in_memory(const Tensor& t, int64_t dim) {
+  int64_t stride = 1;
+  const auto follows = [&](int64_t i) { return t.size(i) == 1 || t.stride(i) == std::exchange(stride, stride * t.size(i)); };
+  bool last = follows(dim);
+  for (int64_t i = t.dim() - 1; i >= 0; --i) last = last && (i == dim || follows(i));
+  return last;
+}
+
+// Where the classes lie last they stay so; tensors of all other layouts become contiguous.
+static bool keeps_classes_last(const Tensor& t, int64_t dim) { return !t.is_contiguous() && is_last_in_memory(t, dim); }
+
 // stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
 static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim, bool return_kl) {
-  logits = torch::stable::contiguous(logits);
+  const bool classes_last = keeps_classes_last(logits, dim);
+  if (!classes_last) logits = torch::stable::contiguous(logits);
   GumbelSoftmaxArgs a = gumbel_softmax_args(logits, seed, tau, hard, dim);
+  a.classes_last = classes_last;
   std::vector<int64_t> shape{0}, stats_shape{0};
   if (return_kl) {
     shape.clear();
@@ -41,18 +56,25 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
 // y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
 static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y, std::optional<Tensor> logits,
                                       std::optional<Tensor> kl, std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {
-  const auto contiguous = [](std::optional<Tensor>& t) -> void* {
-    if (!t) return nullptr;
-    t = torch::stable::contiguous(*t);
-    return t->data_ptr();
+  const Tensor like = y ? *y : *logits;
+  const bool classes_last = keeps_classes_last(like, dim);
+  const auto laid_out = [&](const Tensor& t) {
+    if (!classes_last) return torch::stable::contiguous(t);
+    if (is_last_in_memory(t, dim)) return t;
+    Tensor copy = torch::stable::empty_like(like);
+    return torch::stable::copy_(copy, t);
   };
-  grad_y = torch::stable::contiguous(grad_y);
+  grad_y = laid_out(grad_y);
+  if (y) y = laid_out(*y);
+  if (logits) logits = laid_out(*logits);
+  if (grad_kl) grad_kl = torch::stable::contiguous(*grad_kl);
   Tensor grad_logits = fresh(torch::stable::empty_like(grad_y));
   GumbelSoftmaxBackwardArgs a{};
   a.forward = gumbel_softmax_args(grad_y, seed, tau, hard, dim);
-  a.forward.logits = contiguous(logits), a.forward.y = contiguous(y);
+  a.forward.classes_last = classes_last;
+  a.forward.logits = logits ? logits->data_ptr() : nullptr, a.forward.y = y ? y->data_ptr() : nullptr;
   if (grad_kl) set_stats(a.forward, *kl, *stats);
-  a.grad_y = grad_y.data_ptr(), a.grad_kl = static_cast<const float*>(contiguous(grad_kl));
+  a.grad_y = grad_y.data_ptr(), a.grad_kl = grad_kl ? static_cast<const float*>(grad_kl->data_ptr()) : nullptr;
   a.grad_logits = grad_logits.data_ptr();
   run_strips(kernels().gumbel_softmax_backward, a, grad_y.numel());
   return grad_logits;

@@ -16,17 +16,24 @@ def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
     return y, kl if return_kl else None
 
 
+def _empty_like(x, dim):
+    """In the layout of the operations' outputs: contiguous, but the CPU keeps classes that lie last in memory there."""
+    if x.device.type == "cpu" and x.movedim(dim, -1).is_contiguous():
+        return torch.empty_like(x)
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("dalle_kernels::gumbel_softmax")
 def _(logits, seed, tau, hard, dim, return_kl):
     rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
     kl, stats = (rows, [2, *rows]) if return_kl else ([0], [0])
-    y = logits.new_empty(logits.shape)
+    y = _empty_like(logits, dim)
     return y, logits.new_empty(kl, dtype=torch.float32), logits.new_empty(stats, dtype=torch.float32)
 
 
 @torch.library.register_fake("dalle_kernels::gumbel_softmax_backward")
 def _(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
-    return grad_y.new_empty(grad_y.shape)
+    return _empty_like(logits if y is None else y, dim)
 
 
 def _setup_context(ctx, inputs, output):
