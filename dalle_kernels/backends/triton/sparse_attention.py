@@ -167,7 +167,8 @@ def _diagonal(x):
 @triton.jit
 def _statistics_at(statistics, pairs, bh, n, tokens):
     """Where lse (to base 2), delta, and the sum of the recomputed weights of the queries `tokens` stand."""
-    at, step = statistics + bh.to(tl.int64) * n + tokens, tl.full([1], pairs, tl.int64) * n  # pairs may be the constant 1
+    at = statistics + bh.to(tl.int64) * n + tokens
+    step = tl.full([1], pairs, tl.int64) * n  # pairs may be the constant 1
     return at, at + step, at + 2 * step
 
 
