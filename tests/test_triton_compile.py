@@ -27,15 +27,10 @@ def compiled(*arguments):
     return json.loads(result.stdout)
 
 
-slow = pytest.mark.slow
-PROBLEMS = [
-    ("sparse_attention", "bfloat16", "64"),
-    *(pytest.param("sparse_attention", "bfloat16", dim, marks=slow) for dim in ("128",)),
-    *(pytest.param("sparse_attention", "float32", dim, marks=slow) for dim in ("64", "128")),
-]
-
-
-@pytest.mark.parametrize(("operation", "dtype", "head_dim"), PROBLEMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", ["64", "128"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("operation", MAIN)
 def test_kernels_for_every_gpu(operation, dtype, head_dim):
     for target, kernels in compiled(operation, dtype, head_dim, *MATRIX).items():
         assert kernels.keys() >= MAIN[operation]

@@ -17,9 +17,10 @@ pytest.importorskip("triton", "3.9")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` checks the kernels on the GPU")
-@pytest.mark.parametrize("marked", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
-def test_the_kernels_in_the_interpreter(marked):
-    command = [sys.executable, "-m", "pytest", "-q", "-n", "2", "-m", marked, *FILES]
+@pytest.mark.slow
+@pytest.mark.parametrize("file", FILES)
+def test_the_kernels_in_the_interpreter(file):
+    command = [sys.executable, "-m", "pytest", "-q", file]
     result = subprocess.run(
         command,
         cwd=TESTS,

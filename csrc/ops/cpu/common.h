@@ -19,6 +19,12 @@
 
 namespace dk {
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool KEPT = false;   // every buffer is new, so that AddressSanitizer knows its end
+#else
+constexpr bool KEPT = true;
+#endif
+
 // Cache-line aligned buffers that each thread keeps and grows: one for what it works on, and one that it may lend to all threads.
 enum class Buffer { own, shared };
 template <Buffer> float* workspace(int64_t floats) {
@@ -27,7 +33,7 @@ template <Buffer> float* workspace(int64_t floats) {
   };
   static thread_local std::unique_ptr<float, Free> buffer;
   static thread_local int64_t capacity = 0;
-  if (floats > capacity) {
+  if (floats > capacity || !KEPT) {
     capacity = 0;
     buffer.reset(static_cast<float*>(std::aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64)));
     if (!buffer) throw std::bad_alloc();

@@ -1,0 +1,83 @@
+"""The CPU kernels with AddressSanitizer and UBSan: the portable ones and those for the best instruction set here."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_cuda_sanitizers import LIBRARIES, REPORTS
+
+import dalle_kernels
+from dalle_kernels import _host
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "sanitized"
+BEST = [isa for isa, supported in _host.cpu_isas().items() if supported][-1]
+ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # whose kernels those of other tables are
+ISAS = list(dict.fromkeys(["portable", *ON_TOP.get(BEST, []), BEST]))
+TESTS = {
+    "test_sparse_attention.py": "any_shape or tiny or hidden_keys or depend and (conv or causal-torch.bfloat16)",
+    "test_decode_attention.py": "any_shape or strided or text_that or depend",
+    "test_gumbel_softmax.py": "padding or broken or depend or follows",
+    "test_sample_tokens.py": "any_shape or broken or depends",
+}
+
+PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+TOOLS = [shutil.which(tool, path=PATH) for tool in ("cmake", "ninja")]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(None in LIBRARIES, reason="g++ has no libasan.so or libubsan.so"),
+    pytest.mark.skipif(None in TOOLS, reason="cmake or ninja is missing"),
+]
+
+
+@pytest.fixture(scope="module")
+def package(tmp_path_factory):
+    """A folder with the Python package and its sanitized library."""
+    pybind11 = pytest.importorskip("pybind11")
+    options = {
+        "CMAKE_MAKE_PROGRAM": TOOLS[1],
+        "DALLE_SANITIZE": "ON",
+        "DALLE_ISAS": ";".join(ISAS),
+        "DALLE_TORCH_DIR": Path(torch.__file__).parent,
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": BUILD,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+    }
+    configure = [TOOLS[0], "-G", "Ninja", "-S", ROOT, "-B", BUILD, *(f"-D{k}={v}" for k, v in options.items())]
+    for command in (configure, [TOOLS[0], "--build", BUILD, "--target", "dalle_cpu"]):
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    folder = tmp_path_factory.mktemp("sanitized")
+    source, without = Path(dalle_kernels.__file__).parent, shutil.ignore_patterns("libdalle_*.so", "__pycache__")
+    shutil.copytree(source, folder / "dalle_kernels", copy_function=os.symlink, ignore=without)
+    (folder / "dalle_kernels" / "libdalle_cpu.so").symlink_to(BUILD / "libdalle_cpu.so")
+    return folder
+
+
+def start(package, isa):
+    """The tests with the kernels of one instruction set; the working folder is the first where Python looks."""
+    environment = {
+        **os.environ,
+        "DALLE_KERNELS_CPU_ISA": isa,
+        "LD_PRELOAD": ":".join(map(str, LIBRARIES)),
+        "ASAN_OPTIONS": "detect_leaks=0:quarantine_size_mb=16",
+        "PYTHONPATH": str(package),
+    }
+    selected = " or ".join(f"{file} and ({names})" for file, names in TESTS.items())
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-m", "not slow", "-k", f"({selected}) and not reference"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *(ROOT / "tests" / file for file in TESTS)],
+        cwd=package, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def test_no_report(package):
+    runs = [start(package, isa) for isa in dict.fromkeys(["portable", BEST])]
+    for run, output in [(run, run.communicate()[0]) for run in runs]:
+        assert not any(report in output for report in REPORTS), output[-20000:]
+        assert run.returncode == 0, output[-5000:]
