@@ -10,7 +10,7 @@ import torch
 
 TESTS = Path(__file__).parent
 FILES = sorted(
-    file.name for file in TESTS.glob("test_triton_*.py") if "from triton_for_tests import" in file.read_text()
+    file.name for file in TESTS.glob("test_triton_*.py") if "\nfrom triton_for_tests import" in file.read_text()
 )
 
 pytest.importorskip("triton", "3.9")

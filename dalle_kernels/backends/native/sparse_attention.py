@@ -23,7 +23,8 @@ def sparse_attention(q, k, v, pattern, scale):
     # index(): a plan is for one length, also under dynamic shapes
     plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), q.device)
     # torch.compile traces the operation itself; its autograd in Python takes 60 microseconds longer than a Function's
-    eager = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    eager = needs_grad and not torch.compiler.is_compiling()
     return (_SparseAttention.apply if eager else _op)(q, k, v, plan, backward_plan, sizes, scale)
 
 
