@@ -212,7 +212,7 @@ DK_INLINE Vec load(const Float16* p) {
 #elif defined(__AVX2__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 #else
-  Vec v;
+  Vec v = {};
   for (int i = 0; i < LANES; ++i) v[i] = to_float(p[i]);
   return v;
 #endif
