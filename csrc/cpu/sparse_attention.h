@@ -24,7 +24,6 @@ struct SparseAttentionKernel {
 
 struct SparseAttentionBackwardKernel {
   SparseAttentionSpace (*space)(const SparseAttentionBackwardArgs&);
-  void (*run)(const SparseAttentionBackwardArgs&, int64_t bh, float* head, float* tile, float* thread);   // all of a head at once
   void (*prepare)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
   void (*queries)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile, const float* head, float* left, float* thread);
   // `left`: of tiles [tile_begin, tile_end), one after the other. Successive calls cover all tiles; the last one writes grad_k and grad_v.

@@ -165,15 +165,7 @@ template <class T, int DP> struct Backward {
     }
   }
 
-  static void run(const SparseAttentionBackwardArgs& a, int64_t bh, float* head, float* tile, float* thread) {
-    prepare(a, bh, 0, 1, head);
-    for (int64_t t = 0; t < Plan(a.forward.plan).tiles(); ++t) {
-      queries(a, bh, t, head, tile, thread);
-      keys(a, bh, t, t + 1, 0, 1, head, tile);
-    }
-  }
-
-  static SparseAttentionBackwardKernel call() { return {space, run, prepare, queries, keys}; }
+  static SparseAttentionBackwardKernel call() { return {space, prepare, queries, keys}; }
 };
 
 SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) { return dispatch<Backward>(a.forward.dtype, a.forward.head_dim); }

@@ -106,8 +106,14 @@ static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_
   const SparseAttentionBackwardKernel kernel = kernels().sparse_attention_backward(a);
   const SparseAttentionSpace space = kernel.space(a);
   const Division heads(a.forward);
-  for_each_item(heads.apart, space.head + space.tile + space.thread, [&](int64_t bh, float* workspace) {
-    kernel.run(a, bh, workspace, workspace + space.head, workspace + space.head + space.tile);
+  const int64_t tiles = Plan(a.forward.plan).tiles();
+  for_each_item(heads.apart, space.head + space.tile + space.thread, [&](int64_t bh, float* head) {
+    float *left = head + space.head, *thread = left + space.tile;
+    kernel.prepare(a, bh, 0, 1, head);
+    for (int64_t t = 0; t < tiles; ++t) {
+      kernel.queries(a, bh, t, head, left, thread);
+      kernel.keys(a, bh, t, t + 1, 0, 1, head, left);
+    }
   }, heads.threads);
   if (heads.together) backward_together(a, kernel, heads);
   return {grad_q, grad_k, grad_v};
