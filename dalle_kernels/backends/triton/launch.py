@@ -31,37 +31,26 @@ class Launch(NamedTuple):
 
 ANY = None  # every architecture that has no line of its own
 
-# kernel: {(architecture, head dim padded to a power of two, bytes of an element): Launch}. Blocks take at most
+# {(architecture, head dim padded to a power of two, bytes of an element): Launch}. Blocks take at most
 # 99 KB of shared memory by the lines for ANY architecture, which every NVIDIA GPU since sm_80 has, and 64 KB on AMD.
-TABLE = {
-    "sparse_attention": {
-        (ANY, 32, 2): Launch(64, 64, 4, 2),
-        (ANY, 64, 2): Launch(64, 64, 4, 2),
-        (ANY, 128, 2): Launch(64, 64, 8, 2),
-        (ANY, 32, 4): Launch(64, 32, 8, 2),
-        (ANY, 64, 4): Launch(64, 32, 8, 2),
-        (ANY, 128, 4): Launch(32, 32, 8, 2),
-        ("sm_90", 128, 2): Launch(64, 64, 4, 2),
-        ("sm_100", 128, 2): Launch(64, 64, 4, 2),
-        ("gfx942", 128, 2): Launch(64, 64, 4, 2),
-        ("gfx942", 32, 4): Launch(64, 32, 4, 2),
-        ("gfx942", 64, 4): Launch(64, 32, 4, 2),
-        ("gfx942", 128, 4): Launch(64, 32, 4, 2),
-    },
-    "sparse_attention.grad_q": {  # on the plan of sparse_attention: the same rows and columns
-        (ANY, 32, 2): Launch(64, 64, 4, 2),
-        (ANY, 64, 2): Launch(64, 64, 4, 2),
-        (ANY, 128, 2): Launch(64, 64, 8, 2),
-        (ANY, 32, 4): Launch(64, 32, 8, 2),
-        (ANY, 64, 4): Launch(64, 32, 8, 2),
-        (ANY, 128, 4): Launch(32, 32, 8, 2),
-        ("sm_90", 128, 2): Launch(64, 64, 4, 2),
-        ("sm_100", 128, 2): Launch(64, 64, 4, 2),
-        ("gfx942", 128, 2): Launch(64, 64, 4, 2),
-        ("gfx942", 32, 4): Launch(64, 32, 4, 2),
-        ("gfx942", 64, 4): Launch(64, 32, 4, 2),
-        ("gfx942", 128, 4): Launch(64, 32, 4, 2),
-    },
+_QUERIES = {
+    (ANY, 32, 2): Launch(64, 64, 4, 2),
+    (ANY, 64, 2): Launch(64, 64, 4, 2),
+    (ANY, 128, 2): Launch(64, 64, 8, 2),
+    (ANY, 32, 4): Launch(64, 32, 8, 2),
+    (ANY, 64, 4): Launch(64, 32, 8, 2),
+    (ANY, 128, 4): Launch(32, 32, 8, 2),
+    ("sm_90", 128, 2): Launch(64, 64, 4, 2),
+    ("sm_100", 128, 2): Launch(64, 64, 4, 2),
+    ("gfx942", 128, 2): Launch(64, 64, 4, 2),
+    ("gfx942", 32, 4): Launch(64, 32, 4, 2),
+    ("gfx942", 64, 4): Launch(64, 32, 4, 2),
+    ("gfx942", 128, 4): Launch(64, 32, 4, 2),
+}
+
+TABLE = {  # of each kernel
+    "sparse_attention": _QUERIES,
+    "sparse_attention.grad_q": _QUERIES,  # on the same plan: rows and columns must be the same
     "sparse_attention.grad_kv": {
         (ANY, 32, 2): Launch(64, 32, 4, 2),
         (ANY, 64, 2): Launch(64, 32, 4, 2),

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from ...plan import plan_tensor
+from .. import sparse_attention as shared
 from . import launch
 from .math import INFINITY, LOG2E, exp2, finite
 from .matrices import Matrices, load_rows, store_rows
@@ -285,14 +286,10 @@ COMBINE_WARPS = 8
 
 def sparse_attention(q, k, v, pattern, scale):
     """(out, lse) of already checked tensors."""
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    q, k, v = (shared.rows_contiguous(x) for x in (q, k, v))
     # index(): a plan is for one length, also under dynamic shapes
     plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), q.device, q.shape[3], q.dtype)
     return _op(q, k, v, plan, backward_plan, sizes, scale)
-
-
-def _rows_contiguous(x):
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 @torch.compiler.assume_constant_result
@@ -365,45 +362,16 @@ def _sparse_attention_backward(grad_out, q, k, v, out, lse, plan, backward_plan,
     return tuple(grads)
 
 
-def _fake(q, k, v, plan, backward_plan, sizes, scale):
-    return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-def _fake_backward(grad_out, q, k, v, out, lse, plan, backward_plan, sizes, scale):
-    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
 _op = register(
     "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale)"
     " -> (Tensor, Tensor)",
     _sparse_attention,
-    _fake,
+    shared.fake,
 )
 _backward_op = register(
     "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan,"
     " Tensor backward_plan, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)",
     _sparse_attention_backward,
-    _fake_backward,
+    shared.fake_backward,
 )
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, plan, backward_plan, ctx.sizes, ctx.scale = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse, plan, backward_plan)
-
-
-def _backward(ctx, grad_out, grad_lse):
-    grads = _backward_op(_rows_contiguous(grad_out), *ctx.saved_tensors, ctx.sizes, ctx.scale)
-    return *grads, None, None, None, None
-
-
-def _no_double_backward(ctx, *grads):
-    raise NotImplementedError(
-        "sparse_attention has no double backward; use backend='reference' where second derivatives are needed"
-    )
-
-
-torch.library.register_autograd(_op.name(), _backward, setup_context=_setup_context)
-torch.library.register_autograd(_backward_op.name(), _no_double_backward)
+shared.register_autograd(_op, _backward_op)
