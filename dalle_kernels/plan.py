@@ -16,9 +16,9 @@ every backend), whose parts begin at multiples of four words:
                                         16 r to 16 r + 15 and columns 16 c to 16 c + 15 share an allowed pair
     gathered       [groups, columns]    tokens, -1 where the group is not full
     masks          [masks, rows / 32, columns]   one bit per row, lowest first; equal masks are stored once
-    work items     [items, 4]           tile, first entry, end, partial: what one block of a GPU does, the heaviest
-                                        first; `partial` is -1 where it does the whole tile, else the number of its
-                                        partial result
+    work items     [items, 4]           tile, first entry, end, partial: what one block of a GPU or one thread of a CPU
+                                        does, the heaviest first; `partial` is -1 where it does the whole tile, else
+                                        the number of its partial result
     split tiles    [split, 3]           tile, first partial, partials, which are added up in this order
 
 Seen from the key side (`side="key"`) rows are keys and columns are the queries that see them, which lets a backward
@@ -42,12 +42,14 @@ MAGIC, VERSION, HEADER = 0x4B50444B, 2, 24
 @dataclass(frozen=True)
 class TileShape:
     """How a plan cuts the pairs. Rows per tile (a multiple of 32), columns per group, the most groups of one entry
-    (None: any), and after how many entries a tile is split between work items (None: never)."""
+    (None: any), and after how many groups a tile is split between work items (None: never), but after no fewer than
+    one of `shares` of all groups: this bounds the number of partial results."""
 
     rows: int = 32
     columns: int = 8
     longest_run: int | None = None
     split: int | None = None
+    shares: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Plan:
 # How the kernels of a device type cut the pairs: seen from the queries and, where they differ, for the backward pass
 # from the keys.
 TILES = {
-    "cpu": {"query": TileShape()},
+    "cpu": {"query": TileShape(32, 8, longest_run=16, split=64, shares=128)},
     "cuda": {"query": TileShape(64, 64, longest_run=1, split=16), "key": TileShape(64, 32, longest_run=1, split=16)},
 }
 
@@ -156,16 +158,21 @@ class _Builder:
         """Work items, the heaviest first, and the tiles that are split between several."""
         items, split = [], []
         partials = 0
+        groups = np.cumsum([0] + [entry[1] for entry in self.entries])  # before each entry
+        size = self.shape.split or groups[-1]
+        if self.shape.shares:
+            size = max(size, groups[-1] // self.shape.shares)
         for tile, (begin, end) in enumerate(zip(self.begin, self.begin[1:])):
-            size = self.shape.split or end - begin
-            pieces = [(first, min(first + size, end)) for first in range(begin, end, size)]
+            piece = (groups[begin:end] - groups[begin]) // size  # of each entry
+            first = [begin + int(i) for i in np.flatnonzero(np.diff(piece, prepend=-1))]
+            pieces = list(zip(first, [*first[1:], end]))
             if len(pieces) == 1:
                 items.append((tile, begin, end, -1))
                 continue
             items += [(tile, *piece, partials + i) for i, piece in enumerate(pieces)]
             split.append((tile, partials, len(pieces)))
             partials += len(pieces)
-        items.sort(key=lambda item: item[1] - item[2])
+        items.sort(key=lambda item: groups[item[1]] - groups[item[2]])
         return items, split, partials
 
     def finish(self, n, rows):

@@ -1,8 +1,12 @@
-"""One small pattern of every kind, shared by the tests of every operation."""
+"""One small pattern of every kind, shared by the tests of every operation; and how the CPU's plans cut them."""
+
+import contextlib
+from dataclasses import replace
 
 import torch
 
 import dalle_kernels as dk
+from dalle_kernels import plan
 
 
 def random_mask(n, generator=None):
@@ -25,6 +29,20 @@ def every_pattern(text_len, grid):
         "causal": P.causal(text_len, grid),
         "mask": P.from_mask(random_mask(n), text_len=text_len, order=torch.randperm(n).tolist()),
     }
+
+
+@contextlib.contextmanager
+def split_after(groups):
+    """Within, the CPU's plans split a tile after so many groups of keys; None: as they always do, which is after more
+    keys than small patterns have.
+    """
+    before = plan.TILES["cpu"]
+    if groups:
+        plan.TILES["cpu"] = {"query": replace(before["query"], longest_run=1, split=groups, shares=None)}
+    plan.plan_tensors.cache_clear()
+    yield
+    plan.TILES["cpu"] = before
+    plan.plan_tensors.cache_clear()
 
 
 NAMES = tuple(every_pattern(1, (2, 2)))

@@ -1,5 +1,8 @@
 """A plan decoded by plain Python must give back exactly the pattern it was compiled from."""
 
+import heapq
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
-from dalle_kernels.plan import HEADER, TileShape, compile_plan, plan_tensor
+from dalle_kernels.plan import HEADER, TILES, TileShape, compile_plan, plan_tensor
 from patterns_for_tests import NAMES, every_pattern
 
 P = dk.AttentionPattern
@@ -68,28 +71,59 @@ def test_decoded_plan_is_the_pattern(text_len, height, width, name, rows, column
     assert np.array_equal(decode(plan.packed), expected if side == "query" else expected.T)
 
 
-@pytest.mark.parametrize("split", [None, 1, 2, 5])
-def test_work_items_cover_every_entry_once(split):
+@pytest.mark.parametrize(
+    ("longest_run", "split", "shares"),
+    [(1, None, None), (1, 1, None), (1, 2, None), (1, 5, None), (3, 5, None), (1, 2, 9)],
+)
+def test_work_items_cover_every_entry_once(longest_run, split, shares):
     """Every entry belongs to one item; partial results of a tile are numbered in the order of its entries."""
-    plan = compile_plan(P.row(100, (9, 11)), 199, TileShape(64, 16, 1, split), "key")
+    plan = compile_plan(P.row(100, (9, 11)), 199, TileShape(64, 16, longest_run, split, shares), "key")
+    groups = plan.entries[:, 1]
+    most = max(split or groups.sum(), groups.sum() // (shares or groups.sum()))
     done = np.zeros(len(plan.entries), int)
+    sizes = []
     partials = {}
     for tile, begin, end, partial in plan.items:
         assert plan.begin[tile] <= begin < end <= plan.begin[tile + 1]
-        assert split is None or end - begin <= split
+        sizes.append(groups[begin:end].sum())
+        assert sizes[-1] < most + longest_run
         done[begin:end] += 1
         if partial < 0:
             assert (begin, end) == (plan.begin[tile], plan.begin[tile + 1])
         else:
             partials[partial] = tile, begin
     assert (done == 1).all()
-    sizes = plan.items[:, 2] - plan.items[:, 1]
     assert (np.diff(sizes) <= 0).all()
     listed = [(int(first) + i, int(tile)) for tile, first, count in plan.split_tiles for i in range(count)]
     assert [number for number, _ in listed] == list(range(len(partials))) == list(range(int(plan.packed[10])))
     assert [tile for _, tile in listed] == [partials[number][0] for number, _ in listed]
     assert sorted(partials.values()) == [partials[number] for number in sorted(partials)]
     assert bool(partials) == (split is not None)
+
+
+def busy(plan, threads):
+    """The share of their time in which threads work, if each takes the next work item of one head when it is free."""
+    until = [0] * threads
+    for _, begin, end, _ in plan.items:
+        heapq.heapreplace(until, until[0] + int(plan.entries[begin:end, 1].sum()))
+    return sum(until) / (threads * max(until))
+
+
+def test_one_head_fills_many_threads():
+    token = torch.arange(2048)
+    ahead = token - token[:, None]
+    few_see_all = P.from_mask((ahead <= 0) & ((ahead > -64) | (token >= 2016)[:, None]))
+    for pattern, threads in [(P.causal(256, (32, 32)), 64), (P.causal(256, (64, 64)), 128), (few_see_all, 16)]:
+        plan = compile_plan(pattern, pattern.seq_len, TILES["cpu"]["query"])
+        whole = compile_plan(pattern, pattern.seq_len, replace(TILES["cpu"]["query"], split=None))
+        assert busy(plan, threads) > 0.75 and busy(whole, threads) < 0.55
+        assert len(plan.items) < len(plan.rows) + 2 * TILES["cpu"]["query"].shares
+
+
+@pytest.mark.parametrize("grid", [16, 32, 64])
+def test_sparse_patterns_are_not_split_on_the_cpu(grid):
+    for pattern in (P.row(256, (grid, grid)), P.column(256, (grid, grid)), P.conv(256, (grid, grid))):
+        assert not len(compile_plan(pattern, pattern.seq_len, TILES["cpu"]["query"]).split_tiles)
 
 
 def test_the_order_packs_columns():

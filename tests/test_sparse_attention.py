@@ -9,9 +9,17 @@ from hypothesis import strategies as st
 
 import dalle_kernels as dk
 from accuracy import assert_accurate, mostly
-from patterns_for_tests import NAMES, every_pattern
+from dalle_kernels.plan import plan_tensors
+from patterns_for_tests import NAMES, every_pattern, split_after
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=[None, 1], ids=["whole", "split"])
+def split(request):
+    """A tile is one work item, or every group of its keys is."""
+    with split_after(request.param):
+        yield request.param
 
 
 def plain_attention(q, k, v, mask, scale):
@@ -71,14 +79,27 @@ def test_matches_float64(backend, name, dtype, seed):
     name=st.sampled_from(NAMES),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(["bhnd", "bnhd", "qkv", "offset"]),
+    split=st.sampled_from([None, 1, 3]),
     data=st.data(),
 )
-def test_any_shape_and_layout(batch, heads, dim, text_len, grid, name, dtype, layout, data):
+def test_any_shape_and_layout(batch, heads, dim, text_len, grid, name, dtype, layout, split, data):
     pattern = every_pattern(text_len, grid)[name]
     n = data.draw(st.integers(1, pattern.seq_len), label="n")
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     batch = max(batch, 2**17 // (heads * n * dim), 16 // heads)
-    check(pattern, *make(layout, batch, heads, n, dim, dtype), "cpu")
+    with split_after(split):
+        check(pattern, *make(layout, batch, heads, n, dim, dtype), "cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_split_tiles(name, dtype, seed):
+    """Some parts of a tile hold no key that some of its queries see."""
+    pattern = every_pattern(19, (9, 11))[name]
+    with split_after(2):
+        *_, sizes = plan_tensors(pattern, pattern.seq_len, torch.device("cpu"))
+        assert sizes[2] > sizes[3] > 0
+        check(pattern, *torch.randn(3, 6, 3, pattern.seq_len, 64, dtype=dtype), "cpu")
 
 
 def make(layout, batch, heads, n, dim, dtype):
@@ -107,14 +128,14 @@ def test_tiny_head_dims(dim, seed):
 
 @pytest.mark.parametrize("factor", [5.0, 40.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_logits(factor, dtype, seed):
+def test_large_logits(factor, dtype, split, seed):
     pattern = dk.AttentionPattern.row(32, (8, 8))
     q, k, v = torch.randn(3, 16, 2, 96, 64)
     check(pattern, (q * factor).to(dtype), k.to(dtype), v.to(dtype), "cpu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_scale_is_used_even_when_zero_or_negative(dtype, seed):
+def test_scale_is_used_even_when_zero_or_negative(dtype, split, seed):
     pattern = dk.AttentionPattern.causal(8, (4, 4))
     q, k, v = torch.randn(3, 16, 1, 24, 32).to(dtype)
     for scale in (0.0, 0.37, -0.37):
@@ -132,7 +153,7 @@ def test_out_has_the_strides_of_q(seed):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_hidden_keys_change_no_bit(name, dtype, seed):
+def test_hidden_keys_change_no_bit(name, dtype, split, seed):
     """Whatever finite values lie at a key, queries that may not see it give the same bits, forward and backward."""
     pattern = every_pattern(21, (5, 9))[name]
     n = pattern.seq_len
@@ -157,7 +178,7 @@ def test_hidden_keys_change_no_bit(name, dtype, seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("which", [0, 1, 2], ids="qkv")
-def test_nan_shows_where_it_is_seen(which, dtype, seed):
+def test_nan_shows_where_it_is_seen(which, dtype, split, seed):
     """A diverged model must not look healthy: every query that sees a NaN is NaN, and so is its gradient."""
     pattern = dk.AttentionPattern.row(text_len=5, grid=(4, 9))
     tensors = torch.randn(3, 1, 2, pattern.seq_len, 40).to(dtype)
@@ -190,7 +211,7 @@ def test_training_after_inference(seed):
     "pattern",
     [
         dk.AttentionPattern.conv(40, (11, 13), kernel=5),
-        dk.AttentionPattern.causal(800, (20, 20)),  # several rounds of tiles where threads share a head
+        dk.AttentionPattern.causal(800, (20, 20)),  # split tiles; several rounds of tiles where threads share a head
     ],
     ids=["conv", "causal"],
 )
@@ -250,8 +271,6 @@ def test_double_backward_is_refused(seed):
 
 @pytest.mark.parametrize("layout", ["bhnd", "qkv"])
 def test_opcheck(layout, seed):
-    from dalle_kernels.plan import plan_tensors
-
     pattern = dk.AttentionPattern.column(5, (3, 4))
     q, k, v = (x.requires_grad_() for x in make(layout, 2, 2, 17, 32, torch.float32))
     plans = plan_tensors(pattern, 17, torch.device("cpu"))

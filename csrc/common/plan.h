@@ -31,7 +31,23 @@ struct Plan {
     return reinterpret_cast<const uint32_t*>(p) + p[MASKS_AT] + index * p[GROUP_COLUMNS] * (p[TILE_ROWS] / 32);
   }
 
-  int32_t item(int64_t i) const { return p[p[ITEMS_AT] + ITEM_WORDS * i]; }   // the tile of a work item
+  // A work item: entries [begin, end) of a tile; partial -1: these are all, else the number of the item's partial result.
+  struct Item {
+    int32_t tile, begin, end, partial;
+  };
+  Item item(int64_t i) const {
+    const int32_t* w = p + p[ITEMS_AT] + ITEM_WORDS * i;
+    return {w[0], w[1], w[2], w[3]};
+  }
+
+  // The partial results [first, first + count) make up a tile.
+  struct SplitTile {
+    int32_t tile, first, count;
+  };
+  SplitTile split_tile(int64_t i) const {
+    const int32_t* w = p + p[SPLIT_AT] + SPLIT_WORDS * i;
+    return {w[0], w[1], w[2]};
+  }
 
   const int32_t* p;
 };

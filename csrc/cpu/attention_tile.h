@@ -160,10 +160,10 @@ template <class T, int DP> struct FloatHead {
   FloatRows k, v;
 };
 
-// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of a tile, in the plan's order. Padding slots repeat the group's first key.
-template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t tile, const Visit& visit) {
+// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding slots repeat the group's first key.
+template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t begin, int64_t end, const Visit& visit) {
   int32_t tokens[GROUP_COLUMNS];
-  for (int64_t e = plan.begin(tile); e < plan.begin(tile + 1); ++e) {
+  for (int64_t e = begin; e < end; ++e) {
     const Plan::Entry entry = plan.entry(e);
     for (int32_t g = 0; g < entry.groups; ++g) {
       if (entry.keys >= 0) {
@@ -174,6 +174,28 @@ template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t t
       }
       visit(tokens, entry.mask >= 0 ? plan.mask(entry.mask + g) : nullptr);
     }
+  }
+}
+
+// ... of a tile
+template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t tile, const Visit& visit) {
+  for_each_group(plan, plan.begin(tile), plan.begin(tile + 1), visit);
+}
+
+// What the forward pass leaves of a work item: its sums of weighted values, in the kernel's own layout, and the softmax statistics of its queries.
+template <int DP> struct Partial {
+  alignas(64) float o[DP * ROWS], max[ROWS], sum[ROWS];
+};
+
+// Adds the statistics of `from` to those of `to`. Scores are in units of `unit`; the sums of values are to be added as to * keep + from * add.
+template <int DP> DK_INLINE void join_statistics(Partial<DP>& to, const Partial<DP>& from, float unit, float* keep, float* add) {
+  for (int r = 0; r < ROWS; r += LANES) {
+    const Vec most = max(load(to.max + r), load(from.max + r));
+    const Vec kept = exp((load(to.max + r) - most) * unit), added = exp((load(from.max + r) - most) * unit);
+    store(to.max + r, most);
+    store(to.sum + r, load(to.sum + r) * kept + load(from.sum + r) * added);
+    store(keep + r, kept);
+    store(add + r, added);
   }
 }
 

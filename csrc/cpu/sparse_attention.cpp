@@ -1,17 +1,17 @@
-// Forward: for every tile of 32 queries, softmax over the keys the plan lists, online over chunks of keys.
+// Forward: for every work item, softmax of 32 queries over the keys that the plan lists, online over chunks of keys.
 #include "cpu/attention_tile.h"
 
 namespace dk::DK_ISA {
 
 template <int DP> struct ForwardSpace {
-  alignas(64) float qt[DP * ROWS], ot[DP * ROWS], s[CHUNK * ROWS], max[ROWS], sum[ROWS];
+  alignas(64) float qt[DP * ROWS], s[CHUNK * ROWS];
   const float* values[CHUNK];
 };
 
 // Turns the chunk's scores into weights, rescales what was accumulated, and adds the chunk's values.
-template <int DP> DK_INLINE void absorb_chunk(ForwardSpace<DP>& w, int count) {
+template <int DP> DK_INLINE void absorb_chunk(ForwardSpace<DP>& w, int count, Partial<DP>& to) {
   for (int r = 0; r < ROWS; r += LANES) {
-    const Vec old_max = load(w.max + r);
+    const Vec old_max = load(to.max + r);
     Vec new_max = old_max, sum{};
     for (int j = 0; j < count; ++j) new_max = max(new_max, load(w.s + j * ROWS + r));
     for (int j = 0; j < count; ++j) {
@@ -20,62 +20,73 @@ template <int DP> DK_INLINE void absorb_chunk(ForwardSpace<DP>& w, int count) {
       store(w.s + j * ROWS + r, p);
     }
     const Vec keep = exp(old_max - new_max);
-    store(w.max + r, new_max);
-    store(w.sum + r, load(w.sum + r) * keep + sum);
-    for (int d = 0; d < DP; ++d) store(w.ot + d * ROWS + r, load(w.ot + d * ROWS + r) * keep);
+    store(to.max + r, new_max);
+    store(to.sum + r, load(to.sum + r) * keep + sum);
+    for (int d = 0; d < DP; ++d) store(to.o + d * ROWS + r, load(to.o + d * ROWS + r) * keep);
   }
-  accumulate<DP>(w.s, w.values, count, w.ot);
+  accumulate<DP>(w.s, w.values, count, to.o);
 }
 
 template <class T, int DP> struct Forward {
-  static void tile(const SparseAttentionArgs& a, const Plan& plan, int64_t t, const T* q, FloatRows k, FloatRows v, T* out, float* lse,
-                   ForwardSpace<DP>& w) {
-    const int32_t* rows = plan.rows(t);
-    pack_transposed<T, DP>(q, a.q_strides.token, rows, a.head_dim, w.qt);
-    std::memset(w.ot, 0, sizeof(w.ot));
+  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* left, float* thread) {
+    const FlushDenormals guard;
+    const Plan plan(a.plan);
+    const FloatHead<T, DP> rows(a, bh, head);
+    auto& w = *reinterpret_cast<ForwardSpace<DP>*>(thread);
+    auto& to = *reinterpret_cast<Partial<DP>*>(left);
+    pack_transposed<T, DP>(matrix_of<T>(a.q, a.q_strides, a.heads, bh), a.q_strides.token, plan.rows(item.tile), a.head_dim, w.qt);
+    std::memset(to.o, 0, sizeof(to.o));
     for (int r = 0; r < ROWS; r += LANES) {
-      store(w.max + r, splat(LOWEST));
-      store(w.sum + r, Vec{});
+      store(to.max + r, splat(LOWEST));
+      store(to.sum + r, Vec{});
     }
     int count = 0;
-    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
       const float* keys[GROUP_COLUMNS];
       for (int j = 0; j < GROUP_COLUMNS; ++j) {
-        keys[j] = k.row(tokens[j]);
-        w.values[count + j] = v.row(tokens[j]);
+        keys[j] = rows.k.row(tokens[j]);
+        w.values[count + j] = rows.v.row(tokens[j]);
       }
       float* s = w.s + count * ROWS;
       products<DP>(w.qt, keys, a.scale, s);
       if (mask) apply_mask(mask, -INF, s);
       count += GROUP_COLUMNS;
       if (count == CHUNK) {
-        absorb_chunk<DP>(w, count);
+        absorb_chunk<DP>(w, count, to);
         count = 0;
       }
     });
-    if (count) absorb_chunk<DP>(w, count);
+    if (count) absorb_chunk<DP>(w, count, to);
+  }
 
+  static void join(Partial<DP>& to, const Partial<DP>& from) {
+    alignas(64) float keep[ROWS], add[ROWS];
+    join_statistics(to, from, 1.0f, keep, add);
     for (int d = 0; d < DP; ++d)
-      for (int r = 0; r < ROWS; r += LANES) store(w.ot + d * ROWS + r, load(w.ot + d * ROWS + r) / load(w.sum + r));
-    unpack_transposed<T, DP>(w.ot, rows, a.head_dim, 1.0f, out, a.out_strides.token);
-    for (int r = 0; r < ROWS; ++r)
-      if (rows[r] >= 0) lse[rows[r]] = static_cast<float>(w.max[r] + __builtin_log(w.sum[r]));
+      for (int r = 0; r < ROWS; r += LANES) {
+        const int at = d * ROWS + r;
+        store(to.o + at, load(to.o + at) * load(keep + r) + load(from.o + at) * load(add + r));
+      }
   }
 
   static SparseAttentionSpace space(const SparseAttentionArgs& a) {
-    return {FloatHead<T, DP>::floats(a), 0, (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
+    return {FloatHead<T, DP>::floats(a), sizeof(Partial<DP>) / sizeof(float), (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
   }
 
-  static void run(const SparseAttentionArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, const float* head, float* thread) {
+  static void finish(const SparseAttentionArgs& a, int64_t bh, int64_t t, float* left, int64_t items) {
     const FlushDenormals guard;
-    const FloatHead<T, DP> keys(a, bh, head);
-    const T* q = matrix_of<T>(a.q, a.q_strides, a.heads, bh);
-    T* out = matrix_of<T>(a.out, a.out_strides, a.heads, bh);
-    const Plan plan(a.plan);
-    for (int64_t t = tile_begin; t < tile_end; ++t) tile(a, plan, t, q, keys.k, keys.v, out, a.lse + bh * a.n, *reinterpret_cast<ForwardSpace<DP>*>(thread));
+    Partial<DP>& tile = *reinterpret_cast<Partial<DP>*>(left);
+    for (int64_t i = 1; i < items; ++i) join(tile, (&tile)[i]);
+    for (int d = 0; d < DP; ++d)
+      for (int r = 0; r < ROWS; r += LANES) store(tile.o + d * ROWS + r, load(tile.o + d * ROWS + r) / load(tile.sum + r));
+    const int32_t* rows = Plan(a.plan).rows(t);
+    unpack_transposed<T, DP>(tile.o, rows, a.head_dim, 1.0f, matrix_of<T>(a.out, a.out_strides, a.heads, bh), a.out_strides.token);
+    float* lse = a.lse + bh * a.n;
+    for (int r = 0; r < ROWS; ++r)
+      if (rows[r] >= 0) lse[rows[r]] = static_cast<float>(tile.max[r] + __builtin_log(tile.sum[r]));
   }
 
-  static SparseAttentionKernel call() { return {space, FloatHead<T, DP>::prepare, run}; }
+  static SparseAttentionKernel call() { return {space, FloatHead<T, DP>::prepare, attend, finish}; }
 };
 
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) { return dispatch<Forward>(a.dtype, a.head_dim); }

@@ -1,4 +1,5 @@
-// Forward in bfloat16: for every tile of 32 queries, softmax over the keys the plan lists, online over chunks of keys. Other types go to avx512's kernel.
+// Forward in bfloat16: for every work item, softmax of 32 queries over the keys that the plan lists, online over chunks of keys. Other types go to avx512's
+// kernel.
 #include "cpu/attention_tile_bf16.h"
 
 namespace dk::avx512 {
@@ -44,17 +45,17 @@ template <int DP> struct PackedHead {
 template <int DP> struct ForwardSpace {
   alignas(64) uint32_t q[DP / 2 * ROWS], v[CHUNK / 2 * DP];   // pairs
   alignas(64) BFloat16 k[KEYS * DP], p[ROWS * CHUNK];
-  alignas(64) float s[CHUNK * ROWS], o[ROWS * DP], max[ROWS], sum[ROWS], keep[ROWS];
+  alignas(64) float s[CHUNK * ROWS], keep[ROWS];
   int32_t tokens[CHUNK];
   const uint32_t* masks[CHUNK / GROUP_COLUMNS];
 };
 constexpr uint32_t HIDDEN[GROUP_COLUMNS] = {};
 
 // From the chunk's scores, in units of 2^unit, to weights p[query][key]; updates the softmax statistics.
-template <int DP> DK_INLINE void weigh(ForwardSpace<DP>& w, int count, float unit) {
+template <int DP> DK_INLINE void weigh(ForwardSpace<DP>& w, Partial<DP>& to, int count, float unit) {
   for (int r = 0; r < ROWS; r += LANES) {
     const float* s = w.s + r;
-    const Vec old_max = load(w.max + r);
+    const Vec old_max = load(to.max + r);
     Vec new_max = old_max, sum{};
     for (int j = 0; j < count; ++j) new_max = max(new_max, load(s + j * ROWS));
     for (int j = 0; j < count; j += KEYS) {
@@ -69,8 +70,8 @@ template <int DP> DK_INLINE void weigh(ForwardSpace<DP>& w, int count, float uni
       DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK + j), pairs[i]);
     }
     const Vec keep = exp2_coarse((old_max - new_max) * unit);
-    store(w.max + r, new_max);
-    store(w.sum + r, load(w.sum + r) * keep + sum);
+    store(to.max + r, new_max);
+    store(to.sum + r, load(to.sum + r) * keep + sum);
     store(w.keep + r, keep);
   }
 }
@@ -80,6 +81,7 @@ template <int DP> struct Forward {
   const Rows q, v;
   const PackedHead<DP> head;
   ForwardSpace<DP>& w;
+  Partial<DP>& to;
 
   // Fills the chunk up with hidden keys, so that products are whole.
   int fill(int count) const {
@@ -90,7 +92,7 @@ template <int DP> struct Forward {
     return count;
   }
 
-  // Adds a chunk of keys to o.
+  // Adds a chunk of keys.
   void absorb(int count, bool first) const {
     count = fill(count);
     for (int j = 0; j < count; j += KEYS) {
@@ -104,23 +106,22 @@ template <int DP> struct Forward {
     }
     for (int g = 0; g < count / GROUP_COLUMNS; ++g)
       if (w.masks[g]) apply_mask(w.masks[g], -INF, w.s + g * GROUP_COLUMNS * ROWS);
-    weigh(w, count, unit * static_cast<float>(LOG2E));
+    weigh(w, to, count, unit * static_cast<float>(LOG2E));
     for (int r = 0; r < ROWS && !first; ++r)
-      for (int d = 0; d < DP; d += LANES) store(w.o + r * DP + d, load(w.o + r * DP + d) * w.keep[r]);
+      for (int d = 0; d < DP; d += LANES) store(to.o + r * DP + d, load(to.o + r * DP + d) * w.keep[r]);
     const uint32_t* values = head.values(v, w.tokens, count, a.head_dim, w.v);
-    multiply<ROWS / 16, DP / 16>(w.p, CHUNK, values, DP, w.o, DP, count / 2, !first);
+    multiply<ROWS / 16, DP / 16>(w.p, CHUNK, values, DP, to.o, DP, count / 2, !first);
   }
 
-  void tile(const Plan& plan, int64_t t, BFloat16* out, float* lse) const {
-    const int32_t* rows = plan.rows(t);
-    pack_columns<DP>(q, rows, a.head_dim, w.q);
+  void absorb_item(const Plan& plan, const Plan::Item& item) const {
+    pack_columns<DP>(q, plan.rows(item.tile), a.head_dim, w.q);
     for (int r = 0; r < ROWS; r += LANES) {
-      store(w.max + r, splat(LOWEST));
-      store(w.sum + r, Vec{});
+      store(to.max + r, splat(LOWEST));
+      store(to.sum + r, Vec{});
     }
     int count = 0;
     bool first = true;
-    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
       std::memcpy(w.tokens + count, tokens, sizeof(int32_t) * GROUP_COLUMNS);
       w.masks[count / GROUP_COLUMNS] = mask;
       count += GROUP_COLUMNS;
@@ -131,28 +132,47 @@ template <int DP> struct Forward {
       }
     });
     if (count) absorb(count, first);
-
-    for (int r = 0; r < ROWS; ++r) {
-      if (rows[r] < 0) continue;
-      round_row<DP>(w.o + r * DP, 1.0f / w.sum[r], a.head_dim, out + rows[r] * a.out_strides.token);
-      const float unit = a.scale > 0.0f ? a.scale : 1.0f;
-      lse[rows[r]] = static_cast<float>(w.max[r] * unit + __builtin_log(w.sum[r]));
-    }
   }
 
-  static SparseAttentionSpace space(const SparseAttentionArgs& a) { return {PackedHead<DP>::floats(a.n), 0, (sizeof(ForwardSpace<DP>) + 63) / 64 * 16}; }
+  static SparseAttentionSpace space(const SparseAttentionArgs& a) {
+    return {PackedHead<DP>::floats(a.n), sizeof(Partial<DP>) / sizeof(float), (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
+  }
 
-  static void run(const SparseAttentionArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, const float* head, float* thread) {
+  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* left, float* thread) {
     const FlushDenormals guard;
     const MatrixUnit unit;
     const auto rows = [&](const void* p, const Strides& s) { return Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token}; };
-    const Forward forward = {a, rows(a.q, a.q_strides), rows(a.v, a.v_strides), PackedHead<DP>(a.n, head), *reinterpret_cast<ForwardSpace<DP>*>(thread)};
-    BFloat16* out = matrix_of<BFloat16>(a.out, a.out_strides, a.heads, bh);
-    const Plan plan(a.plan);
-    for (int64_t t = tile_begin; t < tile_end; ++t) forward.tile(plan, t, out, a.lse + bh * a.n);
+    const Forward forward = {a, rows(a.q, a.q_strides), rows(a.v, a.v_strides), PackedHead<DP>(a.n, head), *reinterpret_cast<ForwardSpace<DP>*>(thread),
+                             *reinterpret_cast<Partial<DP>*>(left)};
+    forward.absorb_item(Plan(a.plan), item);
   }
 
-  static SparseAttentionKernel call() { return {space, PackedHead<DP>::prepare, run}; }
+  static void join(Partial<DP>& to, const Partial<DP>& from, float unit) {
+    alignas(64) float keep[ROWS], add[ROWS];
+    join_statistics(to, from, unit, keep, add);
+    for (int r = 0; r < ROWS; ++r)
+      for (int d = 0; d < DP; d += LANES) {
+        const int at = r * DP + d;
+        store(to.o + at, load(to.o + at) * keep[r] + load(from.o + at) * add[r]);
+      }
+  }
+
+  static void finish(const SparseAttentionArgs& a, int64_t bh, int64_t t, float* left, int64_t items) {
+    const FlushDenormals guard;
+    const float unit = a.scale > 0.0f ? a.scale : 1.0f;
+    Partial<DP>& tile = *reinterpret_cast<Partial<DP>*>(left);
+    for (int64_t i = 1; i < items; ++i) join(tile, (&tile)[i], unit);
+    const int32_t* rows = Plan(a.plan).rows(t);
+    BFloat16* out = matrix_of<BFloat16>(a.out, a.out_strides, a.heads, bh);
+    float* lse = a.lse + bh * a.n;
+    for (int r = 0; r < ROWS; ++r) {
+      if (rows[r] < 0) continue;
+      round_row<DP>(tile.o + r * DP, 1.0f / tile.sum[r], a.head_dim, out + rows[r] * a.out_strides.token);
+      lse[rows[r]] = static_cast<float>(tile.max[r] * unit + __builtin_log(tile.sum[r]));
+    }
+  }
+
+  static SparseAttentionKernel call() { return {space, PackedHead<DP>::prepare, attend, finish}; }
 };
 
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {

@@ -13,18 +13,13 @@ template <int COLUMNS> struct DevicePlan {
   explicit DK_DEVICE DevicePlan(const int32_t* packed)
       : p(packed), rows_at(at(Plan::ROWS_AT)), entries_at(at(Plan::ENTRIES_AT)), gather_at(at(Plan::GATHER_AT)), masks_at(at(Plan::MASKS_AT)) {}
 
-  struct Item {
-    int32_t tile, begin, end, partial;   // entries [begin, end) of a tile; partial -1: these are all
-  };
+  using Item = Plan::Item;
   DK_DEVICE Item item(int64_t i) const {
     const dev::u32x4 w = dev::ldg16(p + at(Plan::ITEMS_AT) + i * Plan::ITEM_WORDS);
     return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.y), static_cast<int32_t>(w.z), static_cast<int32_t>(w.w)};
   }
 
-  // The partial results [first, first + count) make up a tile.
-  struct SplitTile {
-    int32_t tile, first, count;
-  };
+  using SplitTile = Plan::SplitTile;
   DK_DEVICE SplitTile split_tile(int64_t i) const {
     const int32_t* words = p + at(Plan::SPLIT_AT) + i * Plan::SPLIT_WORDS;
     return {dev::ldg(words), dev::ldg(words + 1), dev::ldg(words + 2)};

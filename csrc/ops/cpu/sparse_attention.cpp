@@ -31,9 +31,12 @@ struct Division {
 
 // The tiles from begin to end, the heaviest first, so that no thread begins a heavy one when the others are done
 static std::vector<int64_t> heaviest_first(const Plan& plan, int64_t begin, int64_t end) {
-  std::vector<int64_t> tiles;
-  for (int64_t i = 0; i < plan[Plan::ITEMS]; ++i)
-    if (const int64_t tile = plan.item(i); begin <= tile && tile < end) tiles.push_back(tile);
+  std::vector<int64_t> tiles, groups(plan.tiles());
+  for (int64_t t = begin; t < std::min<int64_t>(end, plan.tiles()); ++t) {
+    tiles.push_back(t);
+    for (int64_t e = plan.begin(t); e < plan.begin(t + 1); ++e) groups[t] += plan.entry(e).groups;
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [&](int64_t a, int64_t b) { return groups[a] > groups[b]; });
   return tiles;
 }
 
@@ -46,28 +49,56 @@ static void prepare_together(const Args& a, const Kernel& kernel, const Division
   }, heads.threads);
 }
 
+// The first heads, by one thread each: tile by tile
+static void forward_apart(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel, const Division& heads) {
+  const SparseAttentionSpace space = kernel.space(a);
+  const Plan plan(a.plan);
+  std::vector<Plan::Item> items;
+  for (int64_t i = 0; i < plan[Plan::ITEMS]; ++i) items.push_back(plan.item(i));
+  std::sort(items.begin(), items.end(), [](const Plan::Item& x, const Plan::Item& y) { return x.begin < y.begin; });
+  const int64_t left_floats = std::max(1, plan[Plan::PARTIALS]) * space.left;   // more than a tile leaves; what is not touched takes no memory
+  for_each_item(heads.apart, space.head + left_floats + space.thread, [&](int64_t bh, float* head) {
+    float *left = head + space.head, *thread = left + left_floats;
+    kernel.prepare(a, bh, 0, 1, head);
+    for (auto item = items.begin(); item != items.end();) {
+      const int32_t tile = item->tile;
+      int64_t count = 0;
+      for (; item != items.end() && item->tile == tile; ++item) kernel.attend(a, bh, *item, head, left + count++ * space.left, thread);
+      kernel.finish(a, bh, tile, left, count);
+    }
+  }, heads.threads);
+}
+
+// The last heads together: all work items, the heaviest first, then the tiles that several items share
+static void forward_together(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel, const Division& heads) {
+  const SparseAttentionSpace space = kernel.space(a);
+  const Plan plan(a.plan);
+  const int64_t head_floats = space.head + plan[Plan::PARTIALS] * space.left;
+  float* shared = workspace<Buffer::shared>(heads.together * head_floats);
+  if (space.head > 0) prepare_together(a, kernel, heads, shared, head_floats);
+  for_each_item(heads.together * plan[Plan::ITEMS], space.left + space.thread, [&](int64_t i, float* own) {
+    const int64_t bh = heads.apart + i % heads.together;
+    const Plan::Item item = plan.item(i / heads.together);
+    float *head = shared + i % heads.together * head_floats, *left = item.partial < 0 ? own : head + space.head + item.partial * space.left;
+    kernel.attend(a, bh, item, head, left, own + space.left);
+    if (item.partial < 0) kernel.finish(a, bh, item.tile, left, 1);
+  }, heads.threads);
+  for_each_item(heads.together * plan[Plan::SPLIT_TILES], 0, [&](int64_t i, float*) {
+    const Plan::SplitTile split = plan.split_tile(i / heads.together);
+    float* left = shared + i % heads.together * head_floats + space.head + split.first * space.left;
+    kernel.finish(a, heads.apart + i % heads.together, split.tile, left, split.count);
+  }, heads.threads);
+}
+
 static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t>, double scale) {
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
   check_plan(plan, q.size(2));
   const SparseAttentionArgs a = sparse_attention_args(q, k, v, out, lse, plan, scale);
   const SparseAttentionKernel kernel = kernels().sparse_attention(a);
-  const SparseAttentionSpace space = kernel.space(a);
   const Division heads(a);
-  const int64_t tiles = Plan(a.plan).tiles();
-  for_each_item(heads.apart, space.head + space.thread, [&](int64_t bh, float* workspace) {
-    kernel.prepare(a, bh, 0, 1, workspace);
-    kernel.run(a, bh, 0, tiles, workspace, workspace + space.head);
-  }, heads.threads);
-  if (heads.together == 0) return {out, lse};
-
-  float* shared = workspace<Buffer::shared>(heads.together * space.head);
-  if (space.head > 0) prepare_together(a, kernel, heads, shared, space.head);
-  const std::vector<int64_t> order = heaviest_first(Plan(a.plan), 0, tiles);
-  for_each_item(heads.together * tiles, space.thread, [&](int64_t item, float* thread) {
-    const int64_t head = item % heads.together, tile = order[item / heads.together];
-    kernel.run(a, heads.apart + head, tile, tile + 1, shared + head * space.head, thread);
-  }, heads.threads);
+  if (heads.apart) forward_apart(a, kernel, heads);
+  if (heads.together) forward_together(a, kernel, heads);
   return {out, lse};
 }
 
@@ -76,20 +107,20 @@ static void backward_together(const SparseAttentionBackwardArgs& a, const Sparse
   constexpr int64_t LEFT_FLOATS = 1 << 18;   // of a thread: 1 MB
   const SparseAttentionSpace space = kernel.space(a);
   const Plan plan(a.forward.plan);
-  const int64_t fitting = heads.threads * LEFT_FLOATS / (heads.together * space.tile), parts = heads.pieces(2);
+  const int64_t fitting = heads.threads * LEFT_FLOATS / (heads.together * space.left), parts = heads.pieces(2);
   const int64_t round = std::min<int64_t>(plan.tiles(), std::max(heads.pieces(4), fitting));
-  float *shared = workspace<Buffer::shared>(heads.together * (space.head + round * space.tile)), *left = shared + heads.together * space.head;
+  float *shared = workspace<Buffer::shared>(heads.together * (space.head + round * space.left)), *left = shared + heads.together * space.head;
   prepare_together(a, kernel, heads, shared, space.head);
   for (int64_t begin = 0; begin < plan.tiles(); begin += round) {
     const std::vector<int64_t> order = heaviest_first(plan, begin, begin + round);
     const int64_t count = order.size();
     for_each_item(heads.together * count, space.thread, [&](int64_t item, float* thread) {
       const int64_t head = item % heads.together, tile = order[item / heads.together];
-      kernel.queries(a, heads.apart + head, tile, shared + head * space.head, left + (head * round + tile - begin) * space.tile, thread);
+      kernel.queries(a, heads.apart + head, tile, shared + head * space.head, left + (head * round + tile - begin) * space.left, thread);
     }, heads.threads);
     for_each_item(heads.together * parts, 0, [&](int64_t item, float*) {
       const int64_t head = item / parts;
-      kernel.keys(a, heads.apart + head, begin, begin + count, item % parts, parts, shared + head * space.head, left + head * round * space.tile);
+      kernel.keys(a, heads.apart + head, begin, begin + count, item % parts, parts, shared + head * space.head, left + head * round * space.left);
     }, heads.threads);
   }
 }
@@ -107,8 +138,8 @@ static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_
   const SparseAttentionSpace space = kernel.space(a);
   const Division heads(a.forward);
   const int64_t tiles = Plan(a.forward.plan).tiles();
-  for_each_item(heads.apart, space.head + space.tile + space.thread, [&](int64_t bh, float* head) {
-    float *left = head + space.head, *thread = left + space.tile;
+  for_each_item(heads.apart, space.head + space.left + space.thread, [&](int64_t bh, float* head) {
+    float *left = head + space.head, *thread = left + space.left;
     kernel.prepare(a, bh, 0, 1, head);
     for (int64_t t = 0; t < tiles; ++t) {
       kernel.queries(a, bh, t, head, left, thread);
