@@ -62,13 +62,20 @@ TABLE = {  # of each kernel
         ("gfx942", 64, 4): Launch(64, 32, 4, 1),
         ("gfx942", 128, 4): Launch(64, 32, 4, 1),
     },
+    # tiles of classes x neighbouring positions; and where the classes are neighbours, of positions x classes
+    "gumbel_softmax": {(ANY, 0, 2): Launch(128, 32, 4, 1), (ANY, 0, 4): Launch(128, 32, 4, 1)},
+    "gumbel_softmax.last": {(ANY, 0, 2): Launch(1, 8192, 8, 1), (ANY, 0, 4): Launch(1, 8192, 8, 1)},
+    # of tokens at a time
+    "sample_tokens": {(ANY, 0, 2): Launch(1, 8192, 8, 1), (ANY, 0, 4): Launch(1, 8192, 8, 1)},
 }
 OVERRIDES: dict[str, Launch] = {}
 
 
 def padded(head_dim: int) -> int:
-    """The head dim that a kernel is compiled for; what lies beyond `head_dim` counts as zeros."""
-    return 32 if head_dim <= 32 else 64 if head_dim <= 64 else 128
+    """The head dim that a kernel is compiled for; what lies beyond `head_dim` counts as zeros. 0 where
+    there is none.
+    """
+    return next(dim for dim in (0, 32, 64, 128) if head_dim <= dim)
 
 
 @functools.cache

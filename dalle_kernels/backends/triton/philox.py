@@ -35,3 +35,18 @@ def gumbel(bits):
     """Random bits -> u -> -log(-log1p(-u)), float32."""
     u = tl.minimum((bits.to(tl.float32) + 0.5) * 2.3283064365386963e-10, 0.99999994)  # 2^-32; 1 - 2^-24
     return -natural_log(-log1p_negated(u))
+
+
+@triton.jit
+def random_quads(seed, offset, first, ALIGNED: tl.constexpr):
+    """The random bits of the indices first to first + 3 of every element of `first`, a tensor of int64, side by side:
+    [..., 4 n] of [..., n]. ALIGNED: all are multiples of 4, which halves the work.
+    """
+    a, b, c, d = random_words(seed, offset, first >> 2)
+    if not ALIGNED:  # they end in the next block
+        e, f, g, _ = random_words(seed, offset, (first >> 2) + 1)
+        by_two, by_one = (first & 2) != 0, (first & 1) != 0
+        a, b, c = tl.where(by_two, c, a), tl.where(by_two, d, b), tl.where(by_two, e, c)
+        d, e = tl.where(by_two, f, d), tl.where(by_two, g, e)
+        a, b, c, d = tl.where(by_one, b, a), tl.where(by_one, c, b), tl.where(by_one, d, c), tl.where(by_one, e, d)
+    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))

@@ -1,0 +1,398 @@
+"""gumbel_softmax: softmax((logits + noise) / tau) over one dimension, and the KL to the uniform distribution, forward and
+backward.
+
+Logits are seen as [outer, classes, inner], a row of classes being a position. A program has one tile: some positions
+that follow each other in memory, with all their classes, or a chunk of them. It takes statistics of each position over
+the tile's classes, and writes results that need them. Where a position has several chunks, this takes two rounds:
+programs first leave the statistics of their tiles in `partials`, which are merged, and then all read their tiles again;
+drawing noise again costs less than storing it. Statistics merge in a fixed order that follows from classes and inner.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from . import launch
+from .math import INFINITY, LOG2E, exp2, natural_log
+from .philox import gumbel, random_quads
+from .registration import register
+
+# -- statistics of a position over its classes. Each is a few float32 words, and the same function takes it of elements
+# and merges it of parts, which are words with a dimension more.
+
+SOFTMAX = tl.constexpr("softmax")  # maximum, sum of w = exp(scale * (x - maximum)); of x, 1
+WEIGHTED = tl.constexpr("weighted")  # maximum, sum of w, sum of w v; of x, 1, v
+ENTROPY = tl.constexpr("entropy")  # maximum, sum of w, sum of w log w, where the scale is 1; of x, 1, 0
+BEST = tl.constexpr("best")  # the largest x, and the first class that has it (as the bits of a float); of x, class
+DOT = tl.constexpr("dot")  # a sum
+WORDS = {"softmax": 2, "weighted": 3, "entropy": 3, "best": 2, "dot": 1}
+
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum over nothing; finite, so that differences stay numbers
+FAR = tl.constexpr(-1e4)  # exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
+LAST_CLASS = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def _merge(words, scale_log2, KIND: tl.constexpr, PRECISE: tl.constexpr, AXIS: tl.constexpr):
+    """The statistics of all along AXIS, which stays as a dimension of 1. NaN and +inf turn sums into NaN."""
+    if KIND == DOT:
+        return (tl.sum(words[0], AXIS, keep_dims=True),)
+    if KIND == BEST:  # NaN counts as inf: y is NaN either way
+        x = tl.where(words[0] == words[0], words[0], INFINITY)
+        largest = tl.max(x, AXIS, keep_dims=True)
+        first = tl.min(tl.where(x == largest, words[1].to(tl.int32, bitcast=True), LAST_CLASS), AXIS, keep_dims=True)
+        return largest, first.to(tl.float32, bitcast=True)
+    largest = tl.max(words[0], AXIS, keep_dims=True)
+    largest = tl.where(largest > LOWEST, largest, LOWEST)
+    if KIND == ENTROPY:
+        d = _not_below_far(words[0] - largest)
+        w = exp2(d * LOG2E, True)
+        weighted = w * (words[1] * d + words[2])
+        return largest, tl.sum(words[1] * w, AXIS, keep_dims=True), tl.sum(weighted, AXIS, keep_dims=True)
+    w = exp2((words[0] - largest) * scale_log2, PRECISE)
+    total = tl.sum(words[1] * w, AXIS, keep_dims=True)
+    if KIND == WEIGHTED:
+        return largest, total, tl.sum(words[2] * w, AXIS, keep_dims=True)
+    return largest, total
+
+
+@triton.jit
+def _not_below_far(d):
+    return tl.where(d < FAR, FAR, d)  # NaN stays
+
+
+@triton.jit
+def _load_words(partials, at, step, there, KIND: tl.constexpr, COUNT: tl.constexpr):
+    """Words that lie `step` apart; of what is not there, those of nothing."""
+    nothing: tl.constexpr = 0.0 if KIND == DOT else -float("inf")
+    words = (tl.load(partials + at, there, nothing),)
+    for i in tl.static_range(1, COUNT):
+        words = words + (tl.load(partials + at + i * step, there, 0.0),)
+    return words
+
+
+@triton.jit
+def _store_words(partials, at, step, there, words, COUNT: tl.constexpr):
+    for i in tl.static_range(COUNT):
+        tl.store(partials + at + i * step, words[i], there)
+
+
+@triton.jit(do_not_specialize=["positions", "chunks"])
+def _merge_chunks(
+    partials, merged, tau, positions, chunks, KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
+    CHUNKS: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """Of partials [COUNT, chunks, positions] every CHUNKS into one of merged [COUNT, groups, positions]."""
+    groups = tl.cdiv(chunks, CHUNKS)
+    group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
+    chunk = group * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+    position = block.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[None, :]
+    there = (chunk < chunks) & (position < positions)
+    step = positions.to(tl.int64)
+    words = _load_words(partials, chunk * step + position, chunks * step, there, KIND, COUNT)
+    words = _merge(words, LOG2E / tl.load(tau), KIND, PRECISE, 0)
+    _store_words(merged, group * step + position, groups * step, position < positions, words, COUNT)
+
+
+# -- tiles
+
+
+@triton.jit
+def _tile(outer, classes, inner, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's tile [ROWS, COLUMNS], whose columns are neighbours in memory: its chunk, its first element, the step
+    from row to row; of its elements the class, and whether they exist; of its positions the place in [outer, inner],
+    and whether they exist. AXIS: the dimension of a tile that has the classes, which is 1 where inner is.
+    """
+    chunk, strip = tl.program_id(0) % chunks, tl.program_id(0) // chunks
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    if AXIS == 1:
+        first_class, of_class = chunk * COLUMNS, column
+        first_place = strip.to(tl.int64) * ROWS
+        place = first_place + row
+        exists = place < outer
+        first, step = first_place * classes + first_class, classes
+    else:
+        first_class, of_class = chunk * ROWS, row
+        strips = tl.cdiv(inner, COLUMNS)
+        at, o = strip % strips * COLUMNS, (strip // strips).to(tl.int64)
+        place = o * inner + at + column
+        exists = at + column < inner
+        first, step = (o * classes + first_class) * inner + at, inner
+    inside = (of_class < classes - first_class) & exists
+    return chunk, first, step, first_class + of_class, inside, place, exists
+
+
+@triton.jit
+def _elements(first, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVERY: tl.constexpr):
+    """The number of every so-many-th element of a tile."""
+    row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS // EVERY)[None, :]
+    return first + row.to(tl.int64) * step + column * EVERY
+
+
+@triton.jit
+def _load(tensor, first, step, inside, fill, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    return tl.load(tensor + _elements(first, step, ROWS, COLUMNS, 1), inside, fill).to(tl.float32)
+
+
+@triton.jit
+def _store(tensor, first, step, inside, x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    tl.store(tensor + _elements(first, step, ROWS, COLUMNS, 1), x.to(tensor.dtype.element_ty), inside)
+
+
+@triton.jit
+def _noise(seed, first, step, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """An element's noise index is its place in the tensor."""
+    return gumbel(random_quads(tl.load(seed), 0, _elements(first, step, ROWS, COLUMNS, 4), ALIGNED))
+
+
+@triton.jit
+def _statistics(
+    words, partials, chunk, chunks, positions, place, exists, scale_log2,
+    KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, AXIS: tl.constexpr,
+):  # fmt: skip
+    """Of a tile's positions: in the FIRST round those of its elements, which are kept in `partials` [COUNT, chunks,
+    positions] if it is not the LAST too; after it those that stand in `partials` [COUNT, positions].
+    """
+    if not FIRST:
+        return _load_words(partials, place, positions, exists, KIND, COUNT)
+    words = _merge(words, scale_log2, KIND, PRECISE, AXIS)
+    if not LAST:
+        _store_words(partials, chunk * positions + place, chunks * positions, exists, words, COUNT)
+    return words
+
+
+# -- the kernels
+
+
+@triton.jit(do_not_specialize=["outer"])
+def _forward(
+    logits, y, kl, stats, seed, tau, partials, entropies, outer, classes, inner, chunks,
+    HARD: tl.constexpr, KL: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    AXIS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    PRECISE: tl.constexpr = logits.dtype.element_ty == tl.float32
+    chunk, first, step, of_class, inside, place, exists = _tile(outer, classes, inner, chunks, AXIS, ROWS, COLUMNS)
+    positions, scale_log2 = outer.to(tl.int64) * inner, LOG2E / tl.load(tau)
+    x = _load(logits, first, step, inside, -INFINITY, ROWS, COLUMNS)
+    noisy = x + _noise(seed, first, step, ALIGNED, ROWS, COLUMNS)
+    KIND: tl.constexpr = BEST if HARD else SOFTMAX
+    words = (noisy, of_class.to(tl.float32, bitcast=True) + tl.zeros_like(noisy)) if HARD else (noisy, 1.0)
+    words = _statistics(
+        words, partials, chunk, chunks, positions, place, exists, scale_log2, KIND, COUNT, PRECISE, FIRST, LAST, AXIS
+    )
+    if KL:
+        entropy = _statistics(
+            (x, 1.0, 0.0), entropies, chunk, chunks, positions, place, exists, LOG2E, ENTROPY, 3, True, FIRST, LAST, AXIS
+        )
+    if LAST:
+        if KL:
+            _store_kl(kl, stats, entropy, classes, positions, place, exists & (place * 0 + chunk == 0))
+        if HARD:  # NaN in place of 0 and 1 where there is no largest
+            zero = words[0] - words[0]
+            result = tl.where(of_class == words[1].to(tl.int32, bitcast=True), zero + 1.0, zero)
+        else:
+            result = exp2((noisy - words[0]) * scale_log2, PRECISE) * tl.div_rn(1.0, words[1])
+        _store(y, first, step, inside, result, ROWS, COLUMNS)
+
+
+@triton.jit
+def _store_kl(kl, stats, entropy, classes, positions, place, there):
+    """sum p (log p + log classes), p = softmax(logits); stats [2, positions]: maximum, and sum of exp(x - maximum)."""
+    maximum, total, weighted = entropy
+    tl.store(stats + place, maximum, there)
+    tl.store(stats + positions + place, total, there)
+    tl.store(kl + place, tl.div_rn(weighted, total) + _log_ratio(classes, total), there)
+
+
+@triton.jit
+def _log_ratio(classes, total):
+    return natural_log(tl.div_rn(tl.zeros_like(total) + classes, total))
+
+
+@triton.jit(do_not_specialize=["outer"])
+def _backward(
+    grad_y, grad_kl, y, logits, kl, stats, grad_logits, seed, tau, partials, outer, classes, inner, chunks,
+    HARD: tl.constexpr, KL: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    AXIS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y * (grad - sum y grad) / tau; and with KL, grad_kl * p * (log p + log classes - kl), p = softmax(logits)."""
+    PRECISE: tl.constexpr = grad_y.dtype.element_ty == tl.float32
+    chunk, first, step, _, inside, place, exists = _tile(outer, classes, inner, chunks, AXIS, ROWS, COLUMNS)
+    positions, scale_log2 = outer.to(tl.int64) * inner, LOG2E / tl.load(tau)
+    grad = _load(grad_y, first, step, inside, 0.0, ROWS, COLUMNS)
+    KIND: tl.constexpr = WEIGHTED if HARD else DOT
+    if HARD:  # the soft y was not stored
+        x = _load(logits, first, step, inside, -INFINITY, ROWS, COLUMNS)
+        x += _noise(seed, first, step, ALIGNED, ROWS, COLUMNS)
+        words = x, 1.0, grad
+    else:
+        soft = _load(y, first, step, inside, 0.0, ROWS, COLUMNS)
+        words = (soft * grad,)
+    words = _statistics(
+        words, partials, chunk, chunks, positions, place, exists, scale_log2, KIND, COUNT, PRECISE, FIRST, LAST, AXIS
+    )
+    if LAST:
+        if HARD:
+            factor = tl.div_rn(1.0, words[1])
+            soft, dot = exp2((x - words[0]) * scale_log2, PRECISE) * factor, words[2] * factor
+        else:
+            dot = words[0]
+        result = soft * tl.div_rn(1.0, tl.load(tau)) * (grad - dot)
+        if KL:
+            x = _load(logits, first, step, inside, 0.0, ROWS, COLUMNS)
+            total = tl.load(stats + positions + place, exists, 1.0)
+            d = _not_below_far(x - tl.load(stats + place, exists, 0.0))
+            shift = _log_ratio(classes, total) - tl.load(kl + place, exists, 0.0)
+            factor = tl.div_rn(tl.load(grad_kl + place, exists, 0.0), total)
+            result += factor * exp2(d * LOG2E, PRECISE) * (d + shift)
+        _store(grad_logits, first, step, inside, result, ROWS, COLUMNS)
+
+
+# -- the operations
+
+CHUNKS, POSITIONS, MERGE_WARPS = 32, 32, 4  # of _merge_chunks
+
+
+def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
+    """(y, kl or None) of already checked arguments."""
+    # A tensor that torch.compile can compute from a changing tau, where a float argument would compile anew for each.
+    tau = torch.ones((), dtype=torch.float32, device=logits.device) * tau
+    y, kl, _ = _op(logits, seed, tau, hard, dim, return_kl)
+    return y, kl if return_kl else None
+
+
+class _Problem:
+    """How the tiles of a contiguous tensor are cut, and the kernels started on them."""
+
+    def __init__(self, x, dim, tau):
+        self.x, self.tau = x, tau
+        self.outer, self.classes, self.inner = math.prod(x.shape[:dim]), x.shape[dim], math.prod(x.shape[dim + 1 :])
+        self.axis = 1 if self.inner == 1 else 0
+        name = "gumbel_softmax.last" if self.axis else "gumbel_softmax"
+        self.line = launch.lookup(name, x.device, 0, x.dtype)
+        size = self.line.rows * self.line.columns
+        # nothing here depends on `outer`, so that the bits do not
+        if self.axis:
+            columns = min(max(triton.next_power_of_2(self.classes), 4), self.line.columns)
+            self.shape = size // columns, columns
+            self.chunks, self.strips = triton.cdiv(self.classes, columns), triton.cdiv(self.outer, self.shape[0])
+        else:
+            rows = min(triton.next_power_of_2(self.classes), self.line.rows)
+            columns = min(max(triton.next_power_of_2(self.inner), 4), size // rows)
+            self.shape = rows, columns
+            self.chunks, self.strips = triton.cdiv(self.classes, rows), self.outer * triton.cdiv(self.inner, columns)
+
+    def run(self, kernel, arguments, kinds, hard, kl):
+        """Starts a kernel, in two rounds where positions have several chunks. kinds: of its statistics."""
+        rows, columns = self.shape
+        sizes = self.outer, self.classes, self.inner, self.chunks
+        constants = dict(HARD=hard, KL=kl, COUNT=WORDS[kinds[0]], AXIS=self.axis, ROWS=rows, COLUMNS=columns)
+        constants["ALIGNED"] = (self.classes if self.axis else self.inner) % 4 == 0
+
+        def start(partials, first, last):
+            launch.start(
+                kernel, self.strips * self.chunks, self.line.warps, self.line.stages,
+                *arguments, self.tau, *partials, *sizes, **constants, FIRST=first, LAST=last,
+            )  # fmt: skip
+
+        if self.chunks == 1:
+            return start([None] * len(kinds), True, True)
+        partials = [self.words(kind, self.chunks) for kind in kinds]
+        start(partials, True, False)
+        start([self.merged(kind, words) for kind, words in zip(kinds, partials)], False, True)
+
+    def words(self, kind, chunks):
+        return self.x.new_empty(WORDS[kind], chunks, self.outer * self.inner, dtype=torch.float32)
+
+    def merged(self, kind, words):
+        """Of statistics [words, chunks, positions] one chunk."""
+        count, chunks, positions = words.shape
+        if chunks == 1:
+            return words
+        groups = triton.cdiv(chunks, CHUNKS)
+        result = self.words(kind, groups)
+        launch.start(
+            _merge_chunks, groups * triton.cdiv(positions, POSITIONS), MERGE_WARPS, 1,
+            words, result, self.tau, positions, chunks, KIND=kind, COUNT=count,
+            PRECISE=self.x.dtype == torch.float32, CHUNKS=CHUNKS, POSITIONS=POSITIONS,
+        )  # fmt: skip
+        return self.merged(kind, result)
+
+
+def _gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
+    logits = logits.contiguous()
+    y, kl, stats = _fake(logits, seed, tau, hard, dim, return_kl)
+    kinds = ["best" if hard else "softmax"] + ["entropy"] * return_kl
+    _Problem(logits, dim, tau).run(_forward, (logits, y, kl, stats, seed), kinds, hard, return_kl)
+    return y, kl, stats
+
+
+# y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
+def _gumbel_softmax_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
+    grad_y, grad_kl, y, logits = (x if x is None else x.contiguous() for x in (grad_y, grad_kl, y, logits))
+    grad_logits = grad_y.new_empty(grad_y.shape)
+    arguments = grad_y, grad_kl, y, logits, kl, stats, grad_logits, seed
+    _Problem(grad_y, dim, tau).run(_backward, arguments, ["weighted" if hard else "dot"], hard, grad_kl is not None)
+    return grad_logits
+
+
+def _fake(logits, seed, tau, hard, dim, return_kl):
+    rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
+    kl, stats = (rows, [2, *rows]) if return_kl else ([0], [0])
+    y = logits.new_empty(logits.shape)
+    return y, logits.new_empty(kl, dtype=torch.float32), logits.new_empty(stats, dtype=torch.float32)
+
+
+def _fake_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
+    return grad_y.new_empty(grad_y.shape)
+
+
+_op = register(
+    "gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, bool return_kl)"
+    " -> (Tensor, Tensor, Tensor)",
+    _gumbel_softmax,
+    _fake,
+)
+_backward_op = register(
+    "gumbel_softmax_backward(Tensor grad_y, Tensor? grad_kl, Tensor? y, Tensor? logits, Tensor? kl, Tensor? stats,"
+    " Tensor seed, Tensor tau, bool hard, int dim) -> Tensor",
+    _gumbel_softmax_backward,
+    _fake_backward,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, seed, tau, ctx.hard, ctx.dim, ctx.return_kl = inputs
+    y, kl, stats = output
+    ctx.mark_non_differentiable(stats)
+    # Only what the gradient needs is kept alive: y for the soft relaxation; the logits for the hard one, which draws
+    # its noise again, and for the KL.
+    ctx.save_for_backward(
+        None if ctx.hard else y,
+        logits if ctx.hard or ctx.return_kl else None,
+        kl if ctx.return_kl else None,
+        stats if ctx.return_kl else None,
+        seed,
+        tau,
+    )
+
+
+def _backward_of(ctx, grad_y, grad_kl, grad_stats):
+    grad_kl = grad_kl if ctx.return_kl else None
+    grad = _backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
+    return grad, None, None, None, None, None
+
+
+def _no_double_backward(ctx, grad):
+    raise NotImplementedError(
+        "gumbel_softmax has no double backward; use backend='reference' where second derivatives are needed"
+    )
+
+
+torch.library.register_autograd(_op.name(), _backward_of, setup_context=_setup_context)
+torch.library.register_autograd(_backward_op.name(), _no_double_backward)
