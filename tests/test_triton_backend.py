@@ -72,7 +72,17 @@ def test_old_gpus_are_declined(monkeypatch):
         assert ("compute capability 8.0" in (_gpu_problem(torch.device("cuda")) or "")) == declined
 
 
-@pytest.mark.parametrize("kernel", launch.TABLE)
+ATTENTION = [kernel for kernel in launch.TABLE if kernel.startswith("sparse_attention")]
+
+
+@pytest.mark.parametrize("kernel", [kernel for kernel in launch.TABLE if kernel not in ATTENTION])
+def test_the_table_without_head_dims(kernel):
+    for dtype in (torch.float32, torch.bfloat16):
+        line = launch.lookup(kernel, torch.device("cpu"), 0, dtype)
+        assert line.rows & (line.rows - 1) == line.columns & (line.columns - 1) == 0, "powers of two"
+
+
+@pytest.mark.parametrize("kernel", ATTENTION)
 def test_the_table(kernel):
     """Every head dim and size of an element has a line, for any architecture; plans can be cut so."""
     lines = launch.TABLE[kernel]

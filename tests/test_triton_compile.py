@@ -2,6 +2,7 @@
 promises, matrix instructions, and loads that run ahead of their use.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -13,13 +14,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # on sm_90 wgmma, on sm_100 tcgen05
 SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB of a block; RTX GPUs take the lines of sm_80
-MAIN = {"sparse_attention": {"_forward", "_grad_q", "_grad_kv"}}  # the kernels that multiply matrices in a loop
+MAIN = {  # the kernels that multiply matrices in a loop
+    "sparse_attention": {"_forward", "_grad_q", "_grad_kv"},
+    "gumbel_softmax": set(),
+    "sample_tokens": set(),
+}
 
 pytest.importorskip("triton")
 
 
 def compiled(*arguments):
-    """{target: {kernel: resources}} of compile_ahead.py."""
+    """{target: [resources of a kernel]} of compile_ahead.py."""
     command = [sys.executable, "-m", "tests.triton_ahead.compile_ahead", *arguments]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
@@ -27,22 +32,29 @@ def compiled(*arguments):
     return json.loads(result.stdout)
 
 
+PROBLEMS = [
+    *itertools.product(["sparse_attention"], ["bfloat16", "float32"], ["64", "128"]),
+    *itertools.product(["gumbel_softmax"], ["bfloat16"], ["20", "1001", "8192"]),
+    ("gumbel_softmax", "float32", "8192"),
+    ("sample_tokens", "bfloat16", "8192"),
+    *itertools.product(["sample_tokens"], ["float32"], ["8192", "50000"]),
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", ["64", "128"])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("operation", MAIN)
-def test_kernels_for_every_gpu(operation, dtype, head_dim):
-    for target, kernels in compiled(operation, dtype, head_dim, *MATRIX).items():
-        assert kernels.keys() >= MAIN[operation]
-        for name, resources in kernels.items():
-            what = f"{name} on {target}: {resources}"
+@pytest.mark.parametrize(("operation", "dtype", "size"), PROBLEMS)
+def test_kernels_for_every_gpu(operation, dtype, size):
+    for target, kernels in compiled(operation, dtype, size, *MATRIX).items():
+        assert {resources["kernel"] for resources in kernels} >= MAIN[operation]
+        for resources in kernels:
+            what = f"{target}: {resources}"
             assert resources["spilled"] == 0, what
             assert resources["shared"] <= SHARED[target] * 1024, what
-            if name in MAIN[operation]:
+            if resources["kernel"] in MAIN[operation]:
                 assert dtype == "float32" or resources[MATRIX[target]], what
                 assert target == "gfx942" or resources["LDGSTS"], what  # cp.async
 
 
 def test_one_head():
     kernels = compiled("sparse_attention_of_one_head", "float32", "32", "sm_90")["sm_90"]
-    assert kernels.keys() >= MAIN["sparse_attention"]
+    assert {resources["kernel"] for resources in kernels} >= MAIN["sparse_attention"]

@@ -1,10 +1,10 @@
 """Compiles the Triton kernels of an operation for a GPU that need not be there, in a process of its own:
 
-python -m tests.triton_ahead.compile_ahead OPERATION DTYPE HEAD_DIM TARGET...
+python -m tests.triton_ahead.compile_ahead OPERATION DTYPE SIZE TARGET...
 
 An operation of PROBLEMS is called on CPU tensors. Where it would start a kernel, the kernel is compiled: with these
 arguments, and the line that launch.TABLE has for the target (sm_80, gfx942, ...). Prints one JSON object with what the
-compiler made of each: {target: {kernel: ...}}.
+compiler made of each: {target: [{"kernel": name, ...}]}.
 """
 
 import json
@@ -44,7 +44,30 @@ def sparse_attention_of_one_head(dtype, head_dim):
     sparse_attention(dtype, head_dim, heads=1)
 
 
-PROBLEMS = {"sparse_attention": sparse_attention, "sparse_attention_of_one_head": sparse_attention_of_one_head}
+def gumbel_softmax(dtype, classes):
+    """Soft and hard, with the KL, forward and backward, along either side of a matrix; in two rounds where there are
+    many classes.
+    """
+    from dalle_kernels.backends.triton import gumbel_softmax as module
+
+    seed, tau = torch.tensor(1), torch.tensor(1.0)
+    for shape, dim in (((classes, 100), 0), ((100, classes), 1)):
+        x = torch.zeros(shape, dtype=dtype)
+        for hard in (False, True):
+            y, kl, stats = module._gumbel_softmax(x, seed, tau, hard, dim, True)
+            module._gumbel_softmax_backward(x, kl, None if hard else y, x, kl, stats, seed, tau, hard, dim)
+
+
+def sample_tokens(dtype, vocabulary):
+    from dalle_kernels.backends.triton import sample_tokens as module
+
+    rows = torch.arange(3)
+    module._sample_tokens(torch.zeros(3, vocabulary, dtype=dtype), rows, rows, 0.5, 10, 0.9)
+
+
+PROBLEMS = {
+    f.__name__: f for f in (sparse_attention, sparse_attention_of_one_head, gumbel_softmax, sample_tokens)
+}
 
 
 class Driver:
@@ -65,19 +88,22 @@ class Driver:
 
 
 def compile_for(target, problem):
-    """{kernel: what the compiler made of it}"""
+    """[what the compiler made of a kernel]; one that is started with other constants counts as another"""
     compiled = {}
 
     def compile(kernel, blocks, warps, stages, *arguments, **constants):
         assert blocks, "the problem must start every kernel"
         options = dict(num_warps=warps, num_stages=stages)
-        compiled[kernel.__name__] = kernel.warmup(*arguments, grid=(blocks,), **constants, **options)
+        result = kernel.warmup(*arguments, grid=(blocks,), **constants, **options)
+        compiled[result.hash] = result
 
     launch.start, launch.architecture = compile, lambda device: target
     triton.runtime.driver.set_active(Driver(target))
     problem()
     look = amd_resources if target.startswith("gfx") else nvidia_resources
-    return {name: {"shared": kernel.metadata.shared, **look(kernel.asm)} for name, kernel in compiled.items()}
+    return [
+        {"kernel": kernel.name, "shared": kernel.metadata.shared, **look(kernel.asm)} for kernel in compiled.values()
+    ]
 
 
 def nvidia_resources(asm):
@@ -102,9 +128,9 @@ def amd_resources(asm):
     return {"registers": find("vgpr_count"), "spilled": spilled, "MFMA": len(re.findall(r"\bv_mfma_", text))}
 
 
-def main(operation, dtype, head_dim, *targets):
+def main(operation, dtype, size, *targets):
     problem = PROBLEMS[operation]
-    print(json.dumps({t: compile_for(t, lambda: problem(getattr(torch, dtype), int(head_dim))) for t in targets}))
+    print(json.dumps({t: compile_for(t, lambda: problem(getattr(torch, dtype), int(size))) for t in targets}))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""gumbel_softmax: softmax((logits + noise) / tau) over one dimension, and the KL to the uniform distribution, forward and
-backward.
+"""gumbel_softmax: softmax((logits + noise) / tau) over one dimension, and the KL to the uniform distribution; forward
+and backward.
 
 Logits are seen as [outer, classes, inner], a row of classes being a position. A program has one tile: some positions
 that follow each other in memory, with all their classes, or a chunk of them. It takes statistics of each position over
@@ -21,8 +21,8 @@ from .math import INFINITY, LOG2E, exp2, natural_log
 from .philox import gumbel, random_quads
 from .registration import register
 
-# -- statistics of a position over its classes. Each is a few float32 words, and the same function takes it of elements
-# and merges it of parts, which are words with a dimension more.
+# -- statistics of a position over its classes. Each is up to three float32 words, and the same function takes it of
+# elements and merges it of parts, which are words with a dimension more.
 
 SOFTMAX = tl.constexpr("softmax")  # maximum, sum of w = exp(scale * (x - maximum)); of x, 1
 WEIGHTED = tl.constexpr("weighted")  # maximum, sum of w, sum of w v; of x, 1, v
@@ -39,25 +39,27 @@ LAST_CLASS = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def _merge(words, scale_log2, KIND: tl.constexpr, PRECISE: tl.constexpr, AXIS: tl.constexpr):
     """The statistics of all along AXIS, which stays as a dimension of 1. NaN and +inf turn sums into NaN."""
+    x, second, third = words
     if KIND == DOT:
-        return (tl.sum(words[0], AXIS, keep_dims=True),)
-    if KIND == BEST:  # NaN counts as inf: y is NaN either way
-        x = tl.where(words[0] == words[0], words[0], INFINITY)
+        x = tl.sum(x, AXIS, keep_dims=True)
+    elif KIND == BEST:  # NaN counts as inf: y is NaN either way
+        x = tl.where(x == x, x, INFINITY)
         largest = tl.max(x, AXIS, keep_dims=True)
-        first = tl.min(tl.where(x == largest, words[1].to(tl.int32, bitcast=True), LAST_CLASS), AXIS, keep_dims=True)
-        return largest, first.to(tl.float32, bitcast=True)
-    largest = tl.max(words[0], AXIS, keep_dims=True)
-    largest = tl.where(largest > LOWEST, largest, LOWEST)
-    if KIND == ENTROPY:
-        d = _not_below_far(words[0] - largest)
-        w = exp2(d * LOG2E, True)
-        weighted = w * (words[1] * d + words[2])
-        return largest, tl.sum(words[1] * w, AXIS, keep_dims=True), tl.sum(weighted, AXIS, keep_dims=True)
-    w = exp2((words[0] - largest) * scale_log2, PRECISE)
-    total = tl.sum(words[1] * w, AXIS, keep_dims=True)
-    if KIND == WEIGHTED:
-        return largest, total, tl.sum(words[2] * w, AXIS, keep_dims=True)
-    return largest, total
+        classes = tl.where(x == largest, second.to(tl.int32, bitcast=True), LAST_CLASS)
+        x, second = largest, tl.min(classes, AXIS, keep_dims=True).to(tl.float32, bitcast=True)
+    else:
+        largest = tl.max(x, AXIS, keep_dims=True)
+        largest = tl.where(largest > LOWEST, largest, LOWEST)
+        if KIND == ENTROPY:
+            d = _not_below_far(x - largest)
+            w = exp2(d * LOG2E, True)
+            third = tl.sum(w * (second * d + third), AXIS, keep_dims=True)
+        else:
+            w = exp2((x - largest) * scale_log2, PRECISE)
+            if KIND == WEIGHTED:
+                third = tl.sum(w * third, AXIS, keep_dims=True)
+        x, second = largest, tl.sum(w * second, AXIS, keep_dims=True)
+    return x, second, third
 
 
 @triton.jit
@@ -69,10 +71,10 @@ def _not_below_far(d):
 def _load_words(partials, at, step, there, KIND: tl.constexpr, COUNT: tl.constexpr):
     """Words that lie `step` apart; of what is not there, those of nothing."""
     nothing: tl.constexpr = 0.0 if KIND == DOT else -float("inf")
-    words = (tl.load(partials + at, there, nothing),)
-    for i in tl.static_range(1, COUNT):
-        words = words + (tl.load(partials + at + i * step, there, 0.0),)
-    return words
+    first = tl.load(partials + at, there, nothing)
+    second = tl.load(partials + at + step, there, 0.0) if COUNT > 1 else 0.0
+    third = tl.load(partials + at + 2 * step, there, 0.0) if COUNT > 2 else 0.0
+    return first, second, third
 
 
 @triton.jit
@@ -94,7 +96,7 @@ def _merge_chunks(
     there = (chunk < chunks) & (position < positions)
     step = positions.to(tl.int64)
     words = _load_words(partials, chunk * step + position, chunks * step, there, KIND, COUNT)
-    words = _merge(words, LOG2E / tl.load(tau), KIND, PRECISE, 0)
+    words = _merge(words, tl.div_rn(LOG2E, tl.load(tau)), KIND, PRECISE, 0)
     _store_words(merged, group * step + position, groups * step, position < positions, words, COUNT)
 
 
@@ -103,9 +105,9 @@ def _merge_chunks(
 
 @triton.jit
 def _tile(outer, classes, inner, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's tile [ROWS, COLUMNS], whose columns are neighbours in memory: its chunk, its first element, the step
-    from row to row; of its elements the class, and whether they exist; of its positions the place in [outer, inner],
-    and whether they exist. AXIS: the dimension of a tile that has the classes, which is 1 where inner is.
+    """This program's tile [ROWS, COLUMNS], whose columns are neighbours in memory: its chunk, its first element, the
+    step from row to row; of its elements the class, and whether they exist; of its positions the place in [outer,
+    inner], and whether they exist. AXIS: the dimension of a tile that has the classes, which is 1 where inner is.
     """
     chunk, strip = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -151,19 +153,29 @@ def _noise(seed, first, step, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS
 
 @triton.jit
 def _statistics(
-    words, partials, chunk, chunks, positions, place, exists, scale_log2,
-    KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
+    words, partials, at, step, there, scale_log2, KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile's positions: in the FIRST round those of its elements, which are kept in `partials` [COUNT, chunks,
-    positions] if it is not the LAST too; after it those that stand in `partials` [COUNT, positions].
-    """
-    if not FIRST:
-        return _load_words(partials, place, positions, exists, KIND, COUNT)
-    words = _merge(words, scale_log2, KIND, PRECISE, AXIS)
-    if not LAST:
-        _store_words(partials, chunk * positions + place, chunks * positions, exists, words, COUNT)
+    """In the FIRST round of a tile's elements, left in `partials` if it is not the LAST too; else what stands there."""
+    if FIRST:
+        words = _merge(words, scale_log2, KIND, PRECISE, AXIS)
+        if not LAST:
+            _store_words(partials, at, step, there, words, COUNT)
+    else:
+        words = _load_words(partials, at, step, there, KIND, COUNT)
     return words
+
+
+@triton.jit
+def _partials_at(chunk, chunks, place, positions, FIRST: tl.constexpr):
+    """Where a chunk's words lie in [words, chunks, positions], and the step from word to word. After the FIRST round
+    all chunks are one.
+    """
+    if FIRST:
+        at, step = chunk * positions + place, chunks * positions
+    else:
+        at, step = place, positions
+    return at, step
 
 
 # -- the kernels
@@ -172,23 +184,21 @@ def _statistics(
 @triton.jit(do_not_specialize=["outer"])
 def _forward(
     logits, y, kl, stats, seed, tau, partials, entropies, outer, classes, inner, chunks,
-    HARD: tl.constexpr, KL: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    HARD: tl.constexpr, KL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     AXIS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     PRECISE: tl.constexpr = logits.dtype.element_ty == tl.float32
     chunk, first, step, of_class, inside, place, exists = _tile(outer, classes, inner, chunks, AXIS, ROWS, COLUMNS)
-    positions, scale_log2 = outer.to(tl.int64) * inner, LOG2E / tl.load(tau)
+    positions, scale_log2 = outer.to(tl.int64) * inner, tl.div_rn(LOG2E, tl.load(tau))
     x = _load(logits, first, step, inside, -INFINITY, ROWS, COLUMNS)
     noisy = x + _noise(seed, first, step, ALIGNED, ROWS, COLUMNS)
     KIND: tl.constexpr = BEST if HARD else SOFTMAX
-    words = (noisy, of_class.to(tl.float32, bitcast=True) + tl.zeros_like(noisy)) if HARD else (noisy, 1.0)
-    words = _statistics(
-        words, partials, chunk, chunks, positions, place, exists, scale_log2, KIND, COUNT, PRECISE, FIRST, LAST, AXIS
-    )
+    words = noisy, of_class.to(tl.float32, bitcast=True) if HARD else 1.0, 0.0
+    at, gap = _partials_at(chunk, chunks, place, positions, FIRST)
+    words = _statistics(words, partials, at, gap, exists, scale_log2, KIND, 2, PRECISE, FIRST, LAST, AXIS)
     if KL:
-        entropy = _statistics(
-            (x, 1.0, 0.0), entropies, chunk, chunks, positions, place, exists, LOG2E, ENTROPY, 3, True, FIRST, LAST, AXIS
-        )
+        words_kl = x, 1.0, 0.0
+        entropy = _statistics(words_kl, entropies, at, gap, exists, LOG2E, ENTROPY, 3, True, FIRST, LAST, AXIS)
     if LAST:
         if KL:
             _store_kl(kl, stats, entropy, classes, positions, place, exists & (place * 0 + chunk == 0))
@@ -217,13 +227,13 @@ def _log_ratio(classes, total):
 @triton.jit(do_not_specialize=["outer"])
 def _backward(
     grad_y, grad_kl, y, logits, kl, stats, grad_logits, seed, tau, partials, outer, classes, inner, chunks,
-    HARD: tl.constexpr, KL: tl.constexpr, COUNT: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
+    HARD: tl.constexpr, KL: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr,
     AXIS: tl.constexpr, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """y * (grad - sum y grad) / tau; and with KL, grad_kl * p * (log p + log classes - kl), p = softmax(logits)."""
     PRECISE: tl.constexpr = grad_y.dtype.element_ty == tl.float32
     chunk, first, step, _, inside, place, exists = _tile(outer, classes, inner, chunks, AXIS, ROWS, COLUMNS)
-    positions, scale_log2 = outer.to(tl.int64) * inner, LOG2E / tl.load(tau)
+    positions, scale_log2 = outer.to(tl.int64) * inner, tl.div_rn(LOG2E, tl.load(tau))
     grad = _load(grad_y, first, step, inside, 0.0, ROWS, COLUMNS)
     KIND: tl.constexpr = WEIGHTED if HARD else DOT
     if HARD:  # the soft y was not stored
@@ -232,10 +242,10 @@ def _backward(
         words = x, 1.0, grad
     else:
         soft = _load(y, first, step, inside, 0.0, ROWS, COLUMNS)
-        words = (soft * grad,)
-    words = _statistics(
-        words, partials, chunk, chunks, positions, place, exists, scale_log2, KIND, COUNT, PRECISE, FIRST, LAST, AXIS
-    )
+        words = soft * grad, 0.0, 0.0
+    at, gap = _partials_at(chunk, chunks, place, positions, FIRST)
+    COUNT: tl.constexpr = 3 if HARD else 1
+    words = _statistics(words, partials, at, gap, exists, scale_log2, KIND, COUNT, PRECISE, FIRST, LAST, AXIS)
     if LAST:
         if HARD:
             factor = tl.div_rn(1.0, words[1])
@@ -291,7 +301,7 @@ class _Problem:
         """Starts a kernel, in two rounds where positions have several chunks. kinds: of its statistics."""
         rows, columns = self.shape
         sizes = self.outer, self.classes, self.inner, self.chunks
-        constants = dict(HARD=hard, KL=kl, COUNT=WORDS[kinds[0]], AXIS=self.axis, ROWS=rows, COLUMNS=columns)
+        constants = dict(HARD=hard, KL=kl, AXIS=self.axis, ROWS=rows, COLUMNS=columns)
         constants["ALIGNED"] = (self.classes if self.axis else self.inner) % 4 == 0
 
         def start(partials, first, last):

@@ -63,10 +63,10 @@ TABLE = {  # of each kernel
         ("gfx942", 128, 4): Launch(64, 32, 4, 1),
     },
     # tiles of classes x neighbouring positions; and where the classes are neighbours, of positions x classes
-    "gumbel_softmax": {(ANY, 0, 2): Launch(128, 32, 4, 1), (ANY, 0, 4): Launch(128, 32, 4, 1)},
-    "gumbel_softmax.last": {(ANY, 0, 2): Launch(1, 8192, 8, 1), (ANY, 0, 4): Launch(1, 8192, 8, 1)},
+    "gumbel_softmax": {(ANY, 0, 2): Launch(128, 32, 8, 1), (ANY, 0, 4): Launch(128, 32, 8, 1)},
+    "gumbel_softmax.last": {(ANY, 0, 2): Launch(1, 8192, 16, 1), (ANY, 0, 4): Launch(1, 8192, 16, 1)},
     # of tokens at a time
-    "sample_tokens": {(ANY, 0, 2): Launch(1, 8192, 8, 1), (ANY, 0, 4): Launch(1, 8192, 8, 1)},
+    "sample_tokens": {(ANY, 0, 2): Launch(1, 8192, 16, 1), (ANY, 0, 4): Launch(1, 8192, 16, 1)},
 }
 OVERRIDES: dict[str, Launch] = {}
 

@@ -1,8 +1,9 @@
-"""sample_tokens: one token per row, the argmax of logits / temperature + noise over the tokens that top_k and top_p keep.
+"""sample_tokens: one token per row, the argmax of logits / temperature + noise over the tokens that top_k and top_p
+keep.
 
-A program has a row. Its logits become keys, unsigned integers in the order of the floats. Both filters keep all keys from
-a threshold up, which is found bit by bit, a sweep over the row for each. A row of one block stays in registers; longer
-ones are read again.
+A program has a row. Its logits become keys, unsigned integers in the order of the floats. Both filters keep all keys
+from a threshold up, which is found bit by bit, a sweep over the row for each. A row of one block stays in registers;
+longer ones are read again.
 """
 
 from __future__ import annotations
@@ -49,10 +50,12 @@ def _ranked(key, token):
 def _keys(logits, begin, vocabulary, held, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
     """Of the tokens from `begin` on; where the row is RESIDENT, `held`."""
     if RESIDENT:
-        return held
-    token = begin + tl.arange(0, BLOCK)
-    inside = token < vocabulary
-    return tl.where(inside, _key(tl.load(logits + token, inside, 0.0).to(tl.float32)), PADDING)
+        keys = held
+    else:
+        token = begin + tl.arange(0, BLOCK)
+        inside = token < vocabulary
+        keys = tl.where(inside, _key(tl.load(logits + token, inside, 0.0).to(tl.float32)), PADDING)
+    return keys
 
 
 @triton.jit
@@ -86,8 +89,8 @@ def _threshold(
     target, logits, vocabulary, held, held_weights, least, top, scale_log2,
     COUNT: tl.constexpr, BITS: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key such that all keys from it up weigh `target` or more (its lower bits, in which no keys differ, are
-    0). That they weigh less the larger it is holds for the rounded sums too: what is left out is added as 0.
+    """The largest key such that all keys from it up weigh `target` or more (its lower bits, in which no keys differ,
+    are 0). That they weigh less the larger it is holds for the rounded sums too: what is left out is added as 0.
     """
     found = tl.full([], 0, tl.uint32)
     bit = tl.full([], SIGN, tl.uint32)
@@ -125,16 +128,14 @@ def _sample_row(
                 top_k.to(tl.float64), logits, vocabulary, held, 0.0, least, top, 0.0, True, BITS, RESIDENT, BLOCK
             )
         if TOP_P:
-            scale_log2 = LOG2E / temperature
+            scale_log2 = tl.div_rn(LOG2E, temperature)
             held_weights = _weights(held, least, top, scale_log2)
-            total = _mass(
-                least, logits, vocabulary, held, held_weights, least, top, scale_log2, False, RESIDENT, BLOCK
-            )
+            total = _mass(least, logits, vocabulary, held, held_weights, least, top, scale_log2, False, RESIDENT, BLOCK)
             target = top_p.to(tl.int64).to(tl.float64, bitcast=True) * total
             least = _threshold(
                 target, logits, vocabulary, held, held_weights, least, top, scale_log2, False, BITS, RESIDENT, BLOCK
             )
-        inverse_temperature = 1.0 / temperature
+        inverse_temperature = tl.div_rn(1.0, temperature)
         best = tl.zeros([BLOCK], tl.uint64)
         for begin in range(0, vocabulary, BLOCK):
             keys = _keys(logits, begin, vocabulary, held, RESIDENT, BLOCK)
