@@ -292,13 +292,16 @@ class _Problem:
             self.shape = size // columns, columns
             self.chunks, self.strips = triton.cdiv(self.classes, columns), triton.cdiv(self.outer, self.shape[0])
         else:
-            rows = min(triton.next_power_of_2(self.classes), self.line.rows)
-            columns = min(max(triton.next_power_of_2(self.inner), 4), size // rows)
+            rows = triton.next_power_of_2(self.classes)
+            columns = min(max(triton.next_power_of_2(self.inner), 4), size // min(rows, self.line.rows))
+            rows = min(rows, size // columns)
             self.shape = rows, columns
             self.chunks, self.strips = triton.cdiv(self.classes, rows), self.outer * triton.cdiv(self.inner, columns)
 
     def run(self, kernel, arguments, kinds, hard, kl):
-        """Starts a kernel, in two rounds where positions have several chunks. kinds: of its statistics."""
+        """Starts a kernel, in two rounds where positions have several chunks. kinds: of the statistics that it takes,
+        None of those that it could.
+        """
         rows, columns = self.shape
         sizes = self.outer, self.classes, self.inner, self.chunks
         constants = dict(HARD=hard, KL=kl, AXIS=self.axis, ROWS=rows, COLUMNS=columns)
@@ -317,13 +320,13 @@ class _Problem:
         start([self.merged(kind, words) for kind, words in zip(kinds, partials)], False, True)
 
     def words(self, kind, chunks):
-        return self.x.new_empty(WORDS[kind], chunks, self.outer * self.inner, dtype=torch.float32)
+        return kind and self.x.new_empty(WORDS[kind], chunks, self.outer * self.inner, dtype=torch.float32)
 
     def merged(self, kind, words):
         """Of statistics [words, chunks, positions] one chunk."""
-        count, chunks, positions = words.shape
-        if chunks == 1:
+        if kind is None or words.shape[1] == 1:
             return words
+        count, chunks, positions = words.shape
         groups = triton.cdiv(chunks, CHUNKS)
         result = self.words(kind, groups)
         launch.start(
@@ -337,7 +340,7 @@ class _Problem:
 def _gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
     logits = logits.contiguous()
     y, kl, stats = _fake(logits, seed, tau, hard, dim, return_kl)
-    kinds = ["best" if hard else "softmax"] + ["entropy"] * return_kl
+    kinds = "best" if hard else "softmax", "entropy" if return_kl else None
     _Problem(logits, dim, tau).run(_forward, (logits, y, kl, stats, seed), kinds, hard, return_kl)
     return y, kl, stats
 
@@ -347,7 +350,8 @@ def _gumbel_softmax_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, h
     grad_y, grad_kl, y, logits = (x if x is None else x.contiguous() for x in (grad_y, grad_kl, y, logits))
     grad_logits = grad_y.new_empty(grad_y.shape)
     arguments = grad_y, grad_kl, y, logits, kl, stats, grad_logits, seed
-    _Problem(grad_y, dim, tau).run(_backward, arguments, ["weighted" if hard else "dot"], hard, grad_kl is not None)
+    kinds = ("weighted" if hard else "dot",)
+    _Problem(grad_y, dim, tau).run(_backward, arguments, kinds, hard, grad_kl is not None)
     return grad_logits
 
 
