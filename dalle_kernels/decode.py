@@ -121,7 +121,8 @@ class DecodeCache:
     @property
     def capturable(self) -> bool:
         """Whether a step can be captured as a CUDA graph: `reference` cannot, it reads the step on the host."""
-        return backends.choose("decode_attention", self._layers[0].image_k).name == "cuda"
+        backend = backends.choose("decode_attention", self._layers[0].image_k)
+        return self.device.type == "cuda" and backend.name != "reference"
 
     @torch.no_grad()
     def write_prefix(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -84,14 +84,14 @@ def test_the_table_without_head_dims(kernel):
 
 @pytest.mark.parametrize("kernel", ATTENTION)
 def test_the_table(kernel):
-    """Every head dim and size of an element has a line, for any architecture; plans can be cut so."""
+    """Every head dim and size of an element has a line, for any architecture; plans can be cut as it says."""
     lines = launch.TABLE[kernel]
     for dim in (32, 64, 128):
         for bytes in (2, 4):
             assert launch.in_table(kernel, "sm_75", dim, bytes) == lines[launch.ANY, dim, bytes]
             for architecture in ("sm_80", "sm_90", "sm_100", "gfx942"):
                 line = launch.in_table(kernel, architecture, dim, bytes)
-                assert line.rows % 32 == 0 and line.columns % 16 == 0
+                assert line.columns % 16 == 0 and (line.rows % 32 == 0 or not kernel.startswith("sparse"))
                 if kernel == "sparse_attention.grad_q":  # on the same plan
                     assert line[:2] == launch.in_table("sparse_attention", architecture, dim, bytes)[:2]
 

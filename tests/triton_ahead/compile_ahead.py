@@ -65,8 +65,22 @@ def sample_tokens(dtype, vocabulary):
     module._sample_tokens(torch.zeros(3, vocabulary, dtype=dtype), rows, rows, 0.5, 10, 0.9)
 
 
+def decode_attention(dtype, head_dim):
+    """A step of many candidates."""
+    from dalle_kernels.backends.triton import decode_attention as module
+
+    pattern = dk.AttentionPattern.row(256, (32, 32))
+    sizes = dict(prompts=2, candidates=32, heads=4, head_dim=head_dim, dtype=dtype, device="cpu")
+    cache = dk.DecodeCache([pattern], **sizes)
+    layer = cache._layers[0]
+    storage = layer.prefix_k, layer.prefix_v, layer.image_k, layer.image_v
+    q = torch.zeros(cache._shape, dtype=dtype)
+    module._decode_attention(q, q, q, *storage, layer.schedule, cache.step, 0.1)
+
+
 PROBLEMS = {
-    f.__name__: f for f in (sparse_attention, sparse_attention_of_one_head, gumbel_softmax, sample_tokens)
+    f.__name__: f
+    for f in (sparse_attention, sparse_attention_of_one_head, gumbel_softmax, sample_tokens, decode_attention)
 }
 
 

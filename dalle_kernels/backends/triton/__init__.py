@@ -25,7 +25,7 @@ import os
 import torch
 
 OLDEST = (3, 6)
-OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens")  # a file each
+OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention")  # a file each
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

@@ -67,6 +67,22 @@ TABLE = {  # of each kernel
     "gumbel_softmax.last": {(ANY, 0, 2): Launch(1, 8192, 16, 1), (ANY, 0, 4): Launch(1, 8192, 16, 1)},
     # of tokens at a time
     "sample_tokens": {(ANY, 0, 2): Launch(1, 8192, 16, 1), (ANY, 0, 4): Launch(1, 8192, 16, 1)},
+    "decode_attention.text": {  # rows: candidates of a prompt
+        (ANY, 32, 2): Launch(16, 64, 4, 2),
+        (ANY, 64, 2): Launch(16, 64, 4, 2),
+        (ANY, 128, 2): Launch(16, 32, 4, 2),
+        (ANY, 32, 4): Launch(16, 32, 4, 2),
+        (ANY, 64, 4): Launch(16, 32, 4, 2),
+        (ANY, 128, 4): Launch(16, 32, 8, 2),
+    },
+    "decode_attention.image": {  # a row at a time
+        (ANY, 32, 2): Launch(1, 64, 4, 1),
+        (ANY, 64, 2): Launch(1, 64, 4, 1),
+        (ANY, 128, 2): Launch(1, 32, 4, 1),
+        (ANY, 32, 4): Launch(1, 64, 4, 1),
+        (ANY, 64, 4): Launch(1, 32, 4, 1),
+        (ANY, 128, 4): Launch(1, 32, 4, 1),
+    },
 }
 OVERRIDES: dict[str, Launch] = {}
 
