@@ -71,7 +71,7 @@ TABLE = {  # of each kernel
         (ANY, 32, 2): Launch(16, 64, 4, 2),
         (ANY, 64, 2): Launch(16, 64, 4, 2),
         (ANY, 128, 2): Launch(16, 32, 4, 2),
-        (ANY, 32, 4): Launch(16, 32, 4, 2),
+        (ANY, 32, 4): Launch(16, 32, 8, 2),
         (ANY, 64, 4): Launch(16, 32, 4, 2),
         (ANY, 128, 4): Launch(16, 32, 8, 2),
     },
