@@ -19,7 +19,7 @@ from . import launch
 from .math import INFINITY, LOG2E, exp2
 from .matrices import Matrices, load_rows, store_rows
 from .registration import register
-from .sparse_attention import _rows_contiguous
+from ..sparse_attention import rows_contiguous
 
 # -- reading a packed schedule (dalle_kernels/decode_schedule.py describes it); `schedule` points to its first word
 
@@ -155,7 +155,7 @@ def _image(
 
 def decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
     """[P * C, H, D] of already checked tensors; writes the new key and value into image_k and image_v."""
-    q, k, v = (_rows_contiguous(x) for x in (q, k, v))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
     return _op(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale)
 
 
