@@ -9,6 +9,7 @@ class Inaccurate(AssertionError):
 
 def mostly(trial):
     """Runs trial(), which draws fresh numbers; if it is Inaccurate, four times more, and most of the five must not be.
+    conftest.py does this for every test, as a whole.
 
     The largest error of a gradient comes from the one or two rows that a single key dominates, so its ratio to plain
     PyTorch's is chance: even where all errors have the same distribution, one trial in twenty or so misses the rule. A

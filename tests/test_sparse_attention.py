@@ -40,10 +40,6 @@ def check(pattern, q, k, v, backend, scale=None):
     """The accuracy rule on all outputs and gradients. Callers give at least 16 (batch, head) pairs: the largest error
     of one head comes from the few queries that see few keys and is chance; that of many heads is a property.
     """
-    mostly(lambda: check_once(pattern, q, k, v, backend, scale))
-
-
-def check_once(pattern, q, k, v, backend, scale):
     n = q.shape[2]
     used = q.shape[-1] ** -0.5 if scale is None else scale
     mask = pattern.dense()[:n, :n]
@@ -88,7 +84,7 @@ def test_any_shape_and_layout(batch, heads, dim, text_len, grid, name, dtype, la
     torch.manual_seed(data.draw(st.integers(0, 2**31), label="seed"))
     batch = max(batch, 2**17 // (heads * n * dim), 16 // heads)
     with split_after(split):
-        check(pattern, *make(layout, batch, heads, n, dim, dtype), "cpu")
+        mostly(lambda: check(pattern, *make(layout, batch, heads, n, dim, dtype), "cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

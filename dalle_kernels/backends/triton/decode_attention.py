@@ -15,11 +15,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..sparse_attention import rows_contiguous
 from . import launch
 from .math import INFINITY, LOG2E, exp2
 from .matrices import Matrices, load_rows, store_rows
 from .registration import register
-from ..sparse_attention import rows_contiguous
 
 # -- reading a packed schedule (dalle_kernels/decode_schedule.py describes it); `schedule` points to its first word
 
