@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .. import gumbel_softmax as shared
 from . import launch
 from .math import INFINITY, LOG2E, exp2, natural_log
 from .philox import gumbel, random_quads
@@ -268,14 +269,6 @@ def _backward(
 CHUNKS, POSITIONS, MERGE_WARPS = 32, 32, 4  # of _merge_chunks
 
 
-def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
-    """(y, kl or None) of already checked arguments."""
-    # A tensor that torch.compile can compute from a changing tau, where a float argument would compile anew for each.
-    tau = torch.ones((), dtype=torch.float32, device=logits.device) * tau
-    y, kl, _ = _op(logits, seed, tau, hard, dim, return_kl)
-    return y, kl if return_kl else None
-
-
 class _Problem:
     """How the tiles of a contiguous tensor are cut, and the kernels started on them."""
 
@@ -339,7 +332,7 @@ class _Problem:
 
 def _gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
     logits = logits.contiguous()
-    y, kl, stats = _fake(logits, seed, tau, hard, dim, return_kl)
+    y, kl, stats = shared.fake(logits, seed, tau, hard, dim, return_kl)
     kinds = "best" if hard else "softmax", "entropy" if return_kl else None
     _Problem(logits, dim, tau).run(_forward, (logits, y, kl, stats, seed), kinds, hard, return_kl)
     return y, kl, stats
@@ -355,58 +348,16 @@ def _gumbel_softmax_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, h
     return grad_logits
 
 
-def _fake(logits, seed, tau, hard, dim, return_kl):
-    rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
-    kl, stats = (rows, [2, *rows]) if return_kl else ([0], [0])
-    y = logits.new_empty(logits.shape)
-    return y, logits.new_empty(kl, dtype=torch.float32), logits.new_empty(stats, dtype=torch.float32)
-
-
-def _fake_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
-    return grad_y.new_empty(grad_y.shape)
-
-
 _op = register(
     "gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, bool return_kl)"
     " -> (Tensor, Tensor, Tensor)",
     _gumbel_softmax,
-    _fake,
+    shared.fake,
 )
 _backward_op = register(
     "gumbel_softmax_backward(Tensor grad_y, Tensor? grad_kl, Tensor? y, Tensor? logits, Tensor? kl, Tensor? stats,"
     " Tensor seed, Tensor tau, bool hard, int dim) -> Tensor",
     _gumbel_softmax_backward,
-    _fake_backward,
+    shared.fake_backward,
 )
-
-
-def _setup_context(ctx, inputs, output):
-    logits, seed, tau, ctx.hard, ctx.dim, ctx.return_kl = inputs
-    y, kl, stats = output
-    ctx.mark_non_differentiable(stats)
-    # Only what the gradient needs is kept alive: y for the soft relaxation; the logits for the hard one, which draws
-    # its noise again, and for the KL.
-    ctx.save_for_backward(
-        None if ctx.hard else y,
-        logits if ctx.hard or ctx.return_kl else None,
-        kl if ctx.return_kl else None,
-        stats if ctx.return_kl else None,
-        seed,
-        tau,
-    )
-
-
-def _backward_of(ctx, grad_y, grad_kl, grad_stats):
-    grad_kl = grad_kl if ctx.return_kl else None
-    grad = _backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
-    return grad, None, None, None, None, None
-
-
-def _no_double_backward(ctx, grad):
-    raise NotImplementedError(
-        "gumbel_softmax has no double backward; use backend='reference' where second derivatives are needed"
-    )
-
-
-torch.library.register_autograd(_op.name(), _backward_of, setup_context=_setup_context)
-torch.library.register_autograd(_backward_op.name(), _no_double_backward)
+gumbel_softmax = shared.register_autograd(_op, _backward_op)

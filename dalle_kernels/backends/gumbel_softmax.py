@@ -1,0 +1,59 @@
+"""What every registered gumbel_softmax shares, whatever its kernels are written in: fake kernels and the gradient."""
+
+from __future__ import annotations
+
+import torch
+
+
+def fake(logits, seed, tau, hard, dim, return_kl):
+    """(y, kl, stats), contiguous; kl and stats have elements with return_kl only."""
+    rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
+    kl, stats = (rows, [2, *rows]) if return_kl else ([0], [0])
+    y = logits.new_empty(logits.shape)
+    return y, logits.new_empty(kl, dtype=torch.float32), logits.new_empty(stats, dtype=torch.float32)
+
+
+def fake_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
+    return grad_y.new_empty(grad_y.shape)
+
+
+def _setup_context(ctx, inputs, output):
+    logits, seed, tau, ctx.hard, ctx.dim, ctx.return_kl = inputs
+    y, kl, stats = output
+    ctx.mark_non_differentiable(stats)
+    # Only what the gradient needs is kept alive: y for the soft relaxation; the logits for the hard one, which draws
+    # its noise again, and for the KL.
+    ctx.save_for_backward(
+        None if ctx.hard else y,
+        logits if ctx.hard or ctx.return_kl else None,
+        kl if ctx.return_kl else None,
+        stats if ctx.return_kl else None,
+        seed,
+        tau,
+    )
+
+
+def _no_double_backward(ctx, grad):
+    raise NotImplementedError(
+        "gumbel_softmax has no double backward; use backend='reference' where second derivatives are needed"
+    )
+
+
+def register_autograd(op, backward_op):
+    """Gives `op` its gradient, `backward_op`; returns the backend's function, (y, kl or None) of checked arguments."""
+
+    def backward(ctx, grad_y, grad_kl, grad_stats):
+        grad_kl = grad_kl if ctx.return_kl else None
+        grad = backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
+        return grad, None, None, None, None, None
+
+    torch.library.register_autograd(op.name(), backward, setup_context=_setup_context)
+    torch.library.register_autograd(backward_op.name(), _no_double_backward)
+
+    def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
+        # A tensor that torch.compile can compute from a changing tau, where a float would compile anew for each.
+        tau = torch.ones((), dtype=torch.float32, device=logits.device) * tau
+        y, kl, _ = op(logits, seed, tau, hard, dim, return_kl)
+        return y, kl if return_kl else None
+
+    return gumbel_softmax
