@@ -36,8 +36,8 @@ def compiled(*arguments):
 
 PROBLEMS = [
     *itertools.product(["sparse_attention"], ["bfloat16", "float32"], ["64", "128"]),
-    *itertools.product(["gumbel_softmax"], ["bfloat16"], ["20", "1001", "8192"]),
-    ("gumbel_softmax", "float32", "8192"),
+    *itertools.product(["gumbel_softmax"], ["bfloat16"], ["20", "8192"]),
+    ("gumbel_softmax", "float32", "1001"),
     ("sample_tokens", "bfloat16", "8192"),
     *itertools.product(["sample_tokens"], ["float32"], ["8192", "50000"]),
     *itertools.product(["decode_attention"], ["bfloat16", "float32"], ["32", "64", "128"]),

@@ -79,7 +79,7 @@ def test_any_shape_and_layout(inner, outer, classes, hard, tau, dtype, layout, k
 
 @dtypes
 @hards
-@pytest.mark.parametrize(("shape", "dim"), [((100, 150), 1), ((4, 150, 33), 1)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((100, 150), 1), ((2, 150, 33), 1)], ids=str)
 def test_positions_of_several_chunks(shape, dim, hard, dtype, tiles, monkeypatch, seed):
     """Merged in several steps too."""
     tiles(32, 32)
@@ -97,12 +97,12 @@ def test_broken_rows_of_several_chunks(shape, hard, tiles, backend, seed):
 @hards
 @pytest.mark.parametrize("offset", [0.0, 300.0])
 def test_large_logits(hard, offset, seed):
-    check(torch.randn(30, 70, 50) * 30 + offset, 0.5, hard, 1, "triton", seed)
+    check(torch.randn(12, 70, 60) * 30 + offset, 0.5, hard, 1, "triton", seed)
     check((torch.randn(1000, 70) * 30 + offset).half(), 0.5, hard, 1, "triton", seed)
 
 
 @pytest.mark.parametrize("tile", [(32, 32), (128, 32)])
-@pytest.mark.parametrize(("shape", "dim"), [((40, 50), 1), ((3, 100, 33), 1), ((70, 2, 3), 0)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((40, 50), 1), ((2, 100, 33), 1), ((70, 2, 3), 0)], ids=str)
 def test_noise(shape, dim, tile, tiles, seed):
     """Where logits are 0 and tau is 1, log y is the noise but for a constant; of all 64 bits of the seed."""
     tiles(*tile)

@@ -282,7 +282,7 @@ class _Problem:
         # nothing here depends on `outer`, so that the bits do not
         if self.axis:
             columns = min(max(triton.next_power_of_2(self.classes), 4), self.line.columns)
-            self.shape = size // columns, columns
+            self.shape = max(size // 2 // columns, 1), columns  # several rows need more registers, for their addresses
             self.chunks, self.strips = triton.cdiv(self.classes, columns), triton.cdiv(self.outer, self.shape[0])
         else:
             rows = triton.next_power_of_2(self.classes)
