@@ -62,3 +62,4 @@ def test_kernels_for_every_gpu(operation, dtype, size):
 def test_one_head():
     kernels = compiled("sparse_attention_of_one_head", "float32", "32", "sm_90")["sm_90"]
     assert {resources["kernel"] for resources in kernels} >= MAIN["sparse_attention"]
+    assert not any(resources["spilled"] for resources in kernels), kernels

@@ -37,13 +37,13 @@ _QUERIES = {
     (ANY, 32, 2): Launch(64, 64, 4, 2),
     (ANY, 64, 2): Launch(64, 64, 4, 2),
     (ANY, 128, 2): Launch(64, 64, 8, 2),
-    (ANY, 32, 4): Launch(64, 32, 8, 2),
+    (ANY, 32, 4): Launch(64, 32, 4, 2),
     (ANY, 64, 4): Launch(64, 32, 8, 2),
     (ANY, 128, 4): Launch(32, 32, 8, 2),
+    ("sm_100", 64, 2): Launch(64, 64, 8, 2),
     ("sm_90", 128, 2): Launch(64, 64, 4, 2),
     ("sm_100", 128, 2): Launch(64, 64, 4, 2),
     ("gfx942", 128, 2): Launch(64, 64, 4, 2),
-    ("gfx942", 32, 4): Launch(64, 32, 4, 2),
     ("gfx942", 64, 4): Launch(64, 32, 4, 2),
     ("gfx942", 128, 4): Launch(64, 32, 4, 2),
 }
@@ -55,7 +55,7 @@ TABLE = {  # of each kernel
         (ANY, 32, 2): Launch(64, 32, 4, 2),
         (ANY, 64, 2): Launch(64, 32, 4, 2),
         (ANY, 128, 2): Launch(64, 32, 4, 2),
-        (ANY, 32, 4): Launch(64, 32, 8, 2),
+        (ANY, 32, 4): Launch(64, 32, 4, 2),
         (ANY, 64, 4): Launch(64, 32, 8, 2),
         (ANY, 128, 4): Launch(32, 32, 8, 2),
         ("gfx942", 32, 4): Launch(64, 32, 4, 1),
@@ -73,16 +73,9 @@ TABLE = {  # of each kernel
         (ANY, 128, 2): Launch(16, 32, 4, 2),
         (ANY, 32, 4): Launch(16, 32, 8, 2),
         (ANY, 64, 4): Launch(16, 32, 4, 2),
-        (ANY, 128, 4): Launch(16, 32, 8, 2),
+        (ANY, 128, 4): Launch(16, 16, 8, 2),
     },
-    "decode_attention.image": {  # a row at a time
-        (ANY, 32, 2): Launch(1, 64, 4, 1),
-        (ANY, 64, 2): Launch(1, 64, 4, 1),
-        (ANY, 128, 2): Launch(1, 32, 4, 1),
-        (ANY, 32, 4): Launch(1, 64, 4, 1),
-        (ANY, 64, 4): Launch(1, 32, 4, 1),
-        (ANY, 128, 4): Launch(1, 32, 4, 1),
-    },
+    "decode_attention.image": {(ANY, dim, bytes): Launch(1, 32, 4, 1) for dim in (32, 64, 128) for bytes in (2, 4)},
 }
 OVERRIDES: dict[str, Launch] = {}
 
