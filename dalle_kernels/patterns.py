@@ -254,13 +254,13 @@ class AttentionPattern:
         if self._order is not None:
             return torch.frombuffer(bytearray(self._order), dtype=torch.int64)
         height, width = self.grid
-        image = torch.arange(height * width)
+        image = np.arange(height * width)  # NumPy: plans are compiled on the host, whatever torch's default device is
         if layout == "columns":
-            image = image.view(height, width).T.reshape(-1)
+            image = image.reshape(height, width).T.reshape(-1)
         if layout == "patches":
             row, column = image // width, image % width
-            image = torch.from_numpy(np.lexsort((column, row, row // 2, row // 4, column // 8, row // 8)))
-        return torch.cat([torch.arange(self.text_len), self.text_len + image])
+            image = np.lexsort((column, row, row // 2, row // 4, column // 8, row // 8))
+        return torch.from_numpy(np.r_[: self.text_len, self.text_len + image])
 
     def prepare(self, device="cpu", *, n=None):
         """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
+from dalle_kernels.decode_schedule import compile_schedule
 from dalle_kernels.plan import HEADER, TILES, TileShape, compile_plan, plan_tensor
 from patterns_for_tests import NAMES, every_pattern
 
@@ -178,3 +179,13 @@ def test_sizes_are_those_of_the_plan():
 def test_equal_masks_are_stored_once(side):
     plan = compile_plan(P.row(64, (32, 32)), 64 + 1024, side=side)
     assert len(plan.masks) < len(plan.gathered) / 4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_plans_and_schedules_are_compiled_on_the_host(name, seed):
+    """Whatever torch's default device is."""
+    pattern = every_pattern(5, (6, 11))[name]
+    plan, schedule = compile_plan(pattern, 60).packed, compile_schedule.__wrapped__(pattern).packed
+    with torch.device("meta"):
+        assert np.array_equal(compile_plan(pattern, 60).packed, plan)
+        assert np.array_equal(compile_schedule.__wrapped__(pattern).packed, schedule)
