@@ -1,4 +1,4 @@
-"""The Triton kernels of gumbel_softmax in Triton's interpreter: tests of the `cpu` backend, and how tiles are cut."""
+"""The Triton kernels of gumbel_softmax: tests of the `cpu` backend, and how tiles are cut."""
 
 import pytest
 import test_gumbel_softmax
@@ -20,7 +20,7 @@ from test_gumbel_softmax import (  # noqa: F401
     test_padding_of_the_logits_is_never_read,
     test_soft_and_hard_choose_the_same,
 )
-from triton_for_tests import DTYPES
+from triton_for_tests import DTYPES, on_device  # noqa: F401
 
 import dalle_kernels as dk
 from dalle_kernels import philox

@@ -1,7 +1,7 @@
 """The noise of the Triton kernels: the bits of dalle_kernels/philox.py, and its numbers to seven digits."""
 
 import torch
-from triton_for_tests import DEVICE  # before Triton: skips where there is no interpreter
+from triton_for_tests import on_device  # noqa: F401  before Triton: skips where it cannot run
 
 # isort: split
 import triton
@@ -21,11 +21,10 @@ def _noise(seed, offset, index, bits, noise, n, BLOCK: tl.constexpr):
 
 def noise(seed, offset, index):
     """(bits, noise) of the kernel's functions for one seed and offset."""
-    seed, offset = (torch.tensor([x], device=DEVICE) for x in (seed, offset))
-    index = index.to(DEVICE)
-    bits, numbers = torch.empty_like(index), torch.empty(index.shape, device=DEVICE)
+    seed, offset = (torch.tensor([x]) for x in (seed, offset))
+    bits, numbers = torch.empty_like(index), torch.empty(index.shape)
     _noise[(-(-len(index) // 256),)](seed, offset, index, bits, numbers, len(index), BLOCK=256)
-    return bits.cpu(), numbers.cpu()
+    return bits, numbers
 
 
 def test_bits_and_noise(seed):
@@ -59,6 +58,6 @@ def _gumbel(bits, noise, BLOCK: tl.constexpr):
 
 def test_the_ends_of_the_range():
     bits = torch.tensor([0, 1, 2, 3, 2**31, 2**32 - 300, 2**32 - 129, 2**32 - 1])
-    numbers = torch.empty(8, device=DEVICE)
-    _gumbel[(1,)](bits.to(DEVICE), numbers, BLOCK=8)
-    torch.testing.assert_close(numbers.cpu(), philox.gumbel(bits, torch.float64).float(), rtol=3e-7, atol=1e-7)
+    numbers = torch.empty(8)
+    _gumbel[(1,)](bits, numbers, BLOCK=8)
+    torch.testing.assert_close(numbers, philox.gumbel(bits, torch.float64).float(), rtol=3e-7, atol=1e-7)

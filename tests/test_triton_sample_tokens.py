@@ -1,6 +1,4 @@
-"""The Triton kernel of sample_tokens in Triton's interpreter: the tests of the other backends, and rows longer than a
-block.
-"""
+"""The Triton kernel of sample_tokens: the tests of the other backends, and rows longer than a block."""
 
 import pytest
 import test_sample_tokens
@@ -8,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_sample_tokens import lay_out
-from triton_for_tests import DTYPES
+from triton_for_tests import DTYPES, on_device  # noqa: F401
 
 import dalle_kernels as dk
 from dalle_kernels.backends.triton import launch

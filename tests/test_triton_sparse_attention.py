@@ -1,9 +1,9 @@
-"""The Triton kernels of sparse_attention, forward and backward, in Triton's interpreter, by the accuracy rule."""
+"""The Triton kernels of sparse_attention, forward and backward, by the accuracy rule."""
 
 import pytest
 import torch
 from test_sparse_attention import check, make, plain_attention, run
-from triton_for_tests import DTYPES
+from triton_for_tests import DEVICE, DTYPES, ON_GPU, on_device  # noqa: F401
 
 import dalle_kernels as dk
 from dalle_kernels.backends.triton import launch, sparse_attention
@@ -13,7 +13,6 @@ TEXT, GRID = 21, (8, 10)  # 101 tokens: two tiles, the second with a half that i
 N = TEXT + GRID[0] * GRID[1]
 EVERY_PATTERN = every_pattern(TEXT, GRID)
 FAST = ("row", "conv-clip", "mask")  # what the others run through is in these too
-CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where padding rows divide 0 by 0
 
@@ -39,8 +38,9 @@ def attend(pattern, tensors, grad=None, scale=None):
 @pytest.fixture(autouse=True)
 def large_tiles(monkeypatch):
     """The interpreter's time goes by steps, whatever their size: few and large ones."""
-    for kernel in KERNELS:
-        monkeypatch.setitem(launch.OVERRIDES, kernel, launch.Launch(64, 64, 4, 2))
+    if not ON_GPU:
+        for kernel in KERNELS:
+            monkeypatch.setitem(launch.OVERRIDES, kernel, launch.Launch(64, 64, 4, 2))
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_shorter_sequences(n, dtype, seed):
 def test_split_tiles(dtype, split_tiles, seed):
     """Some parts of a tile hold no key that some of its rows see."""
     split_tiles(1)
-    plans = sparse_attention._plans(EVERY_PATTERN["mask"], N, CPU, 40, dtype)
+    plans = sparse_attention._plans(EVERY_PATTERN["mask"], N, DEVICE, 40, dtype)
     assert plans[2][4] and plans[2][9]
     check(EVERY_PATTERN["mask"], *randn(dtype, dim=40), "triton")
 
@@ -206,7 +206,7 @@ def test_empty_batch():
 def test_the_papers_size(name, tiles_of_the_table, seed):
     """Work items share tiles here without being told to."""
     pattern = getattr(dk.AttentionPattern, name)(256, (32, 32))
-    sizes = sparse_attention._plans(pattern, 1280, CPU, 64, torch.float16)[2]
+    sizes = sparse_attention._plans(pattern, 1280, DEVICE, 64, torch.float16)[2]
     assert sizes[9]
     check(pattern, *randn(torch.float16, batch=1, heads=2, n=1280, dim=64), "triton")
 
@@ -214,7 +214,7 @@ def test_the_papers_size(name, tiles_of_the_table, seed):
 @pytest.mark.parametrize("layout", ["bhnd", "qkv"])
 def test_opcheck(layout, seed):
     q, k, v = (x.requires_grad_() for x in make(layout, 1, 2, 17, 32, torch.float32))
-    plans = sparse_attention._plans(dk.AttentionPattern.column(5, (3, 4)), 17, CPU, 32, torch.float32)
+    plans = sparse_attention._plans(dk.AttentionPattern.column(5, (3, 4)), 17, DEVICE, 32, torch.float32)
     torch.library.opcheck(torch.ops.dalle_kernels_triton.sparse_attention.default, (q, k, v, *plans, 0.2))
 
 
