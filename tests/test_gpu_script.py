@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import attention, bench, decode, gumbel, machine, main, model, report, sampling, small, timing
+from gpu import attention, bench, checks, compile, decode, gumbel, machine, main, model, report, sampling, small, timing
 from gpu.setting import ROOT, Setting, logged
 from gpu.stages import STAGES, TOTAL, Budget, Stage, one_line, run_stage, work
 
@@ -209,8 +209,8 @@ def test_budget():
 def test_time_for_everything():
     assert TOTAL < 9 * 60
     names = [stage.name for stage in STAGES]
-    assert names == ["machine", "build", "test", "bench", "model", "sanitize", "suite"]
-    assert sum(stage.seconds for stage in STAGES if stage.name in ("machine", "build", "test", "bench")) < TOTAL
+    assert names == ["machine", "build", "compile", "test", "bench", "model", "sanitize", "suite"]
+    assert sum(stage.seconds for stage in STAGES[: names.index("model")]) < TOTAL
     assert len({stage.log for stage in STAGES}) + len(["gpu.json", "gpu.md", "two", "plots"]) <= 8
 
 
@@ -317,7 +317,7 @@ def test_refuses_without_a_gpu(tmp_path):
 def test_names_an_unknown_stage(capsys):
     with pytest.raises(SystemExit):
         main.main(["--stages", "bench,tests"])
-    assert "there is no stage 'tests'; the stages are build, test, bench," in capsys.readouterr().err
+    assert "there is no stage 'tests'; the stages are build, compile, test," in capsys.readouterr().err
 
 
 def test_dry_run_of_the_script(tmp_path):
@@ -379,6 +379,42 @@ def test_dry_run_of_the_other_stages():
     assert described["packages"]["torch"] == torch.__version__ and described["tools"]["c++"]
     assert machine.tool("no-such-tool") is None
     small.run("cpu", "cpu")
+
+
+def test_everything_is_compiled(monkeypatch):
+    """What the benchmarks start, without their baselines; the checks but for the largest."""
+    started = set()
+    for name in ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention"):
+        function = getattr(dk, name)
+        monkeypatch.setattr(dk, name, lambda *a, n=name, f=function, **o: started.add(n) or f(*a, **o))
+    all_checks = [name for name, _ in checks.items(Setting("cpu"))]
+    monkeypatch.setattr(checks, "items", lambda setting: [(name, None) for name in all_checks])
+    monkeypatch.setattr(torch.nn.functional, "gumbel_softmax", None)
+    functions = compile.everything(TINY)
+    assert functions.count(None) == len(all_checks) - 4
+    for function in filter(None, functions):
+        assert [row["times"] for row in function()] == [{}]
+    assert len(started) == 4
+
+
+def test_parts_of_what_is_compiled(monkeypatch):
+    done = []
+    functions = [lambda: 1 / 0, *(partial(done.append, i) for i in range(7))]
+    monkeypatch.setattr(compile, "everything", lambda setting: functions)
+    for part in range(3):
+        compile.run(TINY, part, 3)
+    assert sorted(done) == list(range(7))
+
+
+def test_compiling_ends_in_time(monkeypatch):
+    codes = ["", "raise SystemExit(1)", "import time; time.sleep(100)"]
+    monkeypatch.setattr(compile, "python", lambda *arguments: [sys.executable, "-c", codes[int(arguments[3])]])
+    assert compile.compile_kernels(TINY, parts=3, seconds=2.0) == [{"processes": 3, "that finished": 1}]
+
+
+def test_a_process_that_compiles():
+    command = [sys.executable, "-m", "gpu.compile", "cpu", "0", "1000", "tiny"]
+    subprocess.run(command, check=True, env=main.environment())
 
 
 # -- what the full runs hold

@@ -1,6 +1,6 @@
 """Builds, checks and measures everything on a GPU.
 
-python benchmarks/run_gpu.py [--out DIR] [--long] [--stages build,test,bench,model,sanitize,suite]
+python benchmarks/run_gpu.py [--out DIR] [--long] [--stages build,compile,test,...]
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ class Setting:
     device: str = "cuda"
     long: bool = False
     tiny: bool = False
+    ours: tuple[str, ...] = OURS
 
     @property
     def on_gpu(self) -> bool:
@@ -28,7 +29,7 @@ class Setting:
         """Our backends for this device; a name that declines is asked all the same, and its reason recorded."""
         from dalle_kernels.backends import BACKENDS
 
-        return [name for name in OURS if name in BACKENDS] if self.on_gpu else [self.device]
+        return [name for name in self.ours if name in BACKENDS] if self.on_gpu else [self.device]
 
 
 def logged(command: list[str], **options) -> None:

@@ -37,10 +37,11 @@ class Stage:
 
 # The most telling first. Together they may ask for more than there is: what comes last gets what is left.
 STAGES = [
-    Stage("machine", 40, 40, "build.log"),
-    Stage("build", 160, 150, "build.log"),
-    Stage("test", 90, 30, "test.log"),
-    Stage("bench", 210, 60, "bench.log"),
+    Stage("machine", 25, 25, "build.log"),
+    Stage("build", 150, 140, "build.log"),
+    Stage("compile", 50, 50, "build.log"),
+    Stage("test", 85, 30, "test.log"),
+    Stage("bench", 205, 60, "bench.log"),
     Stage("model", 90, 60, "bench.log"),
     Stage("sanitize", 60, 45, "sanitize.log"),
     Stage("suite", 240, 240, "test.log"),

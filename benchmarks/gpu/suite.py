@@ -1,6 +1,7 @@
 """Stage suite: the kernels' own test files, where pytest is installed."""
 
 import importlib.util
+import os
 
 from .setting import ROOT, logged, python
 
@@ -18,7 +19,11 @@ def suite(setting):
     if importlib.util.find_spec("pytest") is None:
         raise ModuleNotFoundError("pytest is not installed; the checks of stage test ran without it")
     files = [str(file.relative_to(ROOT)) for pattern in FILES for file in sorted((ROOT / "tests").glob(pattern))]
-    wanted = {"pytest_benchmark": "--benchmark-disable", "pytest_timeout": "--timeout=60"}
+    wanted = {
+        "pytest_benchmark": "--benchmark-disable",
+        "pytest_timeout": "--timeout=120",  # Triton's compiler included
+        "xdist": f"--numprocesses={min(8, os.cpu_count() or 1)}",
+    }
     options = [option for module, option in wanted.items() if importlib.util.find_spec(module)]
     options += ["-o", "addopts=", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     options += [] if setting.long else ["-m", "not slow"]
