@@ -1,9 +1,9 @@
 """Measures on the GPU at hand how kernels are best cut and launched, and prints lines for launch.TABLE:
 
-python -m dalle_kernels.backends.triton.tune OPERATION
+python -m dalle_kernels.backends.triton.tune OPERATION [--dtypes bfloat16] [--head-dims 64]
 
-The operation is timed as a whole, in bfloat16 and float32, at the paper's size. Kernels that read the same plan share
-rows and columns; warps and stages are each kernel's own.
+An operation is timed as a whole, at the paper's sizes. Kernels that read the same plan share rows and columns; warps
+and stages are each kernel's own. Most of the time goes into compiling what is tried: minutes for a dtype and head dim.
 """
 
 from __future__ import annotations
@@ -12,77 +12,167 @@ import argparse
 import itertools
 import math
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from triton.runtime.errors import OutOfResources
-from triton.testing import do_bench
+from triton.testing import do_bench_cudagraph
 
+from ...decode import DecodeCache, decode_attention
+from ...gumbel_softmax import gumbel_softmax
 from ...patterns import AttentionPattern
+from ...sampling import sample_tokens
 from ...sparse_attention import sparse_attention
+from .. import use_backend
 from . import launch
 from .launch import Launch
 
-SHAPES = tuple(itertools.product((32, 64, 128), (32, 64, 128)))  # rows, columns
-SCHEDULES = tuple(itertools.product((4, 8), (1, 2, 3)))  # warps, stages
+DEVICE = torch.device("cuda")
+
+# -- what is run: functions that make a function, for a dtype and head dim
 
 
 def attention(dtype, head_dim):
-    """A function that runs attention and its gradients."""
+    """Attention and its gradients."""
     pattern = AttentionPattern.row(256, (32, 32))
-    shape = 4, 16, pattern.seq_len, head_dim
-    q, k, v = (torch.randn(shape, dtype=dtype, device="cuda", requires_grad=True) for _ in range(3))
-    grad = torch.randn(shape, dtype=dtype, device="cuda")
-    return lambda: torch.autograd.grad(sparse_attention(q, k, v, pattern, backend="triton"), (q, k, v), grad)
+    q, k, v, grad = torch.randn(4, 4, 16, pattern.seq_len, head_dim, dtype=dtype, device=DEVICE).unbind(0)
+    inputs = [x.requires_grad_() for x in (q, k, v)]
+    return lambda: torch.autograd.grad(sparse_attention(*inputs, pattern), inputs, grad)
 
 
-# operation: (what is run, head dims, groups of kernels that share rows and columns)
+def relaxation(*shape):
+    def prepare(dtype, head_dim):
+        """The relaxation over dim 1, and its gradient."""
+        logits, grad = torch.randn(2, *shape, dtype=dtype, device=DEVICE).unbind(0)
+        logits.requires_grad_()
+        return lambda: torch.autograd.grad(gumbel_softmax(logits, dim=1, seed=0), logits, grad)
+
+    return prepare
+
+
+def sampling(dtype, head_dim):
+    logits = torch.randn(64, 8192, dtype=dtype, device=DEVICE)
+    return lambda: sample_tokens(logits, top_k=256, top_p=0.9, seed=0)
+
+
+def decoding(dtype, head_dim):
+    """A step in the middle of a picture."""
+    pattern, heads, candidates, start = AttentionPattern.row(256, (32, 32)), 16, 64, 528
+    sizes = dict(prompts=1, candidates=candidates, heads=heads, head_dim=head_dim, start=start)
+    cache = DecodeCache([pattern], **sizes, dtype=dtype, device=DEVICE)
+    cache.write_prefix(0, *torch.randn(2, 1, heads, 256 + start, head_dim, dtype=dtype, device=DEVICE))
+    new = torch.randn(3, candidates, heads, head_dim, dtype=dtype, device=DEVICE)
+    return lambda: decode_attention(*new, cache, 0)
+
+
+# -- what is tried
+
+
+class Group(NamedTuple):
+    """Kernels that share rows and columns, and the values that are tried."""
+
+    kernels: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    warps: tuple[int, ...]
+    stages: tuple[int, ...]
+
+    @property
+    def shapes(self):
+        return itertools.product(self.rows, self.columns)
+
+    @property
+    def schedules(self):
+        return itertools.product(self.warps, self.stages)
+
+
+class Operation(NamedTuple):
+    prepare: Callable
+    head_dims: tuple[int, ...]
+    groups: tuple[Group, ...]
+
+
+SIZES, NONE = (32, 64, 128), (0,)  # of head dims
+ATTENTION = SIZES, SIZES, (4, 8), (1, 2, 3)
 OPERATIONS = {
-    "sparse_attention": (
+    "sparse_attention": Operation(
         attention,
-        (32, 64, 128),
-        (("sparse_attention", "sparse_attention.grad_q"), ("sparse_attention.grad_kv",)),
+        SIZES,
+        (
+            Group(("sparse_attention", "sparse_attention.grad_q"), *ATTENTION),
+            Group(("sparse_attention.grad_kv",), *ATTENTION),
+        ),
+    ),
+    "gumbel_softmax": Operation(
+        relaxation(8, 8192, 32, 32), NONE, (Group(("gumbel_softmax",), (64, 128, 256), (16, 32, 64), (4, 8, 16), (1,)),)
+    ),
+    "gumbel_softmax.last": Operation(
+        relaxation(8192, 8192), NONE, (Group(("gumbel_softmax.last",), (1,), (2048, 4096, 8192), (4, 8, 16), (1,)),)
+    ),
+    "sample_tokens": Operation(
+        sampling, NONE, (Group(("sample_tokens",), (1,), (1024, 2048, 4096, 8192), (4, 8, 16), (1,)),)
+    ),
+    "decode_attention": Operation(
+        decoding,
+        SIZES,
+        (
+            Group(("decode_attention.text",), (16, 32), SIZES, (4, 8), (1, 2, 3)),
+            Group(("decode_attention.image",), (1,), SIZES, (1, 2, 4, 8), (1, 2)),
+        ),
     ),
 }
 
 
+# -- trying it
+
+
 def milliseconds(run):
+    """In a CUDA graph, as most operations are shorter than Python takes to start them."""
     try:
-        return do_bench(run, return_mode="median")
+        return do_bench_cudagraph(run, return_mode="median")
     except OutOfResources:  # of shared memory, or threads
         return math.inf
 
 
-def tune(kernels, run):
-    """{kernel: the best Launch} of kernels that share rows and columns."""
+def tune(group, run):
+    """{kernel: the best Launch} of a group."""
     results = []
-    for shape in SHAPES:
-        chosen = {kernel: Launch(*shape, 4, 2) for kernel in kernels}
-        for kernel in kernels:
+    for shape in group.shapes:
+        chosen = {kernel: Launch(*shape, *next(group.schedules)) for kernel in group.kernels}
+        for kernel in group.kernels:
             times = {}
-            for schedule in SCHEDULES:
+            for schedule in group.schedules:
                 launch.OVERRIDES.update({**chosen, kernel: Launch(*shape, *schedule)})
                 times[schedule] = milliseconds(run)
             best = min(times, key=times.get)
             chosen[kernel] = Launch(*shape, *best)
         results.append((times[best], chosen))
         print(f"{shape}: {times[best]:.3f} ms", file=sys.stderr)
-    chosen = min(results, key=lambda result: result[0])[1]
+    time, chosen = min(results, key=lambda result: result[0])
+    if math.isinf(time):
+        raise RuntimeError(f"nothing that is tried for {' and '.join(group.kernels)} runs on this GPU")
     launch.OVERRIDES.update(chosen)
     return chosen
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operation", choices=OPERATIONS)
-    prepare, head_dims, groups = OPERATIONS[parser.parse_args().operation]
-    architecture = launch.architecture(torch.device("cuda", torch.cuda.current_device()))
-    lines = {kernel: [] for group in groups for kernel in group}
-    for dtype, head_dim in itertools.product((torch.bfloat16, torch.float32), head_dims):
+    parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=SIZES, default=SIZES, help="where there are any")
+    args = parser.parse_args(arguments)
+    operation, architecture = OPERATIONS[args.operation], launch.architecture(DEVICE)
+    lines = {kernel: [] for group in operation.groups for kernel in group.kernels}
+    head_dims = [dim for dim in operation.head_dims if dim in (0, *args.head_dims)]
+    for name, head_dim in itertools.product(args.dtypes, head_dims):
+        dtype = getattr(torch, name)
         launch.OVERRIDES.clear()
-        run = prepare(dtype, head_dim)
-        for group in groups:
-            for kernel, best in tune(group, run).items():
-                lines[kernel].append(f"        {(architecture, head_dim, dtype.itemsize)}: Launch{tuple(best)},")
+        with use_backend("triton"):
+            run = operation.prepare(dtype, head_dim)
+            for group in operation.groups:
+                for kernel, best in tune(group, run).items():
+                    lines[kernel].append(f"        {(architecture, head_dim, dtype.itemsize)}: Launch{tuple(best)},")
     for kernel, found in lines.items():
         print(f'    "{kernel}": {{', *found, "    },", sep="\n")
 
