@@ -11,7 +11,22 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from gpu import attention, bench, checks, compile, decode, gumbel, machine, main, model, report, sampling, small, timing
+from gpu import (
+    attention,
+    bench,
+    checks,
+    compile,
+    decode,
+    gumbel,
+    machine,
+    main,
+    model,
+    report,
+    sampling,
+    small,
+    timing,
+    tune,
+)
 from gpu.setting import ROOT, Setting, logged
 from gpu.stages import STAGES, TOTAL, Budget, Stage, one_line, run_stage, work
 
@@ -209,7 +224,7 @@ def test_budget():
 def test_time_for_everything():
     assert TOTAL < 9 * 60
     names = [stage.name for stage in STAGES]
-    assert names == ["machine", "build", "compile", "test", "bench", "model", "sanitize", "suite"]
+    assert names == ["machine", "build", "compile", "test", "bench", "model", "sanitize", "suite", "tune"]
     assert sum(stage.seconds for stage in STAGES[: names.index("model")]) < TOTAL
     assert len({stage.log for stage in STAGES}) + len(["gpu.json", "gpu.md", "two", "plots"]) <= 8
 
@@ -379,6 +394,23 @@ def test_dry_run_of_the_other_stages():
     assert described["packages"]["torch"] == torch.__version__ and described["tools"]["c++"]
     assert machine.tool("no-such-tool") is None
     small.run("cpu", "cpu")
+
+
+def test_lines_of_the_launch_table(monkeypatch, tmp_path):
+    """As the command prints them; what is tuned is what can be."""
+    pytest.importorskip("triton")
+    from dalle_kernels.backends.triton import tune as command
+
+    monkeypatch.setattr(tune, "python", lambda *arguments: [sys.executable, "-c", f"print({arguments!r})"])
+    results = report.Results(tmp_path)
+    record = results.begin("tune")
+    for name, function in tune.items(TINY):
+        for row in function():
+            record(name, row=row)
+            module, *arguments = eval(row["launch table"][0])[1:]
+            assert module == command.__name__ and arguments == [name, *tune.SHORT]
+    assert sorted(results.data["stages"]["tune"]) == sorted(command.OPERATIONS)
+    assert (tmp_path / "gpu.md").read_text().count("```python\n('-m',") == len(command.OPERATIONS)
 
 
 def test_everything_is_compiled(monkeypatch):

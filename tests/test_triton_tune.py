@@ -70,6 +70,16 @@ def test_the_lines_are_the_best(operation, overrides, monkeypatch, capsys):
         assert launch.lookup(kernel, torch.device("cpu"), head_dims[0], torch.float32) == best(kernel, 4)
 
 
+def test_only_what_is_asked_for(monkeypatch, capsys, overrides):
+    monkeypatch.setattr(tune, "milliseconds", lambda run: 1.0)
+    monkeypatch.setattr(launch, "architecture", lambda device: "sm_90")
+    prepared = tune.OPERATIONS["decode_attention"]._replace(prepare=lambda dtype, head_dim: None)
+    monkeypatch.setitem(tune.OPERATIONS, "decode_attention", prepared)
+    tune.main(["decode_attention", "--dtypes", "bfloat16", "--head-dims", "64"])
+    pasted = eval("{" + capsys.readouterr().out + "}", {"Launch": Launch})
+    assert [list(lines) for lines in pasted.values()] == [[("sm_90", 64, 2)]] * 2
+
+
 def test_a_gpu_on_which_nothing_runs(overrides, monkeypatch):
     monkeypatch.setattr(tune, "milliseconds", lambda run: math.inf)
     with pytest.raises(RuntimeError, match=r"nothing that is tried for decode_attention\.text runs"):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from .report import Results, failures, plot
 from .setting import ROOT, Setting, python
-from .stages import LONG_FACTOR, STAGES, TOTAL, Budget, run_stage, serve
+from .stages import LONG_FACTOR, ON_DEMAND, STAGES, TOTAL, Budget, run_stage, serve
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -24,7 +24,8 @@ def main(arguments: list[str] | None = None) -> int:
     out = os.environ.get("OUT") or "runs/gpu"
     parser.add_argument("--out", type=Path, default=out, help=f"folder of the results, instead of $OUT: {out}")
     parser.add_argument("--long", action="store_true", help="more sizes and dtypes, up to 70 minutes")
-    parser.add_argument("--stages", default=",".join(names), help="which, of " + ", ".join(names))
+    usual = ",".join(name for name in names if name not in ON_DEMAND)
+    parser.add_argument("--stages", default=usual, help=f"which, of {', '.join(names)}; usually {usual}")
     parser.add_argument("--serve", help=argparse.SUPPRESS)  # the process of a stage: its module
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)

@@ -70,6 +70,9 @@ def page(data: dict) -> str:
         for baselines in dict.fromkeys(tuple(row["times"]) for row in part):
             lines += ["", *comparison([row for row in part if tuple(row["times"]) == baselines])]
     lines += model_lines(data["stages"].get("model", {}))
+    for row in rows:
+        if "launch table" in row:
+            lines += ["", "```python", *row["launch table"], "```"]
     return "\n".join(lines) + "\n"
 
 

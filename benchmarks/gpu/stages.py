@@ -45,7 +45,9 @@ STAGES = [
     Stage("model", 90, 60, "bench.log"),
     Stage("sanitize", 60, 45, "sanitize.log"),
     Stage("suite", 240, 240, "test.log"),
+    Stage("tune", 500, 400, "bench.log"),
 ]
+ON_DEMAND = ("tune",)  # run only where they are named
 TOTAL, LONG_FACTOR = 520.0, 8.0  # seconds for everything, and how many times more a long run may take
 
 
