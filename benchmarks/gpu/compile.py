@@ -10,11 +10,12 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 
-from . import attention, checks, decode, gumbel, sampling
+from . import attention, checks, decode, gumbel, sampling, small
 from .setting import ROOT, Setting, python
 
-PARTS, SECONDS = min(16, os.cpu_count() or 1), 45.0
+PARTS, SECONDS = min(16, os.cpu_count() or 1), 35.0
 LARGE = "beyond 32 bits"  # checks that want the device's memory for themselves
 
 
@@ -37,6 +38,7 @@ def compile_kernels(setting, parts=PARTS, seconds=SECONDS):
 def everything(setting):
     """Functions that start all kernels."""
     functions = [check for name, check in checks.items(setting) if LARGE not in name]
+    functions += [partial(small.run, setting.device, backend) for backend in setting.backends()]
     for module in (attention, gumbel, decode, sampling):
         groups = module.items(setting, None, 1.0)
         functions += [function for group in ("main", "sweep") for _, function in groups.get(group, [])]

@@ -1,7 +1,9 @@
 """Stage sanitize: compute-sanitizer's memcheck and racecheck over every operation on small shapes."""
 
+import itertools
 import os
 import shutil
+from functools import partial
 
 from .setting import logged, python
 
@@ -9,14 +11,15 @@ TOOLS = ("memcheck", "racecheck")
 
 
 def items(setting):
-    return [(tool, lambda tool=tool: sanitize(tool, setting)) for tool in TOOLS]
+    pairs = itertools.product(setting.backends(), TOOLS)
+    return [(f"{backend}: {tool}", partial(sanitize, tool, setting.device, backend)) for backend, tool in pairs]
 
 
-def sanitize(tool, setting):
+def sanitize(tool, device, backend):
     program = shutil.which("compute-sanitizer")
     if program is None:
         raise FileNotFoundError("compute-sanitizer is neither on PATH nor in /usr/local/cuda*/bin")
     # Without torch's caching every tensor is an allocation of its own, and an access beyond it is seen.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    ops = python("-m", "gpu.small", setting.device)
+    ops = python("-m", "gpu.small", device, backend)
     logged([program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50", *ops], env=environment)

@@ -1,6 +1,6 @@
 """Every operation once on small shapes, forward and backward; compute-sanitizer runs it.
 
-python -m gpu.small cuda
+python -m gpu.small DEVICE BACKEND
 """
 
 import sys
@@ -8,8 +8,6 @@ import sys
 import torch
 
 import dalle_kernels as dk
-
-from .setting import Setting
 
 P = dk.AttentionPattern
 
@@ -43,8 +41,6 @@ def decode(pattern, dtype, dim, device, backend):
 
 
 if __name__ == "__main__":
-    setting = Setting(device=sys.argv[1])
-    for name in setting.backends():
-        run(setting.device, name)
-    if setting.on_gpu:
+    run(*sys.argv[1:])
+    if torch.cuda.is_available():
         torch.cuda.synchronize()

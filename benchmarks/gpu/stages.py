@@ -39,9 +39,9 @@ class Stage:
 STAGES = [
     Stage("machine", 25, 25, "build.log"),
     Stage("build", 150, 140, "build.log"),
-    Stage("compile", 50, 50, "build.log"),
-    Stage("test", 85, 30, "test.log"),
-    Stage("bench", 205, 60, "bench.log"),
+    Stage("compile", 40, 40, "build.log"),
+    Stage("test", 90, 30, "test.log"),
+    Stage("bench", 210, 60, "bench.log"),
     Stage("model", 90, 60, "bench.log"),
     Stage("sanitize", 60, 45, "sanitize.log"),
     Stage("suite", 240, 240, "test.log"),
