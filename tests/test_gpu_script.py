@@ -24,6 +24,7 @@ from gpu import (
     report,
     sampling,
     small,
+    suite,
     timing,
     tune,
 )
@@ -394,6 +395,13 @@ def test_dry_run_of_the_other_stages():
     assert described["packages"]["torch"] == torch.__version__ and described["tools"]["c++"]
     assert machine.tool("no-such-tool") is None
     small.run("cpu", "cpu")
+
+
+def test_the_suite(monkeypatch, capfd):
+    monkeypatch.setattr(suite, "FILES", ("test_ph*.py", "test_docs.py"))
+    monkeypatch.setattr(suite, "PROCESSES", 2)
+    assert suite.suite(TINY) == [{"files": ["tests/test_philox.py", "tests/test_docs.py"]}]
+    assert " passed" in capfd.readouterr().out
 
 
 def test_lines_of_the_launch_table(monkeypatch, tmp_path):

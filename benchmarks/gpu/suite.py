@@ -9,6 +9,7 @@ from .setting import ROOT, logged, python
 FILES = ("test_cuda_*.py", "test_triton_*.py", "test_sparse_attention.py", "test_decode_*.py",
          "test_gumbel_softmax.py", "test_sample_tokens.py", "test_philox.py", "test_plan.py", "test_patterns.py",
          "test_nn.py", "test_info.py")  # fmt: skip
+PROCESSES = min(8, os.cpu_count() or 1)
 
 
 def items(setting):
@@ -20,12 +21,13 @@ def suite(setting):
         raise ModuleNotFoundError("pytest is not installed; the checks of stage test ran without it")
     files = [str(file.relative_to(ROOT)) for pattern in FILES for file in sorted((ROOT / "tests").glob(pattern))]
     wanted = {
-        "pytest_benchmark": "--benchmark-disable",
-        "pytest_timeout": "--timeout=120",  # Triton's compiler included
-        "xdist": f"--numprocesses={min(8, os.cpu_count() or 1)}",
+        "pytest_benchmark": ["--benchmark-disable"],
+        "pytest_timeout": ["--timeout=120"],  # Triton's compiler included
+        "xdist": ["--numprocesses", str(PROCESSES), "--dist", "loadfile"],
     }
-    options = [option for module, option in wanted.items() if importlib.util.find_spec(module)]
+    options = [option for module, given in wanted.items() if importlib.util.find_spec(module) for option in given]
     options += ["-o", "addopts=", "--continue-on-collection-errors", "-p", "no:cacheprovider"]
     options += [] if setting.long else ["-m", "not slow"]
-    logged(python("-m", "pytest", "-q", "-rfE", "--tb=short", *options, *files))
+    command = python("-m", "pytest", "-q", "-rfE", "--tb=short", *options, *files)
+    logged(command, env={**os.environ, "OMP_NUM_THREADS": "2"})
     return [{"files": files}]
