@@ -6,8 +6,10 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
+# Test files side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-full lint bench gpu install shipped-model clean
+.PHONY: demo test test-slow test-full lint bench gpu install shipped-model clean
 
 # -- set-up
 
@@ -34,10 +36,12 @@ demo: $(STAMP)   ## draw with the model that ships in the package: demo/demo.png
 	$(BIN)/dalle demo --out demo
 
 test: $(DEV_STAMP)   ## the tests that take minutes
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(PYTEST) -m "not slow"
 
-test-full: $(DEV_STAMP)   ## all tests
-	$(BIN)/python -m pytest -q
+test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
+	$(PYTEST) -m slow
+
+test-full: test test-slow   ## all tests
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
