@@ -6,7 +6,8 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
-# Test files side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
+TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_triton_*.py)
+# Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
 .PHONY: demo test test-slow test-full lint bench gpu install shipped-model clean
@@ -40,6 +41,7 @@ test: $(DEV_STAMP)   ## the tests that take minutes
 
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
 	$(PYTEST) -m slow
+	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS)
 
 test-full: test test-slow   ## all tests
 

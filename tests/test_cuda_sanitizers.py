@@ -17,6 +17,7 @@ TESTS = [
     "test_cuda_gumbel_softmax.py::test_layouts_dims_and_tau",
     "test_cuda_sample_tokens.py::test_the_extremes_of_filters",
 ]
+SELECTED = "not head_dims or 40- or 127-"
 REPORTS = "AddressSanitizer", "runtime error:"
 
 
@@ -50,7 +51,7 @@ def test_no_report(monkeypatch):
     monkeypatch.setenv(emulated.SANITIZE, "1")  # compiled here, where the compiler does not run with those libraries
     emulated.compile_library(emulated.ROOT / "csrc", emulated.ROOT / "build" / "cuda_emulation_sanitized")
     tests = [emulated.ROOT / "tests" / test for test in TESTS]
-    status, output = run_sanitized([sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", *tests])
+    status, output = run_sanitized([sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", SELECTED, *tests])
     assert not any(report in output for report in REPORTS), output[-20000:]
     assert status == 0, output[-5000:]
 

@@ -36,10 +36,10 @@ def compiled(*arguments):
 
 PROBLEMS = [
     *itertools.product(["sparse_attention"], ["bfloat16", "float32"], ["64", "128"]),
-    *itertools.product(["gumbel_softmax"], ["bfloat16"], ["20", "8192"]),
-    ("gumbel_softmax", "float32", "1001"),
+    ("gumbel_softmax", "bfloat16", "8192"),
+    ("gumbel_softmax", "float32", "20"),
     ("sample_tokens", "bfloat16", "8192"),
-    *itertools.product(["sample_tokens"], ["float32"], ["8192", "50000"]),
+    ("sample_tokens", "float32", "50000"),
     *itertools.product(["decode_attention"], ["bfloat16", "float32"], ["32", "64", "128"]),
 ]
 
@@ -59,6 +59,7 @@ def test_kernels_for_every_gpu(operation, dtype, size):
                 assert target == "gfx942" or resources["LDGSTS"], what  # cp.async
 
 
+@pytest.mark.slow
 def test_one_head():
     kernels = compiled("sparse_attention_of_one_head", "float32", "32", "sm_90")["sm_90"]
     assert {resources["kernel"] for resources in kernels} >= MAIN["sparse_attention"]

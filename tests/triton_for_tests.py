@@ -1,6 +1,5 @@
 """Where the tests of Triton kernels run: on the GPU, else on the CPU in Triton's interpreter. It needs
-a process of its own, because TRITON_INTERPRET is read when Triton is imported: test_triton_interpreter.py starts it.
-By hand:
+a process of its own, because TRITON_INTERPRET is read when Triton is imported: `make test-slow` does it, or
 
 TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_sparse_attention.py
 """
