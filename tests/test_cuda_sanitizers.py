@@ -51,7 +51,8 @@ def test_no_report(monkeypatch):
     monkeypatch.setenv(emulated.SANITIZE, "1")  # compiled here, where the compiler does not run with those libraries
     emulated.compile_library(emulated.ROOT / "csrc", emulated.ROOT / "build" / "cuda_emulation_sanitized")
     tests = [emulated.ROOT / "tests" / test for test in TESTS]
-    status, output = run_sanitized([sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-k", SELECTED, *tests])
+    options = ["-q", "-s", "-p", "no:cacheprovider", "-k", SELECTED]
+    status, output = run_sanitized([sys.executable, "-m", "pytest", *options, *tests])
     assert not any(report in output for report in REPORTS), output[-20000:]
     assert status == 0, output[-5000:]
 

@@ -135,8 +135,8 @@ def _grad_q(
 
     entries, gathered, masks = parts(plan)
     scale_log2 = scale * LOG2E
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, D], tl.float32)
+    total, excess = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    acc, mean = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
     for e in tl.range(begin, end):
         tokens, mask = read_entry(entries, gathered, e, COLUMNS)
         k_rows = load_rows(k, heads, bh, tokens, HEAD_DIM, D)
@@ -150,12 +150,20 @@ def _grad_q(
             grad_scores = where_allowed(grad_scores, 0.0, masks, mask, ROWS, COLUMNS)
         if PRECISE:
             total += tl.sum(weights, 1)
+            excess += tl.sum(grad_scores, 1)
+            mean = tl.dot(weights, k_rows, mean, input_precision="ieee")
         acc = tl.dot(grad_scores.to(k_rows.dtype), k_rows, acc, input_precision="ieee")
 
     if partial >= 0:
-        _save(partials, partial.to(tl.int64) * pairs + bh, acc, total, delta, ROWS, D)
+        number = (partial.to(tl.int64) * pairs + bh) * (1 + PRECISE)
+        _save(partials, number, acc, total, delta, ROWS, D)
+        if PRECISE:
+            _save(partials, number + 1, mean, excess, delta, ROWS, D)
     else:
-        _finish_q(grad_q, lse, statistics, rows, acc, total, delta, scale, pairs, heads, bh, n, PRECISE, HEAD_DIM, D)
+        _finish_q(
+            grad_q, lse, statistics, rows, acc, mean, total, excess, delta, scale, pairs, heads, bh, n,
+            PRECISE, HEAD_DIM, D,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -175,11 +183,16 @@ def _statistics_at(statistics, pairs, bh, n, tokens):
 
 @triton.jit
 def _finish_q(
-    grad_q, lse, statistics, rows, acc, total, delta, scale, pairs, heads, bh, n,
+    grad_q, lse, statistics, rows, acc, mean, total, excess, delta, scale, pairs, heads, bh, n,
     PRECISE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
+    """`total`: the sum of the weights, `mean`: of the weighted keys, `excess`: of the gradients of the scores, which
+    would be 0 if delta had the rounding errors of dP.
+    """
     if PRECISE:
-        acc = acc / total[:, None]
+        correction = excess / total
+        acc = (acc - mean * correction[:, None]) / total[:, None]
+        delta += correction
     store_rows(grad_q, heads, bh, rows, acc * scale, HEAD_DIM, D)
     lse_log2 = tl.load(lse + bh.to(tl.int64) * n + rows, rows >= 0, 0.0) * LOG2E
     lse_at, delta_at, total_at = _statistics_at(statistics, pairs, bh, n, rows)
@@ -196,13 +209,22 @@ def _combine_q(
     PRECISE: tl.constexpr = grad_q.data.dtype.element_ty == tl.float32
     bh = tl.program_id(0) % pairs
     tile, first, count = split_tile(plan, tl.program_id(0) // pairs)
-    acc, total, delta = _saved(partials, first.to(tl.int64) * pairs + bh, ROWS, D)
-    for i in range(1, count):
-        part, part_total, _ = _saved(partials, (first + i).to(tl.int64) * pairs + bh, ROWS, D)
+    delta, total, excess = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    acc, mean = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
+    for i in range(count):
+        number = ((first + i).to(tl.int64) * pairs + bh) * (1 + PRECISE)
+        part, part_total, delta = _saved(partials, number, ROWS, D)
         acc += part
         total += part_total
+        if PRECISE:
+            part, part_excess, _ = _saved(partials, number + 1, ROWS, D)
+            mean += part
+            excess += part_excess
     rows = row_tokens(plan, tile, ROWS)
-    _finish_q(grad_q, lse, statistics, rows, acc, total, delta, scale, pairs, heads, bh, n, PRECISE, HEAD_DIM, D)
+    _finish_q(
+        grad_q, lse, statistics, rows, acc, mean, total, excess, delta, scale, pairs, heads, bh, n,
+        PRECISE, HEAD_DIM, D,
+    )  # fmt: skip
 
 
 # -- dK and dV, by tiles of keys
@@ -350,7 +372,8 @@ def _sparse_attention_backward(grad_out, q, k, v, out, lse, plan, backward_plan,
     statistics = q.new_empty(3, problem.pairs, problem.n, dtype=torch.float32)
     q, k, v, out, grad_out, grad_q, grad_k, grad_v = map(Matrices.of, (q, k, v, out, grad_out, *grads))
 
-    results = grad_q, lse, statistics, problem.partials(sizes, problem.dim + 2), plan
+    precise = 1 + (q.data.dtype == torch.float32)
+    results = grad_q, lse, statistics, problem.partials(sizes, (problem.dim + 2) * precise), plan
     problem.start(_grad_q, "sparse_attention.grad_q", sizes, q, k, v, out, grad_out, *results, scale=scale)
     problem.combine(_combine_q, sizes, *results, scale=scale)
 
