@@ -57,7 +57,7 @@ def test_head_dims(dim, dtype, seed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [1, 16, 31, 32, 33, 40, 127, 128])
+@pytest.mark.parametrize("dim", [1, 33, 128])
 @pytest.mark.parametrize("name", NAMES)
 def test_head_dims_of_every_pattern(name, dim, dtype, seed):
     for split in (None, 1):

@@ -79,7 +79,7 @@ def test_any_shape_and_layout(inner, outer, classes, hard, tau, dtype, layout, k
 
 @dtypes
 @hards
-@pytest.mark.parametrize(("shape", "dim"), [((100, 150), 1), ((2, 150, 33), 1)], ids=str)
+@pytest.mark.parametrize(("shape", "dim"), [((50, 150), 1), ((2, 150, 33), 1)], ids=str)
 def test_positions_of_several_chunks(shape, dim, hard, dtype, tiles, monkeypatch, seed):
     """Merged in several steps too."""
     tiles(32, 32)
