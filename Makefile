@@ -41,7 +41,7 @@ test: $(DEV_STAMP)   ## the tests that take minutes
 
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
 	$(PYTEST) -m slow
-	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS)
+	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
 
 test-full: test test-slow   ## all tests
 

@@ -44,7 +44,7 @@ def gumbel_softmax(
         dim: the dimension of the classes.
         seed: an int or an int64 tensor of shape [] on the logits' device; None draws one from torch's generator.
         return_kl: also return KL(softmax(logits) || uniform) over `dim`, in nats.
-        backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
+        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
 
     Returns:
         y in the logits' shape and dtype, with their strides if they were read without a copy; with `return_kl` the pair

@@ -35,7 +35,7 @@ def sample_tokens(
             generator.
         offset: an int for all rows (say, the step), or an int64 tensor [R]. Where omitted: 0, or the row's number if
             one int seed serves all rows, so that no two rows share their noise.
-        backend: "cpu", "cuda" or "reference"; the best one that can where omitted.
+        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
 
     Returns:
         Tokens, int64 [R]; not differentiable. A row that holds NaN or +inf gives the first token that is so (NaN

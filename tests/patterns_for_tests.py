@@ -40,9 +40,11 @@ def split_after(groups):
     if groups:
         plan.TILES["cpu"] = {"query": replace(before["query"], longest_run=1, split=groups, shares=None)}
     plan.plan_tensors.cache_clear()
-    yield
-    plan.TILES["cpu"] = before
-    plan.plan_tensors.cache_clear()
+    try:
+        yield
+    finally:
+        plan.TILES["cpu"] = before
+        plan.plan_tensors.cache_clear()
 
 
 NAMES = tuple(every_pattern(1, (2, 2)))

@@ -89,13 +89,22 @@ def test_any_shape_and_layout(batch, heads, dim, text_len, grid, name, dtype, la
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_split_tiles(name, dtype, seed):
-    """Some parts of a tile hold no key that some of its queries see."""
+@pytest.mark.parametrize("threads", [1, 5])
+def test_split_tiles(threads, name, dtype, threads_again, seed):
+    """Some parts of a tile hold no key that some of its queries see. Of 18 heads, 5 threads do three together."""
     pattern = every_pattern(19, (9, 11))[name]
+    torch.set_num_threads(threads)
     with split_after(2):
         *_, sizes = plan_tensors(pattern, pattern.seq_len, torch.device("cpu"))
         assert sizes[2] > sizes[3] > 0
         check(pattern, *torch.randn(3, 6, 3, pattern.seq_len, 64, dtype=dtype), "cpu")
+
+
+@pytest.fixture
+def threads_again():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def make(layout, batch, heads, n, dim, dtype):

@@ -72,6 +72,16 @@ def test_old_gpus_are_declined(monkeypatch):
         assert ("compute capability 8.0" in (_gpu_problem(torch.device("cuda")) or "")) == declined
 
 
+def test_a_gpu_without_a_c_compiler_is_declined(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    assert "C compiler" in _gpu_problem(torch.device("cuda"))
+    monkeypatch.setenv("CC", "/opt/cc")
+    assert _gpu_problem(torch.device("cuda")) is None
+
+
 @pytest.mark.parametrize("kernel", launch.TABLE)
 def test_the_table(kernel):
     """Every head dim, if there is one, and size of an element has a line for any architecture, which tiles can have."""

@@ -104,6 +104,18 @@ def test_repeating_a_step_changes_nothing(seed):
             cache.advance()
 
 
+def test_scores_that_overflow(seed):
+    """Of all text keys of the first step but one, to -inf: weights of 0."""
+    pattern = P.row(70, (3, 4))
+    q, k, v = make(pattern, 1, 2, 1, 32, torch.float32)
+    q[..., 0], q[..., 1:] = 1e20, q[..., 1:] * 1e-3
+    k[..., 0] = 0
+    k[:, :, :64, 0] = -3e20
+    out = decode(pattern, q, k, v, 1, backend="triton", steps=2)
+    torch.testing.assert_close(out, decode(pattern, q, k, v, 1, backend="reference", steps=2), rtol=1e-4, atol=1e-5)
+    assert out.isfinite().all()
+
+
 def test_text_that_is_not_seen_may_be_nan(seed):
     mask = torch.ones(22, 22, dtype=torch.bool).tril()
     mask[10:, 3:7] = False

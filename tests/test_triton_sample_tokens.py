@@ -71,7 +71,7 @@ def test_the_papers_vocabulary(dtype, seed):
     check((torch.randn(2, 8192) * 3).to(dtype), 0.9, 1000, 0.8)
 
 
-def test_frequencies(seed):
+def test_draws_are_those_of_the_reference(seed):
     """The noise is that of the reference, of which it is tested."""
     logits, (seeds, offsets) = torch.randn(100, 13), random_seeds(100)
     draws = [dk.sample_tokens(logits, seed=seeds, offset=offsets, backend=name) for name in ("triton", "reference")]

@@ -1,4 +1,4 @@
-// sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, tiles) over threads. Arguments were checked in Python.
+// sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, work items or tiles) over threads. Arguments were checked in Python.
 #include <vector>
 
 #include "common/plan.h"

@@ -4,8 +4,8 @@ How it is built:
 
 - An operation is one file with the operation's name. It holds the kernels, the operation that launches them, registered
   as `dalle_kernels_triton::<operation>` by `registration.register`, its fake kernel and its gradient, and a function of
-  the operation's name with the arguments of `reference`. What several operations need stands in `math.py` and
-  `philox.py`; `plan.py` reads plans.
+  the operation's name with the arguments of `reference`. What several operations need stands in `math.py`,
+  `matrices.py` and `philox.py`; `plan.py` reads plans.
 - How a kernel is cut and launched (rows and columns of a tile, warps, stages) is looked up in `launch.py`. Nothing is
   tuned at run time; `python -m dalle_kernels.backends.triton.tune OPERATION` prints better lines for that
   table.
@@ -21,6 +21,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import shutil
 
 import torch
 
@@ -56,9 +57,13 @@ def _problem():
 @torch.compiler.assume_constant_result
 def _gpu_problem(device):
     """Why a GPU cannot run Triton's kernels, or None."""
-    if torch.version.hip or not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0):
+    if not torch.cuda.is_available():
         return None
-    return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
+    if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton compiles its launchers with a C compiler, and finds neither gcc nor clang, nor one that CC names"
+    return None
 
 
 class TritonBackend:

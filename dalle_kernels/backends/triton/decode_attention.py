@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ..sparse_attention import rows_contiguous
 from . import launch
-from .math import INFINITY, LOG2E, exp2
+from .math import INFINITY, LOG2E, exp2, finite
 from .matrices import Matrices, load_rows, store_rows
 from .registration import register
 
@@ -90,8 +90,9 @@ def _text(
             scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
             scores = tl.where(tokens[None, :] >= 0, scores, -INFINITY)
             new = tl.maximum(maximum, tl.max(scores, 1))
-            keep = exp2((maximum - new) * scale_log2, PRECISE)
-            weights = exp2((scores - new[:, None]) * scale_log2, PRECISE)
+            less = finite(new)  # scores may overflow to -inf
+            keep = exp2((maximum - less) * scale_log2, PRECISE)
+            weights = exp2((scores - less[:, None]) * scale_log2, PRECISE)
             maximum, total = new, total * keep + tl.sum(weights, 1)
             acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * keep[:, None], input_precision="ieee")
 
@@ -133,16 +134,17 @@ def _image(
             v_rows = load_rows(image_v, heads, cached, slots, HEAD_DIM, D).to(tl.float32)
             scores = tl.where(slots >= 0, tl.sum(q_row * k_rows, 1), -INFINITY)
             new = tl.maximum(maximum, tl.max(scores, 0))
-            keep = exp2((maximum - new) * scale_log2, PRECISE)
-            weights = exp2((scores - new) * scale_log2, PRECISE)
+            less = finite(new)
+            keep = exp2((maximum - less) * scale_log2, PRECISE)
+            weights = exp2((scores - less) * scale_log2, PRECISE)
             maximum, total = new, total * keep + tl.sum(weights, 0)
             acc = acc * keep[:, None] + tl.sum(weights[:, None] * v_rows, 0)[None, :]
 
     at = pair.to(tl.int64) * candidates + row
     of_text = tl.load(text_maximum + at)
-    new = tl.maximum(maximum, of_text)
-    keep = exp2((maximum - new) * scale_log2, PRECISE)
-    weight = exp2((of_text - new) * scale_log2, PRECISE)
+    less = finite(tl.maximum(maximum, of_text))
+    keep = exp2((maximum - less) * scale_log2, PRECISE)
+    weight = exp2((of_text - less) * scale_log2, PRECISE)
     total = total * keep + tl.load(text_total + at) * weight
     text_acc = load_rows(text_out, heads, pair, row, HEAD_DIM, D)
     acc = (acc * keep[:, None] + text_acc * weight[:, None]) / total[:, None]

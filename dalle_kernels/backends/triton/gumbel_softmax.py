@@ -120,10 +120,10 @@ def _tile(outer, classes, inner, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr,
         first, step = first_place * classes + first_class, classes
     else:
         first_class, of_class = chunk * ROWS, row
-        strips = tl.cdiv(inner, COLUMNS)
+        strips = (inner - 1) // COLUMNS + 1  # nothing is added to sizes, which may be the largest integers
         at, o = strip % strips * COLUMNS, (strip // strips).to(tl.int64)
         place = o * inner + at + column
-        exists = at + column < inner
+        exists = column < inner - at
         first, step = (o * classes + first_class) * inner + at, inner
     inside = (of_class < classes - first_class) & exists
     return chunk, first, step, first_class + of_class, inside, place, exists

@@ -8,7 +8,8 @@ Backward, from lse, without atomics. With P = exp(S * scale - lse) and dP = dO V
     dQ = dS K * scale,  dK = dSᵀ Q * scale,  dV = Pᵀ dO,  where dS = P * (dP - delta),  delta = rowsum(dO * O).
 One kernel owns tiles of queries and gives dQ, another owns tiles of keys and gives dK and dV, on a plan seen from the
 keys. lse is rounded, by more the larger it is, and that error multiplies every weight of a query. In float32 it would
-show: there the first kernel also adds up the weights that it recomputes, and both divide by the sum.
+show: there the first kernel also adds up the weights that it recomputes, and both divide by the sum; and it corrects
+delta, so that it has the rounding errors of dP.
 """
 
 from __future__ import annotations
