@@ -75,7 +75,7 @@ TABLE = {  # of each kernel
         (ANY, 64, 4): Launch(16, 32, 4, 2),
         (ANY, 128, 4): Launch(16, 16, 8, 2),
     },
-    "decode_attention.image": {(ANY, dim, bytes): Launch(1, 32, 4, 1) for dim in (32, 64, 128) for bytes in (2, 4)},
+    "decode_attention.image": {(ANY, dim, bytes): Launch(1, 32, 2, 1) for dim in (32, 64, 128) for bytes in (2, 4)},
 }
 OVERRIDES: dict[str, Launch] = {}
 
