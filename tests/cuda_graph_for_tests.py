@@ -32,6 +32,7 @@ class Graph(TorchDispatchMode):
         for value, before in self._before.values():
             value.copy_(before)
 
+    @torch.autocast("cpu", enabled=False)  # what was recorded had been cast already
     def replay(self):
         self.replays += 1
         now = {}
