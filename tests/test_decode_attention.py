@@ -122,7 +122,7 @@ def test_strided_inputs(layout, seed):
         views = torch.zeros(3, 10, 3, 48)[..., ::2].copy_(new)
     assert not views[0].is_contiguous()
     strided = dk.decode_attention(*views, new_cache(pattern, k, v, 2), 0)
-    assert torch.equal(strided, dk.decode_attention(*new, new_cache(pattern, k, v, 2), 0))
+    assert torch.equal(strided, dk.decode_attention(*new, new_cache(pattern, k, v, 2), 0)) and strided.is_contiguous()
 
 
 @pytest.mark.parametrize("dim", [40, 64, 128])

@@ -63,11 +63,7 @@ def check(logits, temperature, top_k, top_p, seeds, offsets, backend):
         assert token in good, f"token {token}, expected one of {good}"
 
 
-@settings(deadline=None, max_examples=80)
-@given(
-    rows=st.integers(1, 5),
-    vocabulary=st.sampled_from([1, 2, 3, 7, 16, 17, 63, 64, 255, 256, 257, 300, 1025]),
-    dtype=st.sampled_from(DTYPES),
+ROWS_AND_FILTERS = dict(
     scale=st.sampled_from([0.0, 1.0, 8.0]),
     masked=st.sampled_from([0.0, 0.3]),
     layout=st.sampled_from(["contiguous", "transposed", "strided", "offset"]),
@@ -75,7 +71,16 @@ def check(logits, temperature, top_k, top_p, seeds, offsets, backend):
     top_k=st.none() | st.integers(1, 300),
     top_p=st.none() | st.floats(1e-9, 1.0),
     random=st.integers(0, 2**31),
+)
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    rows=st.integers(1, 5),
+    vocabulary=st.sampled_from([1, 2, 3, 7, 16, 17, 63, 64, 255, 256, 257, 300, 1025]),
+    dtype=st.sampled_from(DTYPES),
     backend=st.sampled_from(BACKENDS),
+    **ROWS_AND_FILTERS,
 )
 def test_any_shape_and_filter(
     rows, vocabulary, dtype, scale, masked, layout, temperature, top_k, top_p, random, backend

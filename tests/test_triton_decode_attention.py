@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_decode_attention import check, decode, make, new_cache
+from test_decode_attention import check, decode, make, new_cache, test_strided_inputs  # noqa: F401
 from triton_for_tests import DTYPES, ON_GPU, on_device  # noqa: F401
 
 import dalle_kernels as dk
@@ -62,23 +62,6 @@ def test_more_image_keys_than_a_step_takes(dtype, seed):
 @pytest.mark.parametrize("factor", [5.0, 40.0])
 def test_large_logits(factor, dtype, seed):
     last_steps(P.conv(140, (5, 6), kernel=3), dtype, candidates=5, factor=factor)
-
-
-@pytest.mark.parametrize("layout", ["qkv", "heads_last", "spread"])
-def test_strided_inputs(layout, seed):
-    pattern = P.row(6, (3, 4))
-    _, k, v = make(pattern, 2, 2, 3, 24, torch.float32)
-    new = torch.randn(3, 4, 3, 24)
-    if layout == "qkv":
-        views = new.permute(1, 0, 2, 3).contiguous().permute(1, 0, 2, 3)
-    elif layout == "heads_last":
-        views = new.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)
-    else:  # no contiguous last dimension: copied
-        views = torch.zeros(3, 4, 3, 48)[..., ::2].copy_(new)
-    assert not views[0].is_contiguous()
-    with dk.use_backend("triton"):
-        strided, plain = (dk.decode_attention(*x, new_cache(pattern, k, v, 2), 0) for x in (views, new))
-    assert torch.equal(strided, plain) and strided.is_contiguous()
 
 
 @dtypes

@@ -5,7 +5,7 @@ import test_sample_tokens
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_sample_tokens import lay_out
+from test_sample_tokens import ROWS_AND_FILTERS, lay_out
 from triton_for_tests import DTYPES, on_device  # noqa: F401
 
 import dalle_kernels as dk
@@ -35,13 +35,7 @@ def check(logits, temperature=1.0, top_k=None, top_p=None):
 @given(
     vocabulary=st.integers(1, 300),
     dtype=st.sampled_from(DTYPES),
-    scale=st.sampled_from([0.0, 1.0, 8.0]),
-    masked=st.sampled_from([0.0, 0.3]),
-    layout=st.sampled_from(["contiguous", "transposed", "strided", "offset"]),
-    temperature=st.sampled_from([1e-3, 0.5, 1.0, 3.0]),
-    top_k=st.none() | st.integers(1, 300),
-    top_p=st.none() | st.floats(1e-9, 1.0),
-    random=st.integers(0, 2**31),
+    **ROWS_AND_FILTERS,
 )
 def test_any_shape_and_filter(vocabulary, dtype, scale, masked, layout, temperature, top_k, top_p, random):
     torch.manual_seed(random)
