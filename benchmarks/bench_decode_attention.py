@@ -25,7 +25,7 @@ def ours(pattern, new, candidates):
     sizes = dict(prompts=1, candidates=candidates, heads=HEADS, head_dim=DIM, dtype=new[0].dtype, start=STEP)
     cache = dk.DecodeCache([pattern] * LAYERS, **sizes)
     for layer in range(LAYERS):
-        cache.write_prefix(layer, *torch.randn(2, 1, HEADS, TEXT + STEP, DIM).to(new[0].dtype))
+        cache.prefill(layer, *torch.randn(2, 1, HEADS, TEXT + STEP, DIM).to(new[0].dtype))
 
     def step():
         for layer in range(LAYERS):
@@ -39,7 +39,7 @@ def sdpa_over_caches(pattern, new, candidates, masked):
     token = TEXT + STEP
     shape = LAYERS, candidates, HEADS, pattern.seq_len, DIM
     keys, values = (torch.randn(shape[2:]).to(new[0].dtype).expand(shape).contiguous() for _ in range(2))
-    mask = pattern.rows(token, token + 1) if masked else None
+    mask = pattern.dense(token, token + 1) if masked else None
     seen = slice(None) if masked else slice(token + 1)
     q, k, v = (x[:, :, None] for x in new)
 

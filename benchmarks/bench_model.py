@@ -44,7 +44,7 @@ class PaddedCache:
         shape = 2, len(patterns), prompts * candidates, heads, patterns[0].seq_len, head_dim
         self.keys, self.values = torch.empty(shape, dtype=dtype, device=device)
 
-    def write_prefix(self, layer, k, v):
+    def prefill(self, layer, k, v):
         for storage, x in ((self.keys, k), (self.values, v)):
             storage[layer][:, :, : x.shape[2]] = x.repeat_interleave(self.candidates, 0)
 

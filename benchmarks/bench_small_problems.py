@@ -61,7 +61,7 @@ def gumbel_call(backward):
 def decode_call():
     new = torch.randn(3, 1, 1, 32).unbind(0)
     cache = dk.DecodeCache([P.causal(1, (1, 2))], prompts=1, candidates=1, heads=1, head_dim=32, dtype=torch.float32)
-    cache.write_prefix(0, *torch.randn(2, 1, 1, 1, 32))
+    cache.prefill(0, *torch.randn(2, 1, 1, 1, 32))
     q, k, v = (x[:, :, None] for x in new)
     return passes(lambda: dk.decode_attention(*new, cache, 0), [], None), passes(lambda: sdpa(q, k, v), [], None)
 

@@ -107,7 +107,7 @@ class Layer(nn.Module):
         """[B, N, width] to the same; a cache, if given, takes the keys and values as prefix of layer `index`."""
         q, k, v = self._heads(x)
         if cache is not None:
-            cache.write_prefix(index, k, v)
+            cache.prefill(index, k, v)
         return self._finish(x, dk.sparse_attention(q, k, v, self.pattern).transpose(1, 2))
 
     def step(self, x: Tensor, cache: dk.DecodeCache, index: int) -> Tensor:

@@ -4,10 +4,12 @@ backend.
 
 from . import nn
 from .backends import use_backend
-from .decode import DecodeCache, decode_attention
+from .decode_attention import decode_attention
+from .decode_cache import DecodeCache
 from .gumbel_softmax import gumbel_softmax
 from .patterns import AttentionPattern
-from .sampling import sample_tokens
+from .prepare import prepare
+from .sample_tokens import sample_tokens
 from .sparse_attention import sparse_attention
 
 __version__ = "0.1.0"
@@ -17,6 +19,7 @@ __all__ = [
     "decode_attention",
     "gumbel_softmax",
     "nn",
+    "prepare",
     "sample_tokens",
     "sparse_attention",
     "use_backend",

@@ -18,14 +18,28 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
-import torch
 
 from .patterns import AttentionPattern
 
-MAGIC, VERSION, HEADER = 0x4443444B, 1, 16
+MAGIC, VERSION, HEADER_WORDS, STEP_WORDS = 0x4443444B, 1, 16, 5
 _BLOCK = 128  # queries looked at together
+
+
+class ScheduleHeader(IntEnum):
+    """Which word of the header says what; csrc/common/decode_schedule.h has the same list."""
+
+    MAGIC = 0
+    VERSION = 1
+    TEXT_LEN = 2
+    STEPS = 3
+    SLOTS = 4
+    RUNS = 5
+    STEPS_AT = 6
+    RUNS_AT = 7
+    LENGTH = 8
 
 
 @dataclass(frozen=True)
@@ -39,7 +53,7 @@ class DecodeSchedule:
     @property
     def slots(self) -> int:
         """R, the number of image keys a sequence keeps per head."""
-        return int(self.packed[4])
+        return int(self.packed[ScheduleHeader.SLOTS])
 
     def image_slots(self, step: int) -> np.ndarray:
         """The cache slots that `step` reads, ascending."""
@@ -87,12 +101,6 @@ def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
     return _pack(text, slots, np.array(steps, np.int32), np.array(runs, np.int32).reshape(-1, 2))
 
 
-@functools.lru_cache(maxsize=256)
-def schedule_tensor(pattern: AttentionPattern, device: torch.device) -> torch.Tensor:
-    """The packed schedule as an int32 tensor on `device`; compiled once and cached."""
-    return torch.from_numpy(compile_schedule(pattern).packed).to(device)
-
-
 def _blocks(pattern):
     """The rows of the image queries, in blocks: bool [queries, tokens up to the last of these queries]."""
     for begin in range(pattern.text_len, pattern.seq_len, _BLOCK):
@@ -128,12 +136,12 @@ def _fewest_slots(order, last):
 
 
 def _pack(text_len, slots, steps, runs):
-    steps_at, runs_at = HEADER, HEADER + steps.size
+    steps_at, runs_at = HEADER_WORDS, HEADER_WORDS + steps.size
     total = runs_at + runs.size
     if total >= 2**31:
         raise ValueError(f"the decode schedule of this pattern needs {total} words, too many; use a sparser pattern")
     packed = np.zeros(total, np.int32)
-    packed[:9] = MAGIC, VERSION, text_len, len(steps), slots, len(runs), steps_at, runs_at, total
+    packed[list(ScheduleHeader)] = MAGIC, VERSION, text_len, len(steps), slots, len(runs), steps_at, runs_at, total
     packed[steps_at:runs_at] = steps.reshape(-1)
     packed[runs_at:] = runs.reshape(-1)
     return DecodeSchedule(packed, packed[steps_at:runs_at].reshape(steps.shape), packed[runs_at:].reshape(runs.shape))

@@ -10,7 +10,8 @@ from .philox import as_seed, fresh_seed
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 
-def check_logits(logits):
+def check_logits(logits: torch.Tensor) -> None:
+    """TypeError unless `logits` is a floating-point tensor."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits must be a tensor; got {type(logits).__name__}")
     if not logits.is_floating_point():
@@ -27,7 +28,7 @@ def gumbel_softmax(
     seed: int | torch.Tensor | None = None,
     return_kl: bool = False,
     backend: str | None = None,
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax((logits + g) / tau) over `dim`, g standard Gumbel noise (Jang et al. 2017; Ramesh et al. 2021, 2.1).
 
     A drop-in for torch.nn.functional.gumbel_softmax whose noise is a function of (seed, position in the logits' shape),
@@ -63,6 +64,6 @@ def gumbel_softmax(
     if not FLOAT32_TINY <= tau < float("inf"):  # NaN fails too; the kernels divide in float32
         raise ValueError(f"tau must be a positive, finite number; got {tau}")
     seed = fresh_seed((), logits.device) if seed is None else as_seed(seed, "seed", (), logits.device)
-    chosen = backends.choose("gumbel_softmax", logits, backend)
-    y, kl = chosen.gumbel_softmax(logits, seed, float(tau), bool(hard), dim % logits.ndim, bool(return_kl))
+    run = backends.dispatch("gumbel_softmax", logits, backend)
+    y, kl = run(logits, seed, float(tau), bool(hard), dim % logits.ndim, bool(return_kl))
     return (y, kl) if return_kl else y

@@ -71,9 +71,7 @@ def collect() -> dict:
         "devices": {d: torch.cuda.get_device_name(d) if d != "cpu" else platform.processor() or "cpu" for d in devices},
         "build": _host_info(),
         "libraries": {
-            name: backend.problem or "loaded"
-            for name, backend in backends.BACKENDS.items()
-            if hasattr(backend, "problem")
+            name: backend.problem or "loaded" for name, backend in backends.BACKENDS.items() if name != "reference"
         },
         "forced_backend": backends.forced(),
         "operations": {op: {device: _choice(op, device) for device in devices} for op in backends.OPERATIONS},

@@ -36,4 +36,4 @@ class SparseAttention(nn.Module):
         return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
-        return f"heads={self.heads}, pattern={self.pattern}"
+        return f"heads={self.heads}, pattern={self.pattern!r}"

@@ -70,6 +70,9 @@ _RULES = {
 }
 
 
+SHADES = " ░▒▓█"  # of a printed mask
+
+
 class _MaskRule:
     """The rule of a pattern given as a matrix; compares by content."""
 
@@ -140,7 +143,7 @@ class AttentionPattern:
     def conv(cls, text_len, grid, kernel=11, edge="wrap"):
         """A causal `kernel` x `kernel` neighbourhood.
 
-        `edge` says what happens at the picture's edge: "wrap" is the paper's Fig. 11d, the same raster distances for
+        `edge` says what happens at the image's edge: "wrap" is the paper's Fig. 11d, the same raster distances for
         every query; "clip" cuts the window off (ruDALL-E v3); "torus" wraps rows and columns around (ruDALL-E v2).
         """
         kernel = _whole("kernel", kernel)
@@ -213,7 +216,34 @@ class AttentionPattern:
     @property
     def nnz(self) -> int:
         """Number of allowed (query, key) pairs."""
-        return _count_pairs(self)
+        return int(_block_counts(self, self.seq_len).sum())
+
+    def sparsity(self) -> float:
+        """The share of all N x N pairs that the pattern leaves out, in [0, 1)."""
+        return 1 - self.nnz / self.seq_len**2
+
+    def __str__(self) -> str:
+        """A picture of the mask, at most 32 x 32 characters: the darker, the more of these pairs are allowed; with the
+        mask's density and how many tiles of 64 x 64 pairs, in the order of `order()`, it fills and touches.
+        """
+        n, side = self.seq_len, -(-self.seq_len // 32)
+        blocks = _block_counts(self, side)
+        sizes = np.diff(np.r_[np.arange(0, n, side), n])
+        density = blocks / np.outer(sizes, sizes)
+        picture = ["".join(SHADES[int(np.ceil(x * (len(SHADES) - 1)))] for x in row) for row in density]
+        tiles = _block_counts(self, 64, packed=True)
+        sizes = np.diff(np.r_[np.arange(0, n, 64), n])
+        full = int((tiles == np.outer(sizes, sizes)).sum())
+        partial = int((tiles > 0).sum()) - full
+        height, width = self.grid
+        return "\n".join(
+            [
+                f"{self.name}: {self.text_len} text + {height} x {width} image tokens",
+                *picture,
+                f"{self.nnz:,} of {n**2:,} pairs ({100 * (1 - self.sparsity()):.1f} %); "
+                f"{tiles.size} tiles of 64 x 64: {full} full, {partial} partial, {tiles.size - full - partial} empty",
+            ]
+        )
 
     def allowed(self, q, k):
         """Whether query positions `q` may see key positions `k`: two broadcastable integer arrays or tensors of
@@ -225,13 +255,10 @@ class AttentionPattern:
         rule = _RULES[self.name](q - text, k - text, *self.grid, **dict(self.options))
         return (k <= q) & ((k < text) | rule)
 
-    def rows(self, begin, end) -> torch.Tensor:
-        """Rows [begin, end) of the mask: bool [end - begin, N]."""
+    def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """Rows [begin, end) of the mask, by default all: bool [end - begin, N], a byte for each pair."""
+        end = self.seq_len if end is None else end
         return self.allowed(torch.arange(begin, end)[:, None], torch.arange(self.seq_len)[None, :])
-
-    def dense(self) -> torch.Tensor:
-        """The whole mask, bool [N, N]; N * N bytes."""
-        return self.rows(0, self.seq_len)
 
     @property
     def mask_mod(self):
@@ -262,15 +289,6 @@ class AttentionPattern:
             image = np.lexsort((column, row, row // 2, row // 4, column // 8, row // 8))
         return torch.from_numpy(np.r_[: self.text_len, self.text_len + image])
 
-    def prepare(self, device="cpu", *, n=None):
-        """Compiles and uploads the pattern's plans for sequences of `n` (default: all) tokens ahead of their first
-        use; returns the pattern.
-        """
-        from .plan import plan_tensors
-
-        plan_tensors(self, self.seq_len if n is None else n, torch.device(device))
-        return self
-
 
 def _whole(name, value):
     try:
@@ -285,6 +303,14 @@ def _check_odd(name, value):
 
 
 @functools.lru_cache(maxsize=256)
-def _count_pairs(pattern):
-    n, step = pattern.seq_len, 1024
-    return sum(int(pattern.rows(begin, min(begin + step, n)).sum()) for begin in range(0, n, step))
+def _block_counts(pattern: AttentionPattern, side: int, packed: bool = False) -> np.ndarray:
+    """Allowed pairs in each block of side x side, int64 [blocks, blocks]; `packed`: tokens in the pattern's order."""
+    n = pattern.seq_len
+    tokens = (pattern.order().numpy() if packed else np.arange(n)).astype(np.int32)
+    starts = np.arange(0, n, side)
+    counts = np.zeros((len(starts), len(starts)), np.int64)
+    for begin in range(0, n, 64):
+        rows = pattern.allowed(tokens[begin : begin + 64, None], tokens[None, :])
+        of_rows = np.add.reduceat(rows, starts, axis=1, dtype=np.int64)
+        np.add.at(counts, np.arange(begin, begin + len(rows)) // side, of_rows)
+    return counts

@@ -1,4 +1,5 @@
-"""Plans: a pattern compiled for a machine.
+"""Plans: a pattern compiled for tiles of some shape. What follows knows no device; which tiles a backend cuts, and
+plans in its memory, are the backends' business.
 
 A kernel works on tiles of `rows` queries and on groups of `columns` keys. The plan lists, for every tile, which groups
 it must read: runs of consecutive keys that every row of the tile sees, and gathered groups of the other keys any of
@@ -27,16 +28,42 @@ pass own its dK and dV. Plans are compiled by streaming over tiles; no N x N mat
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
+from enum import IntEnum
+from typing import Literal
 
 import numpy as np
-import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
 from .patterns import AttentionPattern
 
-MAGIC, VERSION, HEADER = 0x4B50444B, 2, 24
+MAGIC, VERSION, HEADER_WORDS = 0x4B50444B, 2, 24
+Side = Literal["query", "key"]
+
+
+class PlanHeader(IntEnum):
+    """Which word of the header says what; csrc/common/plan.h has the same list."""
+
+    MAGIC = 0
+    VERSION = 1
+    N = 2
+    ROWS = 3
+    COLUMNS = 4
+    TILES = 5
+    ENTRIES = 6
+    GATHERED = 7
+    MASKS = 8
+    ITEMS = 9
+    PARTIALS = 10
+    SPLIT_TILES = 11
+    MOST_COLUMNS = 12
+    ROWS_AT = 13
+    BEGIN_AT = 14
+    ENTRIES_AT = 15
+    GATHERED_AT = 16
+    MASKS_AT = 17
+    ITEMS_AT = 18
+    SPLIT_TILES_AT = 19
+    LENGTH = 20
 
 
 @dataclass(frozen=True)
@@ -71,15 +98,7 @@ class Plan:
         return int(self.entries[:, 1].sum()) * self.gathered.shape[1] * self.rows.shape[1]
 
 
-# How the kernels of a device type cut the pairs: seen from the queries and, where they differ, for the backward pass
-# from the keys.
-TILES = {
-    "cpu": {"query": TileShape(32, 8, longest_run=16, split=64, shares=128)},
-    "cuda": {"query": TileShape(64, 64, longest_run=1, split=16), "key": TileShape(64, 32, longest_run=1, split=16)},
-}
-
-
-def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: str = "query") -> Plan:
+def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: Side = "query") -> Plan:
     """Compiles `pattern`, cut to its first `n` tokens, for tiles of `shape`, seen from `side` ("query" or "key")."""
     order = pattern.order().numpy()
     order = order[order < n].astype(np.int32)
@@ -187,48 +206,23 @@ class _Builder:
             "items": np.array(items, np.int32).reshape(-1, 4),
             "split_tiles": np.array(split, np.int32).reshape(-1, 3),
         }
-        offsets = HEADER + np.cumsum([0] + [-(-part.size // 4) * 4 for part in parts.values()])
+        offsets = HEADER_WORDS + np.cumsum([0] + [-(-part.size // 4) * 4 for part in parts.values()])
         if offsets[-1] >= 2**31:
             raise ValueError(
                 f"the plan of this pattern over {n} tokens needs {offsets[-1]} words, more than int32 can address; "
                 "use a sparser pattern"
             )
         packed = np.zeros(offsets[-1], np.int32)
-        header = [
-            MAGIC, VERSION, n, shape.rows, shape.columns, len(rows), len(self.entries), len(self.gathered),
-            len(self.masks), len(items), partials, len(split), self.most_columns, *offsets,
-        ]  # fmt: skip
-        packed[: len(header)] = header
+        header = {
+            "MAGIC": MAGIC, "VERSION": VERSION, "N": n, "ROWS": shape.rows, "COLUMNS": shape.columns,
+            "TILES": len(rows), "ENTRIES": len(self.entries), "GATHERED": len(self.gathered), "MASKS": len(self.masks),
+            "ITEMS": len(items), "PARTIALS": partials, "SPLIT_TILES": len(split), "MOST_COLUMNS": self.most_columns,
+            "LENGTH": offsets[-1], **{f"{name.upper()}_AT": offset for name, offset in zip(parts, offsets)},
+        }  # fmt: skip
+        for name, value in header.items():
+            packed[PlanHeader[name]] = value
         views = {}
         for (name, part), offset in zip(parts.items(), offsets):
             packed[offset : offset + part.size] = part.reshape(-1).view(np.int32)
             views[name] = packed[offset : offset + part.size].reshape(part.shape)
         return Plan(packed=packed, **views)
-
-
-@functools.lru_cache(maxsize=256)
-def plan_tensor(
-    pattern: AttentionPattern, n: int, device: torch.device, shape: TileShape = TileShape(), side: str = "query"
-) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """The packed plan as an int32 tensor on `device`, and what a host must know of it to launch kernels: the tensor's
-    length and the numbers of work items, partial results and split tiles. Compiled once and cached.
-    """
-    if not 1 <= n <= pattern.seq_len:
-        raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
-    # An ordinary tensor, whatever the first use happens in: inference, which autograd could not save, or a trace.
-    with torch.inference_mode(False), _disable_current_modes():
-        packed = compile_plan(pattern, n, shape, side).packed
-        sizes = (len(packed), *packed[9:12].tolist())
-        return torch.from_numpy(packed).to(device), sizes
-
-
-@functools.lru_cache(maxsize=256)
-def plan_tensors(
-    pattern: AttentionPattern, n: int, device: torch.device, kernels: str | None = None
-) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """The plan and the backward plan on `device` for the kernels of its own device type, or of the type `kernels`, and
-    the sizes of both.
-    """
-    tiles = TILES[kernels or device.type]
-    plans = [plan_tensor(pattern, n, device, shape, side) for side, shape in tiles.items()]
-    return plans[0][0], plans[-1][0], plans[0][1] + plans[-1][1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends
+from .backends.base import rows_contiguous
 from .patterns import AttentionPattern
 
 
@@ -17,7 +18,7 @@ def sparse_attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str | None = None,
-):
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax(q kᵀ · scale) v over the pairs that `pattern` allows (Ramesh et al. 2021, App. B.1: one softmax over
     text and image keys together).
 
@@ -41,7 +42,8 @@ def sparse_attention(
     _check(q, k, v, pattern)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    out, lse = backends.choose("sparse_attention", q, backend).sparse_attention(q, k, v, pattern, float(scale))
+    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    out, lse = backends.dispatch("sparse_attention", q, backend)(q, k, v, pattern, float(scale))
     return (out, lse) if return_lse else out
 
 

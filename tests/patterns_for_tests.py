@@ -6,7 +6,8 @@ from dataclasses import replace
 import torch
 
 import dalle_kernels as dk
-from dalle_kernels import plan
+from dalle_kernels.backends import plans
+from dalle_kernels.backends.native.tiles import TILES
 
 
 def random_mask(n, generator=None):
@@ -36,15 +37,13 @@ def split_after(groups):
     """Within, the CPU's plans split a tile after so many groups of keys; None: as they always do, which is after more
     keys than small patterns have.
     """
-    before = plan.TILES["cpu"]
+    before = TILES["cpu"]
     if groups:
-        plan.TILES["cpu"] = {"query": replace(before["query"], longest_run=1, split=groups, shares=None)}
-    plan.plan_tensors.cache_clear()
+        TILES["cpu"] = plans.Tiles(replace(before.query, longest_run=1, split=groups, shares=None))
     try:
         yield
     finally:
-        plan.TILES["cpu"] = before
-        plan.plan_tensors.cache_clear()
+        TILES["cpu"] = before
 
 
 NAMES = tuple(every_pattern(1, (2, 2)))

@@ -28,7 +28,7 @@ def gpu(monkeypatch):
 
 
 def reasons(operation, *shape, dtype):
-    backend = native.NativeBackend("cuda", "libdalle_cpu.so")
+    backend = native.CudaBackend(file="libdalle_cpu.so")
     with FakeTensorMode():
         return " ".join(backend.reasons(operation, torch.empty(shape, dtype=dtype, device="cuda")))
 
@@ -60,8 +60,10 @@ def test_no_visible_gpu_is_no_reason():
 
 
 def test_the_gpu_is_asked_while_tracing():
+    backend = native.CudaBackend(file="libdalle_cpu.so")
+
     def ask(x):
-        return x + 1 if native._gpu_problem("gumbel_softmax", x) is None else x
+        return x + 1 if backend.device_problem("gumbel_softmax", x) is None else x
 
     x = torch.ones(2, device="cuda" if torch.cuda.is_available() else "cpu")
     assert torch.equal(torch.compile(ask, backend="eager", fullgraph=True)(x), x + 1)

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dalle_kernels as dk
 from dalle_kernels import backends
-from dalle_kernels.backends.native import NativeBackend
+from dalle_kernels.backends.native import CudaBackend
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = [
@@ -65,7 +65,7 @@ def library(tmp_path_factory):
 @pytest.fixture
 def cuda(library, monkeypatch):
     """The backend of that library, among the others."""
-    backend = NativeBackend("cuda", library)
+    backend = CudaBackend(file=library)
     assert backend.problem is None
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
     return backend
@@ -105,7 +105,7 @@ ops = torch.ops.dalle_kernels
 def test_sparse_attention(cuda, dtype):
     with FakeTensorMode():
         q, k, v = fake(2, 29, 3, 7, 48, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
-        plans = fake(99, dtype=torch.int32), fake(99, dtype=torch.int32), [99, 1, 0, 0, 99, 1, 0, 0]
+        plans = fake(99, dtype=torch.int32), fake(99, dtype=torch.int32), [99, 64, 64, 1, 0, 0, 99, 64, 32, 1, 0, 0]
         out, lse = ops.sparse_attention(q, k, v, *plans, 0.1)
         assert is_like(out, q.shape, dtype, torch.empty_like(q).stride())
         assert is_like(lse, q.shape[:3], torch.float32)

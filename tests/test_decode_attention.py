@@ -39,7 +39,7 @@ def new_cache(pattern, k, v, prompts, start=0, layers=1):
     for index, layer in enumerate(cache._layers):
         layer.image_k.fill_(float("nan"))
         layer.image_v.fill_(float("nan"))
-        cache.write_prefix(index, k[::candidates, :, :given_tokens], v[::candidates, :, :given_tokens])
+        cache.prefill(index, k[::candidates, :, :given_tokens], v[::candidates, :, :given_tokens])
     return cache
 
 
@@ -199,7 +199,7 @@ def test_reset_asks_for_the_given_tokens_again(seed):
     _, k, v = make(pattern, 1, 2, 1, 8, torch.float32, start=2)
     cache = new_cache(pattern, k, v, 1, start=2)
     cache.reset()
-    with pytest.raises(ValueError, match=r"call cache\.write_prefix"):
+    with pytest.raises(ValueError, match=r"call cache\.prefill"):
         dk.decode_attention(*torch.zeros(3, 2, 1, 8), cache, 0)
 
 
@@ -215,7 +215,7 @@ def test_storage_and_addresses(seed):
     for layer in range(2):
         dk.decode_attention(q[:, :, 5], k[:, :, 5], v[:, :, 5], cache, layer)
     cache.advance()
-    cache.write_prefix(0, k[::3, :, :5], v[::3, :, :5])
+    cache.prefill(0, k[::3, :, :5], v[::3, :, :5])
     cache.reset()
     assert [x.data_ptr() for x in tensors] == addresses and int(cache.step) == 0
 
@@ -226,7 +226,7 @@ def test_layers_are_separate(seed):
     cache = dk.DecodeCache(patterns, prompts=1, candidates=2, heads=2, head_dim=16, dtype=torch.float32)
     expected = [decode(pattern, *x, 1) for pattern, x in zip(patterns, data)]
     for layer, (_, k, v) in enumerate(data):
-        cache.write_prefix(layer, k[:1, :, :3], v[:1, :, :3])
+        cache.prefill(layer, k[:1, :, :3], v[:1, :, :3])
     for step in range(12):
         for layer, x in enumerate(data):
             out = dk.decode_attention(*(y[:, :, 3 + step] for y in x), cache, layer)
@@ -313,7 +313,7 @@ def test_a_cache_that_cannot_be(patterns, change, error, message):
 
 def written_cache():
     cache = dk.DecodeCache([P.row(3, (2, 2))], **SIZES)
-    cache.write_prefix(0, *torch.zeros(2, 2, 2, 3, 8))
+    cache.prefill(0, *torch.zeros(2, 2, 2, 3, 8))
     return cache
 
 
@@ -341,7 +341,7 @@ def test_a_step_that_cannot_be(change, error, message):
 
 def test_a_prefix_of_another_shape():
     with pytest.raises(ValueError, match=r"text_len \+ start, head_dim\] = \[2, 2, 3, 8\]; got \[2, 2, 4, 8\]"):
-        written_cache().write_prefix(0, *torch.zeros(2, 2, 2, 4, 8))
+        written_cache().prefill(0, *torch.zeros(2, 2, 2, 4, 8))
 
 
 def test_a_wide_head_falls_back_and_says_why():
@@ -350,3 +350,19 @@ def test_a_wide_head_falls_back_and_says_why():
     assert torch.equal(dk.decode_attention(*x, cache, 0), x[2])
     with dk.use_backend("cpu"), pytest.raises(NotImplementedError, match="head dims up to 128, not 200"):
         dk.decode_attention(*x, cache, 0)
+
+
+@pytest.mark.parametrize("scale", [0.7, -0.3, 0.0])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_scale(backend, scale, seed):
+    """As in sparse_attention, whatever the sign."""
+    pattern = dk.AttentionPattern.conv(4, (3, 5), kernel=3)
+    q, k, v = torch.randn(3, 2, 3, 19, 8)
+    cache = dk.DecodeCache([pattern], prompts=2, candidates=1, heads=3, head_dim=8, dtype=torch.float32)
+    cache.prefill(0, k[:, :, :4], v[:, :, :4])
+    expected = dk.sparse_attention(q.double(), k.double(), v.double(), pattern, scale=scale, backend="reference")
+    for token in range(4, 19):
+        new = (x[:, :, token] for x in (q, k, v))
+        out = dk.decode_attention(*new, cache, 0, scale=scale, backend=backend)
+        torch.testing.assert_close(out.double(), expected[:, :, token], rtol=1e-5, atol=1e-6)
+        cache.advance()

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
-from dalle_kernels.decode_schedule import compile_schedule, schedule_tensor
+from dalle_kernels.backends.plans import schedule_tensor
+from dalle_kernels.decode_schedule import compile_schedule
 from patterns_for_tests import NAMES, every_pattern
 
 P = dk.AttentionPattern
@@ -36,7 +37,7 @@ def play(pattern, slot_of, reads):
     text, held = pattern.text_len, {}
     for step in range(pattern.seq_len - text):
         held[slot_of(step)] = step
-        needed = set(pattern.rows(text + step, text + step + 1)[0, text:].nonzero().flatten().tolist())
+        needed = set(pattern.dense(text + step, text + step + 1)[0, text:].nonzero().flatten().tolist())
         if {held.get(slot) for slot in reads(step, needed)} != needed:
             return False
     return True
@@ -59,7 +60,7 @@ def test_schedule_reads_the_row_from_the_fewest_slots(text_len, grid, name, seed
         place = {token: rank % slots for rank, token in enumerate(order)}
         assert not play(pattern, place.get, lambda step, needed, place=place: [place[token] for token in needed])
     for step in range(grid[0] * grid[1]):
-        row = pattern.rows(text_len + step, text_len + step + 1)[0, :text_len]
+        row = pattern.dense(text_len + step, text_len + step + 1)[0, :text_len]
         assert schedule.text_keys(step).tolist() == row.nonzero().flatten().tolist()
 
 

@@ -75,7 +75,7 @@ SEEN = {
 def test_keys_seen_in_the_papers_figure(name):
     pattern, seen = SEEN[name]
     for query, keys in seen.items():
-        row = pattern.rows(6 + query, 7 + query)[0]
+        row = pattern.dense(6 + query, 7 + query)[0]
         assert row[:6].all()
         assert row[6:].nonzero().flatten().tolist() == keys
 
@@ -85,7 +85,7 @@ def test_rows_nnz_order_and_mask_mod_agree_with_dense(name, seed):
     pattern = every_pattern(5, (3, 7))[name]
     dense = pattern.dense()
     assert dense.shape == (26, 26) and dense.diagonal().all() and not dense.triu(1).any()
-    assert torch.equal(pattern.rows(4, 19), dense[4:19])
+    assert torch.equal(pattern.dense(4, 19), dense[4:19])
     assert pattern.nnz == int(dense.sum())
     assert sorted(pattern.order().tolist()) == sorted(pattern.decode_order().tolist()) == list(range(26))
     q, k = torch.arange(26)[:, None], torch.arange(26)[None]
@@ -130,3 +130,32 @@ def test_bad_patterns_are_refused_with_the_value(make, message):
 def test_sizes_must_be_whole_numbers(make):
     with pytest.raises(TypeError, match="must be a whole number; got"):
         make()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pairs_and_sparsity_are_those_of_the_mask(name, seed):
+    pattern = every_pattern(5, (6, 11))[name]
+    pairs = int(pattern.dense().sum())
+    assert pattern.nnz == pairs and pattern.sparsity() == 1 - pairs / pattern.seq_len**2
+
+
+def test_a_pattern_prints_its_mask():
+    assert str(P.conv(1, (2, 2), kernel=1)).splitlines() == [
+        "conv-wrap: 1 text + 2 x 2 image tokens",
+        "█    ",
+        "██   ",
+        "█ █  ",
+        "█  █ ",
+        "█   █",
+        "9 of 25 pairs (36.0 %); 1 tiles of 64 x 64: 0 full, 1 partial, 0 empty",
+    ]
+
+
+def test_a_large_pattern_prints_blocks_of_its_mask():
+    pattern = P.causal(64, (8, 16))
+    first, *picture, last = str(pattern).splitlines()
+    assert len(picture) == 32 and {len(line) for line in picture} == {32}
+    for i, line in enumerate(picture):
+        assert line[:i] == "█" * i and line[i] in "▒▓" and not line[i + 1 :].strip()
+    assert first == "causal: 64 text + 8 x 16 image tokens"
+    assert last == "18,528 of 36,864 pairs (50.3 %); 9 tiles of 64 x 64: 3 full, 3 partial, 3 empty"

@@ -1,7 +1,9 @@
 """A plan decoded by plain Python must give back exactly the pattern it was compiled from."""
 
 import heapq
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
-from dalle_kernels.decode_schedule import compile_schedule
-from dalle_kernels.plan import HEADER, TILES, TileShape, compile_plan, plan_tensor
+from dalle_kernels.backends.native.tiles import TILES
+from dalle_kernels.backends.plans import plan_tensor
+from dalle_kernels.decode_schedule import ScheduleHeader, compile_schedule
+from dalle_kernels.plan import HEADER_WORDS, PlanHeader, TileShape, compile_plan
 from patterns_for_tests import NAMES, every_pattern
 
 P = dk.AttentionPattern
@@ -23,7 +27,7 @@ def decode(packed):
     """
     n, tile_rows, columns, tiles = packed[2:6]
     at_rows, at_begin, at_entries, at_gathered, at_masks, _, _, total = packed[13:21]
-    assert total == len(packed) and at_rows == HEADER and not (packed[13:21] % 4).any()
+    assert total == len(packed) and at_rows == HEADER_WORDS and not (packed[13:21] % 4).any()
     mask = np.zeros((n, n), bool)
     for tile in range(tiles):
         tokens = packed[at_rows + tile * tile_rows :][:tile_rows]
@@ -115,16 +119,16 @@ def test_one_head_fills_many_threads():
     ahead = token - token[:, None]
     few_see_all = P.from_mask((ahead <= 0) & ((ahead > -64) | (token >= 2016)[:, None]))
     for pattern, threads in [(P.causal(256, (32, 32)), 64), (P.causal(256, (64, 64)), 128), (few_see_all, 16)]:
-        plan = compile_plan(pattern, pattern.seq_len, TILES["cpu"]["query"])
-        whole = compile_plan(pattern, pattern.seq_len, replace(TILES["cpu"]["query"], split=None))
+        plan = compile_plan(pattern, pattern.seq_len, TILES["cpu"].query)
+        whole = compile_plan(pattern, pattern.seq_len, replace(TILES["cpu"].query, split=None))
         assert busy(plan, threads) > 0.75 and busy(whole, threads) < 0.55
-        assert len(plan.items) < len(plan.rows) + 2 * TILES["cpu"]["query"].shares
+        assert len(plan.items) < len(plan.rows) + 2 * TILES["cpu"].query.shares
 
 
 @pytest.mark.parametrize("grid", [16, 32, 64])
 def test_sparse_patterns_are_not_split_on_the_cpu(grid):
     for pattern in (P.row(256, (grid, grid)), P.column(256, (grid, grid)), P.conv(256, (grid, grid))):
-        assert not len(compile_plan(pattern, pattern.seq_len, TILES["cpu"]["query"]).split_tiles)
+        assert not len(compile_plan(pattern, pattern.seq_len, TILES["cpu"].query).split_tiles)
 
 
 def test_the_order_packs_columns():
@@ -161,18 +165,24 @@ def test_large_grids_stream():
 
 
 def test_plans_are_cached_by_value():
-    device = torch.device("cpu")
-    assert plan_tensor(P.row(3, (2, 2)), 7, device) is plan_tensor(P.row(3, [2, 2]), 7, device)
-    assert P.row(3, (2, 2)).prepare("cpu") == P.row(3, (2, 2))
+    device, shape = torch.device("cpu"), TileShape()
+    assert plan_tensor(P.row(3, (2, 2)), 7, device, shape) is plan_tensor(P.row(3, [2, 2]), 7, device, shape)
 
 
 def test_sizes_are_those_of_the_plan():
-    plan, (words, items, partials, split_tiles) = plan_tensor(
-        P.row(100, (9, 11)), 199, torch.device("cpu"), TileShape(64, 32, 1, 2), "key"
-    )
+    plan, sizes = plan_tensor(P.row(100, (9, 11)), 199, torch.device("cpu"), TileShape(64, 32, 1, 2), "key")
     header = plan.tolist()
-    assert words == plan.numel() and [items, partials, split_tiles] == header[9:12]
-    assert partials > split_tiles > 0
+    assert sizes.length == plan.numel() and (sizes.rows, sizes.columns) == (64, 32)
+    assert [sizes.items, sizes.partials, sizes.split_tiles] == header[9:12]
+    assert sizes.partials > sizes.split_tiles > 0
+
+
+@pytest.mark.parametrize(("header", "file"), [(PlanHeader, "plan.h"), (ScheduleHeader, "decode_schedule.h")])
+def test_headers_are_the_same_in_python_and_c(header, file):
+    text = (Path(__file__).parents[1] / "csrc" / "common" / file).read_text()
+    (fields,) = re.findall(r"enum Field \{([^}]*)\}", text)
+    assert [field.strip() for field in fields.split(",") if field.strip()] == [word.name for word in header]
+    assert [int(word) for word in header] == list(range(len(header)))
 
 
 @pytest.mark.parametrize("side", ["query", "key"])

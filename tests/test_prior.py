@@ -15,7 +15,7 @@ import dalle_kernels as dk
 from dalle import Prior, PriorConfig, UserError
 from dalle.prior import gelu
 from dalle_kernels import backends
-from dalle_kernels.decode_schedule import schedule_tensor
+from dalle_kernels.backends.plans import schedule_tensor
 
 SMALL = PriorConfig(5, 11, (3, 4), 9, layers=4, heads=2, head_dim=8, conv_kernel=3)
 
@@ -340,7 +340,7 @@ def fake_cuda(monkeypatch):
     """Fake tensors on a GPU that need not be there, and the registered operations for them."""
     assert backends.cpu.problem is None
     stub = copy.copy(backends.cpu)
-    stub.name = "cuda"
+    stub.name, stub.devices = "cuda", ("cuda",)
     monkeypatch.setitem(backends.BACKENDS, "cuda", stub)
     # Its plan would be copied to the device, for the caption and before the steps.
     monkeypatch.setattr(dk, "sparse_attention", lambda q, k, v, pattern: torch.empty_like(q))

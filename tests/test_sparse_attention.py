@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import dalle_kernels as dk
 from accuracy import assert_accurate, mostly
-from dalle_kernels.plan import plan_tensors
+from dalle_kernels.backends.native.tiles import TILES
+from dalle_kernels.backends.plans import PlanSizes, plan_tensors
 from patterns_for_tests import NAMES, every_pattern, split_after
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -95,8 +96,9 @@ def test_split_tiles(threads, name, dtype, threads_again, seed):
     pattern = every_pattern(19, (9, 11))[name]
     torch.set_num_threads(threads)
     with split_after(2):
-        *_, sizes = plan_tensors(pattern, pattern.seq_len, torch.device("cpu"))
-        assert sizes[2] > sizes[3] > 0
+        *_, sizes = plan_tensors(pattern, pattern.seq_len, torch.device("cpu"), TILES["cpu"])
+        sizes = PlanSizes(*sizes[:6])
+        assert sizes.partials > sizes.split_tiles > 0
         check(pattern, *torch.randn(3, 6, 3, pattern.seq_len, 64, dtype=dtype), "cpu")
 
 
@@ -278,7 +280,7 @@ def test_double_backward_is_refused(seed):
 def test_opcheck(layout, seed):
     pattern = dk.AttentionPattern.column(5, (3, 4))
     q, k, v = (x.requires_grad_() for x in make(layout, 2, 2, 17, 32, torch.float32))
-    plans = plan_tensors(pattern, 17, torch.device("cpu"))
+    plans = plan_tensors(pattern, 17, torch.device("cpu"), TILES["cpu"])
     torch.library.opcheck(torch.ops.dalle_kernels.sparse_attention.default, (q, k, v, *plans, 0.2))
 
 

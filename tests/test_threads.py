@@ -76,7 +76,7 @@ def problems():
 
     def decode():
         cache.reset()
-        cache.write_prefix(0, *text)
+        cache.prefill(0, *text)
         return dk.decode_attention(*one, cache, 0)
 
     return [

@@ -409,7 +409,7 @@ def new_cache(pattern, k, v, prompts, start=0):
     for storage in (cache._layers[0].image_k, cache._layers[0].image_v):
         storage.fill_(torch.nan)
     given = pattern.text_len + start
-    cache.write_prefix(0, k[::candidates, :, :given], v[::candidates, :, :given])
+    cache.prefill(0, k[::candidates, :, :given], v[::candidates, :, :given])
     return cache
 
 
@@ -479,7 +479,7 @@ def decode_beyond_32_bits(place):
         cache = dk.DecodeCache(
             [pattern], prompts=1, candidates=count, heads=heads, head_dim=dim, dtype=torch.bfloat16, device=place.device
         )
-        cache.write_prefix(0, *prefix)
+        cache.prefill(0, *prefix)
         with dk.use_backend(place.backend):
             for _ in range(3):
                 out = dk.decode_attention(*(x[part] for x in new), cache, 0)

@@ -39,7 +39,7 @@ def row(name, candidates, dtype, setting, timer, bandwidth):
     def on(backend):
         sizes = dict(prompts=1, candidates=candidates, heads=heads, head_dim=dim, start=step)
         cache = dk.DecodeCache([pattern], **sizes, **make)
-        cache.write_prefix(0, *torch.randn(2, 1, heads, text + step, dim, **make))
+        cache.prefill(0, *torch.randn(2, 1, heads, text + step, dim, **make))
 
         def attend():
             with dk.use_backend(backend):
@@ -50,7 +50,7 @@ def row(name, candidates, dtype, setting, timer, bandwidth):
     def padded():
         token = text + step
         key, value = torch.randn(2, candidates, heads, pattern.seq_len, dim, **make).unbind(0)
-        mask = pattern.rows(token, token + 1).to(setting.device)
+        mask = pattern.dense(token, token + 1).to(setting.device)
         q, k, v = (x[:, :, None] for x in new)
 
         def attend():

@@ -34,7 +34,7 @@ def decode(pattern, dtype, dim, device, backend):
     sizes = dict(prompts=2, candidates=9, heads=2, head_dim=dim, dtype=dtype, device=device)
     with torch.inference_mode(), dk.use_backend(backend):
         cache = dk.DecodeCache([pattern], **sizes)
-        cache.write_prefix(0, *torch.randn(2, 2, 2, pattern.text_len, dim, device=device).to(dtype))
+        cache.prefill(0, *torch.randn(2, 2, 2, pattern.text_len, dim, device=device).to(dtype))
         for _ in range(4):
             dk.decode_attention(*torch.randn(3, 18, 2, dim, device=device).to(dtype), cache, 0)
             cache.advance()

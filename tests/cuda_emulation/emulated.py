@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from dalle_kernels.plan import plan_tensors
+from dalle_kernels.backends.native.tiles import TILES
+from dalle_kernels.backends.plans import plan_tensors
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -126,7 +127,7 @@ def counts() -> dict[str, int]:
 
 def plans(pattern, n: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """The plan, the backward plan and their sizes as the `cuda` backend uses them, on the CPU."""
-    return plan_tensors(pattern, n, torch.device("cpu"), "cuda")
+    return plan_tensors(pattern, n, torch.device("cpu"), TILES["cuda"])
 
 
 def _errors(emulation):

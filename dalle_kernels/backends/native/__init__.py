@@ -9,24 +9,86 @@ from pathlib import Path
 
 import torch
 
+from ..base import Backend
+from ..plans import Tiles
+from .tiles import tiles
+
 FOLDER = Path(__file__).parents[2]
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE_FLOAT32_BYTES = 132_608  # shared memory of a block; asserted in csrc/cuda/sparse_attention_backward.cu
 
 
-def _load(file):
-    """Loads a library of operations; returns None or why it cannot be used."""
-    path = FOLDER / file
-    if not path.is_file():
-        return f"{file} was not built"
-    try:
-        torch.ops.load_library(path)
-    except OSError as error:  # torch hides the linker's reason in the cause
-        return f"{file} cannot be loaded: {error.__cause__ or error}"
-    return None
+class NativeBackend(Backend):
+    """Operations registered in C++ for one device type.
+
+    Args:
+        name: the device type.
+        file: the library, in the folder of the package.
+        requirement: why another library that this one needs cannot be used, or None.
+    """
+
+    def __init__(self, name: str, file: str, requirement: str | None = None) -> None:
+        super().__init__()
+        self.name, self.devices = name, (name,)
+        self.load_problem = requirement or self._load_library(file)
+
+    def _load_library(self, file: str) -> str | None:
+        """Makes the operations available; returns why it cannot, or None."""
+        path = FOLDER / file
+        if not path.is_file():
+            return f"{file} was not built"
+        try:
+            torch.ops.load_library(path)
+        except OSError as error:  # torch hides the linker's reason in the cause
+            return f"{file} cannot be loaded: {error.__cause__ or error}"
+        try:
+            self.load()
+        except (AttributeError, RuntimeError) as error:  # an operation or a schema that torch does not know
+            return f"{file} was built from other sources, build it again (pip install): {error}"
+        return None
+
+    @property
+    def problem(self) -> str | None:
+        return self.load_problem
+
+    def tiles(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles:
+        return tiles(device, head_dim, dtype)
 
 
-def _isa_problem():
+class CpuBackend(NativeBackend):
+    """DALLE_KERNELS_CPU_ISA chooses an instruction set."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu", "libdalle_cpu.so")
+        self.isa_problem = _isa_problem()
+
+    @property
+    def problem(self) -> str | None:
+        return self.load_problem or self.isa_problem
+
+
+class CudaBackend(NativeBackend):
+    """The schemas of its operations are in libdalle_cpu.so."""
+
+    def __init__(self, requirement: str | None = None, file: str = "libdalle_cuda.so") -> None:
+        super().__init__("cuda", file, requirement)
+
+    def device_problem(self, operation: str, tensor: torch.Tensor) -> str | None:
+        gpu = _gpu(str(tensor.device))
+        if gpu is None:
+            return None
+        capability, shared_memory = gpu
+        if capability < (8, 0):
+            return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
+        wide = operation == "sparse_attention" and tensor.dtype == torch.float32 and tensor.shape[-1] > 64
+        if wide and shared_memory < _WIDE_FLOAT32_BYTES:
+            return (
+                f"in float32 it takes head dims up to 64 on this GPU, not {tensor.shape[-1]}: "
+                f"a block may have {shared_memory} bytes of shared memory, and {_WIDE_FLOAT32_BYTES} are needed"
+            )
+        return None
+
+
+def _isa_problem() -> str | None:
     """Why the instruction set that DALLE_KERNELS_CPU_ISA names cannot be had, or None."""
     asked = os.environ.get("DALLE_KERNELS_CPU_ISA")
     if not asked:
@@ -42,7 +104,7 @@ def _isa_problem():
 
 
 @torch.compiler.assume_constant_result
-def _gpu(device):
+def _gpu(device: str) -> tuple[tuple[int, int], int] | None:
     """Compute capability and bytes of shared memory that a block may have; None where no GPU is visible, as with
     tensors without data.
     """
@@ -52,64 +114,5 @@ def _gpu(device):
     return (properties.major, properties.minor), properties.shared_memory_per_block_optin
 
 
-def _gpu_problem(operation, tensor):
-    """Why the GPU that holds `tensor` cannot run `operation`, or None."""
-    gpu = _gpu(str(tensor.device))
-    if gpu is None:
-        return None
-    capability, shared_memory = gpu
-    if capability < (8, 0):
-        return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
-    wide = operation == "sparse_attention" and tensor.dtype == torch.float32 and tensor.shape[-1] > 64
-    if wide and shared_memory < _WIDE_FLOAT32_BYTES:
-        return (
-            f"in float32 it takes head dims up to 64 on this GPU, not {tensor.shape[-1]}: "
-            f"a block may have {shared_memory} bytes of shared memory, and {_WIDE_FLOAT32_BYTES} are needed"
-        )
-    return None
-
-
-class NativeBackend:
-    """Operations registered in C++ for one device type."""
-
-    def __init__(self, name, file, *requirements):
-        self.name = name
-        problems = [problem for problem in (*requirements, _load(file)) if problem]
-        self.problem = "; ".join(problems) or None
-        if self.problem is None:
-            self.problem = self._register(file)
-
-    def _register(self, file):
-        """Takes the operations over; returns None or why the library has not all of them."""
-        try:
-            from .decode_attention import decode_attention
-            from .gumbel_softmax import gumbel_softmax
-            from .sample_tokens import sample_tokens
-            from .sparse_attention import sparse_attention
-        except (
-            AttributeError,
-            RuntimeError,
-        ) as error:  # what torch raises for an operation or a schema it does not know
-            return f"{file} was built from other sources, build it again (pip install): {error}"
-        self.decode_attention = decode_attention
-        self.gumbel_softmax = gumbel_softmax
-        self.sample_tokens = sample_tokens
-        self.sparse_attention = sparse_attention
-        return None
-
-    def reasons(self, operation, tensor):
-        """Why this backend cannot run `operation` on `tensor`; empty when it can."""
-        if self.problem is not None:
-            return (self.problem,)
-        if tensor.device.type != self.name:
-            return (f"it takes {self.name} tensors, not {tensor.device.type}",)
-        if tensor.dtype not in _DTYPES:
-            return (f"it takes float32, bfloat16 and float16, not {tensor.dtype}",)
-        if operation.endswith("attention") and tensor.shape[-1] > 128:
-            return (f"it takes head dims up to 128, not {tensor.shape[-1]}",)
-        problem = _gpu_problem(operation, tensor) if self.name == "cuda" else None
-        return (problem,) if problem else ()
-
-
-cpu = NativeBackend("cpu", "libdalle_cpu.so", _isa_problem())
-cuda = NativeBackend("cuda", "libdalle_cuda.so", cpu.problem)
+cpu = CpuBackend()
+cuda = CudaBackend(cpu.load_problem)

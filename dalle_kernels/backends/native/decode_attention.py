@@ -4,15 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..sparse_attention import rows_contiguous
-
-_op = torch.ops.dalle_kernels.decode_attention.default
-
-
-def decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
-    """[P * C, H, D] of already checked tensors; writes the new key and value into image_k and image_v."""
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
-    return _op(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale)
+decode_attention = torch.ops.dalle_kernels.decode_attention.default
 
 
 @torch.library.register_fake("dalle_kernels::decode_attention")

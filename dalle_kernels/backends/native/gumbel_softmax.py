@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .. import gumbel_softmax as shared
+from ..autograd import gumbel_softmax as shared
 
 
 def _empty_like(x, dim):

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import torch
 
-_op = torch.ops.dalle_kernels.sample_tokens.default
-
-
-def sample_tokens(logits, temperature, top_k, top_p, seed, offset):
-    """Tokens int64 [R], of already checked arguments."""
-    return _op(logits, seed, offset, temperature, top_k, top_p)
+sample_tokens = torch.ops.dalle_kernels.sample_tokens.default
 
 
 @torch.library.register_fake("dalle_kernels::sample_tokens")

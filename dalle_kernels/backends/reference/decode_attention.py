@@ -2,13 +2,13 @@
 
 import torch
 
-from ...decode_schedule import HEADER
+from ...decode_schedule import STEP_WORDS, ScheduleHeader
 
 
 def decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
     """[P * C, H, D]; statistics in float32 (float64 for float64 inputs). Reads the step on the host."""
-    runs_at = int(schedule[7])
-    slot, *lists = schedule[HEADER:runs_at].view(-1, 5)[int(step)].tolist()
+    steps_at, runs_at = int(schedule[ScheduleHeader.STEPS_AT]), int(schedule[ScheduleHeader.RUNS_AT])
+    slot, *lists = schedule[steps_at:runs_at].view(-1, STEP_WORDS)[int(step)].tolist()
     runs = schedule[runs_at:].view(-1, 2)
     image, text = (_expand(runs[first : first + count]) for first, count in (lists[:2], lists[2:]))
     image_k[:, :, slot] = k

@@ -5,7 +5,7 @@ import torch
 from ...philox import gumbel, random_bits
 
 
-def sample_tokens(logits, temperature, top_k, top_p, seed, offset):
+def sample_tokens(logits, seed, offset, temperature, top_k, top_p):
     """Tokens int64 [R]; top_k = 0 and top_p = 1 keep everything."""
     x = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     vocabulary = x.shape[1]

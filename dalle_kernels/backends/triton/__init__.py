@@ -19,15 +19,16 @@ docs/triton.md explains the attention kernel line by line.
 from __future__ import annotations
 
 import functools
-import importlib
 import os
 import shutil
 
 import torch
 
+from ..base import Backend
+from ..plans import Tiles
+from . import launch
+
 OLDEST = (3, 6)
-OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention")  # a file each
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def interpreted() -> bool:
@@ -35,27 +36,48 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+class TritonBackend(Backend):
+    """Loads its operations, and with them Triton, when first asked about a tensor that it could take."""
+
+    name = "triton"
+    devices = ("cuda", "cpu") if interpreted() else ("cuda",)
+    # Triton's interpreter computes bfloat16 wrongly.
+    dtypes = (torch.float32, torch.float16) if interpreted() else Backend.dtypes
+
+    @property
+    def problem(self) -> str | None:
+        return _problem()
+
+    def device_problem(self, operation: str, tensor: torch.Tensor) -> str | None:
+        return _gpu_problem(tensor.device) if tensor.device.type == "cuda" else None
+
+    def tiles(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles:
+        return launch.tiles(device, head_dim, dtype)
+
+
+triton = TritonBackend()
+
+
 @functools.cache
-def _load():
-    """Imports Triton, and the operations into the backend; returns why it cannot, or None."""
+def _load() -> str | None:
+    """Imports Triton and the operations; returns why it cannot, or None."""
     try:
         import triton as compiler
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     if tuple(map(int, compiler.__version__.split(".")[:2])) < OLDEST:
         return f"it takes Triton {'.'.join(map(str, OLDEST))} or newer, not {compiler.__version__}"
-    for name in OPERATIONS:
-        setattr(triton, name, getattr(importlib.import_module(f"{__name__}.{name}"), name))
+    triton.load()
     return None
 
 
 @torch.compiler.assume_constant_result
-def _problem():
+def _problem() -> str | None:
     return _load()
 
 
 @torch.compiler.assume_constant_result
-def _gpu_problem(device):
+def _gpu_problem(device: torch.device) -> str | None:
     """Why a GPU cannot run Triton's kernels, or None."""
     if not torch.cuda.is_available():
         return None
@@ -64,29 +86,3 @@ def _gpu_problem(device):
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton compiles its launchers with a C compiler, and finds neither gcc nor clang, nor one that CC names"
     return None
-
-
-class TritonBackend:
-    name = "triton"
-
-    @property
-    def problem(self):
-        """Why no operation can run, or None; what `info` shows."""
-        return _problem()
-
-    def reasons(self, operation, tensor):
-        """Why this backend cannot run `operation` on `tensor`; empty when it can."""
-        kind = tensor.device.type
-        if kind != "cuda" and not (kind == "cpu" and interpreted()):
-            return (f"it takes cuda tensors, not {kind} (for tests cpu too, where TRITON_INTERPRET=1)",)
-        if tensor.dtype not in _DTYPES:
-            return (f"it takes float32, bfloat16 and float16, not {tensor.dtype}",)
-        if tensor.dtype == torch.bfloat16 and interpreted():
-            return ("Triton's interpreter (TRITON_INTERPRET=1) computes bfloat16 wrongly",)
-        if operation.endswith("attention") and tensor.shape[-1] > 128:
-            return (f"it takes head dims up to 128, not {tensor.shape[-1]}",)
-        problem = _problem() or (_gpu_problem(tensor.device) if kind == "cuda" else None)
-        return (problem,) if problem else ()
-
-
-triton = TritonBackend()

@@ -15,18 +15,19 @@ import torch
 import triton
 import triton.language as tl
 
-from ..sparse_attention import rows_contiguous
-from . import launch
-from .math import INFINITY, LOG2E, exp2, finite
+from ...decode_schedule import STEP_WORDS as WORDS_OF_A_STEP
+from ...decode_schedule import ScheduleHeader
+from . import launch, softmax
+from .math import INFINITY, LOG2E
 from .matrices import Matrices, load_rows, store_rows
 from .registration import register
 
 # -- reading a packed schedule (dalle_kernels/decode_schedule.py describes it); `schedule` points to its first word
 
-STEPS = tl.constexpr(3)  # words of the header: how many steps, and where a part begins
-STEPS_AT = tl.constexpr(6)
-RUNS_AT = tl.constexpr(7)
-STEP_WORDS = tl.constexpr(5)
+STEPS = tl.constexpr(int(ScheduleHeader.STEPS))  # words of the header
+STEPS_AT = tl.constexpr(int(ScheduleHeader.STEPS_AT))
+RUNS_AT = tl.constexpr(int(ScheduleHeader.RUNS_AT))
+STEP_WORDS = tl.constexpr(WORDS_OF_A_STEP)
 RUNS = tl.constexpr(16)  # that are looked at together
 
 
@@ -77,8 +78,7 @@ def _text(
     q_rows = load_rows(q, heads, pair, rows, HEAD_DIM, D)
 
     scale_log2 = scale * LOG2E
-    maximum = tl.full([ROWS], -INFINITY, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    maximum, total = softmax.empty(ROWS)
     acc = tl.zeros([ROWS, D], tl.float32)
     _, runs, count = _read_step(schedule, step, 3)
     for first in range(0, count, RUNS):
@@ -89,11 +89,7 @@ def _text(
             v_rows = load_rows(prefix_v, heads, pair, tokens, HEAD_DIM, D)
             scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
             scores = tl.where(tokens[None, :] >= 0, scores, -INFINITY)
-            new = tl.maximum(maximum, tl.max(scores, 1))
-            less = finite(new)  # scores may overflow to -inf
-            keep = exp2((maximum - less) * scale_log2, PRECISE)
-            weights = exp2((scores - less[:, None]) * scale_log2, PRECISE)
-            maximum, total = new, total * keep + tl.sum(weights, 1)
+            maximum, total, keep, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
             acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * keep[:, None], input_precision="ieee")
 
     store_rows(text_out, heads, pair, rows, acc, HEAD_DIM, D)
@@ -132,20 +128,13 @@ def _image(
             slots = tl.where(slots == own, -1, slots)
             k_rows = load_rows(image_k, heads, cached, slots, HEAD_DIM, D).to(tl.float32)
             v_rows = load_rows(image_v, heads, cached, slots, HEAD_DIM, D).to(tl.float32)
-            scores = tl.where(slots >= 0, tl.sum(q_row * k_rows, 1), -INFINITY)
-            new = tl.maximum(maximum, tl.max(scores, 0))
-            less = finite(new)
-            keep = exp2((maximum - less) * scale_log2, PRECISE)
-            weights = exp2((scores - less) * scale_log2, PRECISE)
-            maximum, total = new, total * keep + tl.sum(weights, 0)
-            acc = acc * keep[:, None] + tl.sum(weights[:, None] * v_rows, 0)[None, :]
+            scores = tl.where(slots >= 0, tl.sum(q_row * k_rows, 1), -INFINITY)[None, :]
+            maximum, total, keep, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
+            acc = acc * keep[:, None] + tl.sum(tl.trans(weights) * v_rows, 0)[None, :]
 
     at = pair.to(tl.int64) * candidates + row
-    of_text = tl.load(text_maximum + at)
-    less = finite(tl.maximum(maximum, of_text))
-    keep = exp2((maximum - less) * scale_log2, PRECISE)
-    weight = exp2((of_text - less) * scale_log2, PRECISE)
-    total = total * keep + tl.load(text_total + at) * weight
+    of_text, total_of_text = tl.load(text_maximum + at), tl.load(text_total + at)
+    _, total, keep, weight = softmax.merge(maximum, total, of_text, total_of_text, scale_log2, PRECISE)
     text_acc = load_rows(text_out, heads, pair, row, HEAD_DIM, D)
     acc = (acc * keep[:, None] + text_acc * weight[:, None]) / total[:, None]
     acc = tl.where(own >= 0, acc, float("nan"))  # a step outside the image
@@ -153,12 +142,6 @@ def _image(
 
 
 # -- the operation
-
-
-def decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
-    """[P * C, H, D] of already checked tensors; writes the new key and value into image_k and image_v."""
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
-    return _op(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale)
 
 
 def _decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
@@ -197,7 +180,7 @@ def _fake(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
     return q.new_empty(q.shape)
 
 
-_op = register(
+decode_attention = register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) image_k,"
     " Tensor(b!) image_v, Tensor schedule, Tensor step, float scale) -> Tensor",
     _decode_attention,

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .. import gumbel_softmax as shared
+from ..autograd import gumbel_softmax as shared
 from . import launch
 from .math import INFINITY, LOG2E, exp2, natural_log
 from .philox import gumbel, random_quads

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from ...plan import TileShape
+from ..plans import Tiles
 
 SPLIT = 16  # groups of columns after which a tile is split between programs, so that none runs much longer than others
 
@@ -99,6 +100,12 @@ def architecture(device: torch.device) -> str:
 
 def lookup(kernel: str, device: torch.device, head_dim: int, dtype: torch.dtype) -> Launch:
     return OVERRIDES.get(kernel) or in_table(kernel, architecture(device), padded(head_dim), dtype.itemsize)
+
+
+def tiles(device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles:
+    """How sparse_attention cuts plans."""
+    kernels = "sparse_attention", "sparse_attention.grad_kv"
+    return Tiles(*(lookup(kernel, device, head_dim, dtype).tile_shape for kernel in kernels))
 
 
 def in_table(kernel: str, architecture: str, dim: int, bytes: int) -> Launch:

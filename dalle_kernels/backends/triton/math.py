@@ -30,12 +30,6 @@ def exp2(x, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def finite(maximum):
-    """A maximum so far as something to subtract: where nothing was seen it is -inf, and -inf - 0 serves as well."""
-    return tl.where(maximum == -INFINITY, 0.0, maximum)
-
-
-@triton.jit
 def natural_log(x):
     """Of positive, normal float32 numbers, to a unit in the last place on every device."""
     e = _scaled_exponent(x)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ...plan import PlanHeader
+
 # Words of the header that say where a part begins.
-ROWS_AT = tl.constexpr(13)
-ENTRIES_AT = tl.constexpr(15)
-GATHERED_AT = tl.constexpr(16)
-MASKS_AT = tl.constexpr(17)
-ITEMS_AT = tl.constexpr(18)
-SPLIT_AT = tl.constexpr(19)
+ROWS_AT = tl.constexpr(int(PlanHeader.ROWS_AT))
+ENTRIES_AT = tl.constexpr(int(PlanHeader.ENTRIES_AT))
+GATHERED_AT = tl.constexpr(int(PlanHeader.GATHERED_AT))
+MASKS_AT = tl.constexpr(int(PlanHeader.MASKS_AT))
+ITEMS_AT = tl.constexpr(int(PlanHeader.ITEMS_AT))
+SPLIT_TILES_AT = tl.constexpr(int(PlanHeader.SPLIT_TILES_AT))
 
 
 @triton.jit
@@ -27,7 +29,7 @@ def work_item(plan, i):
 @triton.jit
 def split_tile(plan, i):
     """(tile, first, count): the partial results [first, first + count) make up a tile."""
-    at = plan + tl.load(plan + SPLIT_AT) + 3 * i
+    at = plan + tl.load(plan + SPLIT_TILES_AT) + 3 * i
     return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 

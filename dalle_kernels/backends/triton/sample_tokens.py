@@ -148,11 +148,6 @@ def _sample_row(
     tl.store(tokens + row, (largest.to(tl.uint32) ^ ALL).to(tl.int64))
 
 
-def sample_tokens(logits, temperature, top_k, top_p, seed, offset):
-    """Tokens int64 [R], of already checked arguments."""
-    return _op(logits, seed, offset, temperature, top_k, top_p)
-
-
 def _sample_tokens(logits, seed, offset, temperature, top_k, top_p):
     if logits.stride(1) != 1:
         logits = logits.contiguous()
@@ -175,7 +170,7 @@ def _fake(logits, seed, offset, temperature, top_k, top_p):
     return seed.new_empty(logits.shape[0])
 
 
-_op = register(
+sample_tokens = register(
     "sample_tokens(Tensor logits, Tensor seed, Tensor offset, float temperature, int top_k, float top_p) -> Tensor",
     _sample_tokens,
     _fake,

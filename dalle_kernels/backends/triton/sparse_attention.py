@@ -14,16 +14,14 @@ delta, so that it has the rounding errors of dP.
 
 from __future__ import annotations
 
-import operator
-
 import torch
 import triton
 import triton.language as tl
 
-from ...plan import plan_tensor
-from .. import sparse_attention as shared
-from . import launch
-from .math import INFINITY, LOG2E, exp2, finite
+from ..autograd import sparse_attention as shared
+from ..plans import PlanSizes
+from . import launch, softmax
+from .math import INFINITY, LOG2E, exp2
 from .matrices import Matrices, load_rows, store_rows
 from .plan import parts, read_entry, row_tokens, split_tile, where_allowed, work_item
 from .registration import register
@@ -47,8 +45,7 @@ def _forward(
 
     entries, gathered, masks = parts(plan)
     scale_log2 = scale * LOG2E
-    maximum = tl.full([ROWS], -INFINITY, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    maximum, total = softmax.empty(ROWS)
     acc = tl.zeros([ROWS, D], tl.float32)
     for e in tl.range(begin, end):
         tokens, mask = read_entry(entries, gathered, e, COLUMNS)
@@ -56,14 +53,7 @@ def _forward(
         scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
         if mask >= 0:
             scores = where_allowed(scores, -INFINITY, masks, mask, ROWS, COLUMNS)
-        new = tl.maximum(maximum, tl.max(scores, 1))
-        less = finite(new)
-        keep = exp2((maximum - less) * scale_log2, PRECISE)
-        if PRECISE:
-            weights = exp2((scores - less[:, None]) * scale_log2, PRECISE)
-        else:  # one multiply-add
-            weights = exp2(scores * scale_log2 - (less * scale_log2)[:, None], PRECISE)
-        maximum, total = new, total * keep + tl.sum(weights, 1)
+        maximum, total, keep, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
         v_rows = load_rows(v, heads, bh, tokens, HEAD_DIM, D)
         acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * keep[:, None], input_precision="ieee")
 
@@ -102,16 +92,11 @@ def _combine(
     """Adds up the partial results of a split tile."""
     bh = tl.program_id(0) % pairs
     tile, first, count = split_tile(plan, tl.program_id(0) // pairs)
-    maximum = tl.full([ROWS], -INFINITY, tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
+    maximum, total = softmax.empty(ROWS)
     acc = tl.zeros([ROWS, D], tl.float32)
     for i in range(count):
         part, part_maximum, part_total = _saved(partials, (first + i).to(tl.int64) * pairs + bh, ROWS, D)
-        new = tl.maximum(maximum, part_maximum)
-        less = finite(new)
-        keep = exp2((maximum - less) * (scale * LOG2E), True)
-        weight = exp2((part_maximum - less) * (scale * LOG2E), True)
-        maximum, total = new, total * keep + part_total * weight
+        maximum, total, keep, weight = softmax.merge(maximum, total, part_maximum, part_total, scale * LOG2E, True)
         acc = acc * keep[:, None] + part * weight[:, None]
     rows = row_tokens(plan, tile, ROWS)
     _finish(out, lse, rows, acc, maximum, total, scale, heads, bh, n, HEAD_DIM, D)
@@ -303,28 +288,7 @@ def _combine_kv(
 
 # -- the operations
 
-SIZES = 5  # of a plan: rows, columns, work items, partial results, split tiles
 COMBINE_WARPS = 8
-
-
-def sparse_attention(q, k, v, pattern, scale):
-    """(out, lse) of already checked tensors."""
-    q, k, v = (shared.rows_contiguous(x) for x in (q, k, v))
-    # index(): a plan is for one length, also under dynamic shapes
-    plan, backward_plan, sizes = _plans(pattern, operator.index(q.shape[2]), q.device, q.shape[3], q.dtype)
-    return _op(q, k, v, plan, backward_plan, sizes, scale)
-
-
-@torch.compiler.assume_constant_result
-def _plans(pattern, n, device, head_dim, dtype):
-    """The plan seen from the queries, that seen from the keys, and the SIZES of both."""
-    plans, sizes = [], []
-    for side, kernel in (("query", "sparse_attention"), ("key", "sparse_attention.grad_kv")):
-        shape = launch.lookup(kernel, device, head_dim, dtype).tile_shape
-        plan, (_, *counts) = plan_tensor(pattern, n, device, shape, side)
-        plans.append(plan)
-        sizes += [shape.rows, shape.columns, *counts]
-    return *plans, sizes
 
 
 class _Problem:
@@ -336,28 +300,31 @@ class _Problem:
 
     def partials(self, sizes, vectors):
         """Scratch memory for the partial results of a plan of `sizes`, each of so many float32 vectors [ROWS]."""
-        rows, _, _, partials, _ = sizes
-        return self.q.new_empty(partials * self.pairs * rows * vectors, dtype=torch.float32)
+        return self.q.new_empty(sizes.partials * self.pairs * sizes.rows * vectors, dtype=torch.float32)
 
     def start(self, kernel, name, sizes, *arguments, scale, **constants):
         """Starts a kernel on the work items of a plan, as the table says under `name`."""
-        rows, columns, items, _, _ = sizes
         line = launch.lookup(name, self.q.device, self.head_dim, self.q.dtype)
         numbers = scale, self.pairs, self.heads, self.n
-        shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=rows, COLUMNS=columns)
-        launch.start(kernel, self.pairs * items, line.warps, line.stages, *arguments, *numbers, **shape, **constants)
+        shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=sizes.rows, COLUMNS=sizes.columns)
+        blocks = self.pairs * sizes.items
+        launch.start(kernel, blocks, line.warps, line.stages, *arguments, *numbers, **shape, **constants)
 
     def combine(self, kernel, sizes, *arguments, scale):
         """Starts a kernel on the split tiles of a plan."""
-        rows, _, _, _, split_tiles = sizes
         numbers = scale, self.pairs, self.heads, self.n
-        shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=rows)
-        launch.start(kernel, self.pairs * split_tiles, COMBINE_WARPS, 1, *arguments, *numbers, **shape)
+        shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=sizes.rows)
+        launch.start(kernel, self.pairs * sizes.split_tiles, COMBINE_WARPS, 1, *arguments, *numbers, **shape)
+
+
+def _of_plans(sizes):
+    half = len(sizes) // 2
+    return PlanSizes(*sizes[:half]), PlanSizes(*sizes[half:])
 
 
 def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale):
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
-    problem, sizes = _Problem(q, scale), sizes[:SIZES]
+    problem, (sizes, _) = _Problem(q, scale), _of_plans(sizes)
     partials = problem.partials(sizes, problem.dim + 2)
     positive = max(abs(scale), 4 * torch.finfo(torch.float32).tiny)  # never 0, because -inf is multiplied by it
     results = Matrices.of(out), lse, partials, plan
@@ -369,7 +336,7 @@ def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale):
 
 def _sparse_attention_backward(grad_out, q, k, v, out, lse, plan, backward_plan, sizes, scale):
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    problem, sizes, key_sizes = _Problem(q, scale), sizes[:SIZES], sizes[SIZES:]
+    problem, (sizes, key_sizes) = _Problem(q, scale), _of_plans(sizes)
     statistics = q.new_empty(3, problem.pairs, problem.n, dtype=torch.float32)
     q, k, v, out, grad_out, grad_q, grad_k, grad_v = map(Matrices.of, (q, k, v, out, grad_out, *grads))
 
@@ -398,4 +365,4 @@ _backward_op = register(
     _sparse_attention_backward,
     shared.fake_backward,
 )
-shared.register_autograd(_op, _backward_op)
+sparse_attention = shared.register_autograd(_op, _backward_op, launch.tiles)

@@ -19,10 +19,11 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench_cudagraph
 
-from ...decode import DecodeCache, decode_attention
+from ...decode_attention import decode_attention
+from ...decode_cache import DecodeCache
 from ...gumbel_softmax import gumbel_softmax
 from ...patterns import AttentionPattern
-from ...sampling import sample_tokens
+from ...sample_tokens import sample_tokens
 from ...sparse_attention import sparse_attention
 from .. import use_backend
 from . import launch
@@ -61,7 +62,7 @@ def decoding(dtype, head_dim):
     pattern, heads, candidates, start = AttentionPattern.row(256, (32, 32)), 16, 64, 528
     sizes = dict(prompts=1, candidates=candidates, heads=heads, head_dim=head_dim, start=start)
     cache = DecodeCache([pattern], **sizes, dtype=dtype, device=DEVICE)
-    cache.write_prefix(0, *torch.randn(2, 1, heads, 256 + start, head_dim, dtype=dtype, device=DEVICE))
+    cache.prefill(0, *torch.randn(2, 1, heads, 256 + start, head_dim, dtype=dtype, device=DEVICE))
     new = torch.randn(3, candidates, heads, head_dim, dtype=dtype, device=DEVICE)
     return lambda: decode_attention(*new, cache, 0)
 

@@ -1,6 +1,8 @@
-"""What every registered gumbel_softmax shares, whatever its kernels are written in: fake kernels and the gradient."""
+"""gumbel_softmax as every registered backend has it: fake kernels and the gradient."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 
@@ -39,7 +41,7 @@ def _no_double_backward(ctx, grad):
     )
 
 
-def register_autograd(op, backward_op):
+def register_autograd(op: Callable, backward_op: Callable) -> Callable:
     """Gives `op` its gradient, `backward_op`; returns the backend's function, (y, kl or None) of checked arguments."""
 
     def backward(ctx, grad_y, grad_kl, grad_stats):

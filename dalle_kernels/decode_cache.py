@@ -1,4 +1,4 @@
-"""Generating one image token at a time against cached keys and values."""
+"""Cached keys and values of sequences that are generated one image token at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 
 from . import backends
-from .decode_schedule import compile_schedule, schedule_tensor
+from .backends.plans import schedule_tensor
+from .decode_schedule import compile_schedule
 from .patterns import AttentionPattern
 
 
@@ -30,14 +31,23 @@ def _full(limit):
 
 
 @dataclass(frozen=True)
-class _Layer:
-    schedule: torch.Tensor  # packed, int32
-    prefix_k: torch.Tensor  # [P, H, T, D]
+class CachedLayer:
+    """What the cache holds for a layer: P prompts, C candidates, H heads, T text tokens, S slots, head dim D."""
+
+    schedule: torch.Tensor
+    """The packed decode schedule, int32; see `dalle_kernels.decode_schedule`."""
+    prefix_k: torch.Tensor
+    """[P, H, T, D]"""
     prefix_v: torch.Tensor
-    image_k: torch.Tensor  # [P * C, H, R, D]
+    """[P, H, T, D]"""
+    image_k: torch.Tensor
+    """[P * C, H, S, D]"""
     image_v: torch.Tensor
-    start_tokens: torch.Tensor  # of the image prefix, the tokens that keep their slot
+    """[P * C, H, S, D]"""
+    start_tokens: torch.Tensor
+    """Of the given image tokens, those that keep their slot, int64."""
     start_slots: torch.Tensor
+    """And their slots, int64."""
 
 
 class DecodeCache:
@@ -91,7 +101,7 @@ class DecodeCache:
         with torch.inference_mode(False):  # ordinary tensors, which can be written to in and out of inference mode
             self.step = torch.full((), start, dtype=torch.int64, device=device)
             self._layers = [self._layer(pattern) for pattern in patterns]
-        self._written = [False] * len(patterns)
+        self._prefilled = [False] * len(patterns)
 
     def _layer(self, pattern):
         prompts, heads, _, head_dim = self._prefix_shape
@@ -103,7 +113,7 @@ class DecodeCache:
 
         prefix = prompts, heads, pattern.text_len, head_dim
         image = heads, self._shape[0], schedule.slots, head_dim  # a head of all sequences lies together, as it is read
-        return _Layer(
+        return CachedLayer(
             schedule_tensor(pattern, self.device),
             empty(*prefix),
             empty(*prefix),
@@ -120,16 +130,16 @@ class DecodeCache:
 
     @property
     def capturable(self) -> bool:
-        """Whether a step can be captured as a CUDA graph: `reference` cannot, it reads the step on the host."""
-        backend = backends.choose("decode_attention", self._layers[0].image_k)
-        return self.device.type == "cuda" and backend.name != "reference"
+        """Whether a step can be captured as a CUDA graph: not on `reference`, which reads the step on the host."""
+        backend = backends.select("decode_attention", self._layers[0].image_k)
+        return self.device.type == "cuda" and backend.capturable
 
     @torch.no_grad()
-    def write_prefix(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+    def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Stores what precedes the first decoded token: k and v [P, H, text_len + start, D], the text's keys and values
         once per prompt, then those of the `start` given image tokens, which all candidates of a prompt share. No
         gradient flows through the cache."""
-        storage = self._check_layer(layer)
+        storage = self.layer(layer)
         self._check_tensors(self._prefix_shape, "[prompts, heads, text_len + start, head_dim]", k=k, v=v)
         text = storage.prefix_k.shape[2]
         for prefix, image, x in ((storage.prefix_k, storage.image_k, k), (storage.prefix_v, storage.image_v, v)):
@@ -137,7 +147,7 @@ class DecodeCache:
             if self.start:
                 of_prompts = image.unflatten(0, (self.prompts, self.candidates))
                 of_prompts[:, :, :, storage.start_slots] = x[:, None, :, text + storage.start_tokens]
-        self._written[layer] = True
+        self._prefilled[layer] = True
 
     def advance(self) -> None:
         """Goes on to the next image token; call it when every layer has attended. On a CPU, more steps than the image
@@ -145,16 +155,35 @@ class DecodeCache:
         _advance(self.step, self._steps)
 
     def reset(self) -> None:
-        """Goes back to the first step. The text stays; where `start` image tokens were given, `write_prefix` must be
+        """Goes back to the first step. The text stays; where `start` image tokens were given, `prefill` must be
         called again."""
         self.step.fill_(self.start)
         if self.start:
-            self._written = [False] * len(self._layers)
+            self._prefilled = [False] * len(self._layers)
 
-    def _check_layer(self, layer):
+    def layer(self, layer: int) -> CachedLayer:
+        """What the cache holds for a layer.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
         if not 0 <= layer < len(self._layers):
             raise ValueError(f"layer must lie in [0, {len(self._layers) - 1}]; got {layer}")
         return self._layers[layer]
+
+    def check_step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Makes sure that `layer` can attend with the q, k and v [P * C, H, D] of a new token.
+
+        Raises:
+            ValueError, TypeError: as `decode_attention`.
+        """
+        self.layer(layer)
+        self._check_tensors(self._shape, "[prompts * candidates, heads, head_dim]", q=q, k=k, v=v)
+        if not self._prefilled[layer] and self._prefix_shape[2]:
+            raise ValueError(f"layer {layer} has no prefix yet; call cache.prefill({layer}, k, v) first")
+        # Reading the step is free on a CPU only, and never possible while tracing; the kernel checks again.
+        if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.step) >= self._steps:
+            raise ValueError(_full(self._steps))
 
     def _check_tensors(self, shape, meaning, **tensors):
         for name, x in tensors.items():
@@ -164,19 +193,6 @@ class DecodeCache:
                 raise TypeError(f"{name} must have the cache's dtype {self.dtype}; got {x.dtype}")
             if x.device != self.device:
                 raise ValueError(f"{name} must be on the cache's device {self.device}; got {x.device}")
-
-    def _check_step(self, layer, q, k, v):
-        """The layer's storage, once it is certain that the step can run."""
-        storage = self._check_layer(layer)
-        self._check_tensors(self._shape, "[prompts * candidates, heads, head_dim]", q=q, k=k, v=v)
-        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-            raise NotImplementedError("decode_attention has no gradient; call it under torch.inference_mode()")
-        if not self._written[layer] and self._prefix_shape[2]:
-            raise ValueError(f"layer {layer} has no prefix yet; call cache.write_prefix({layer}, k, v) first")
-        # Reading the step is free on a CPU only, and never possible while tracing; the kernel checks again.
-        if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.step) >= self._steps:
-            raise ValueError(_full(self._steps))
-        return storage
 
 
 def _check_patterns(patterns):
@@ -188,28 +204,3 @@ def _check_patterns(patterns):
     sizes = {(pattern.text_len, pattern.seq_len) for pattern in patterns}
     if len(sizes) > 1:
         raise ValueError(f"patterns must share text_len and seq_len; got the pairs {sorted(sizes)}")
-
-
-def decode_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: DecodeCache, layer: int) -> torch.Tensor:
-    """Attention of one new image token per sequence: what `sparse_attention` gives for this row of the layer's pattern,
-    with the scale D ** -0.5.
-
-    The new key and value are written into the cache first, and a token sees itself; repeating a call within a step
-    changes nothing. The bits of a sequence's result do not depend on how many prompts and candidates the cache holds.
-
-    Args:
-        q, k, v: [P * C, H, D] in the cache's dtype; any strides with a contiguous last dimension are taken as they are.
-        cache: the cache; its step says which token this is.
-        layer: which of the cache's layers.
-
-    Returns:
-        [P * C, H, D], contiguous, in the same dtype.
-
-    Raises:
-        ValueError, TypeError, NotImplementedError: shapes, dtypes or devices that are not the cache's, no such layer,
-            no prefix written yet, more steps than the image has tokens (found on a CPU only), or a gradient asked for.
-    """
-    storage = cache._check_step(layer, q, k, v)
-    run = backends.choose("decode_attention", q).decode_attention
-    prefix_and_image = storage.prefix_k, storage.prefix_v, storage.image_k, storage.image_v
-    return run(q, k, v, *prefix_and_image, storage.schedule, cache.step, q.shape[-1] ** -0.5)

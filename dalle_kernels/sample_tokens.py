@@ -1,4 +1,4 @@
-"""Drawing tokens from logits."""
+"""Sampling tokens from logits."""
 
 from __future__ import annotations
 
@@ -63,6 +63,6 @@ def sample_tokens(
     else:
         offset = torch.arange(rows[0], device=device)
     seed = fresh_seed(rows, device) if seed is None else as_seed(seed, "seed", rows, device)
-    chosen = backends.choose("sample_tokens", logits, backend)
+    run = backends.dispatch("sample_tokens", logits, backend)
     keep = min(top_k or 0, logits.shape[1]), 1.0 if top_p is None else float(top_p)
-    return chosen.sample_tokens(logits, float(temperature), *keep, seed, offset)
+    return run(logits, seed, offset, float(temperature), *keep)

@@ -1,0 +1,79 @@
+"""What a backend is: one implementation of every operation, in a package with a module per operation."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+
+from ..patterns import AttentionPattern
+from .plans import Tiles, plan_tensors
+
+OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention")
+
+
+class Backend:
+    """One implementation of every operation.
+
+    The package of a subclass has a module for each of OPERATIONS, with a function of that name, which takes checked
+    arguments in the order of csrc/ops/schemas.cpp (`sparse_attention` takes a pattern in place of plans).
+
+    Attributes:
+        name: as in `backend="name"`.
+        devices: device types of the tensors that it takes; None: any.
+        dtypes: of the tensors that it takes; None: any floating-point dtype.
+        max_head_dim: of the attention operations; None: any.
+        capturable: whether CUDA graphs can record its operations, because none waits for the device.
+        operations: the functions by name; empty while there is a `problem`.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None = None
+    dtypes: tuple[torch.dtype, ...] | None = (torch.float32, torch.bfloat16, torch.float16)
+    max_head_dim: int | None = 128
+    capturable: bool = True
+
+    def __init__(self) -> None:
+        self.operations: dict[str, Callable] = {}
+
+    @property
+    def problem(self) -> str | None:
+        """Why this installation cannot run any operation, or None."""
+        return None
+
+    def device_problem(self, operation: str, tensor: torch.Tensor) -> str | None:
+        """Why the device that holds `tensor` cannot run `operation`, or None."""
+        return None
+
+    def tiles(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles | None:
+        """How plans are cut for a problem; None where the backend reads no plans."""
+        return None
+
+    def reasons(self, operation: str, tensor: torch.Tensor) -> tuple[str, ...]:
+        """Why `operation` cannot run on tensors of `tensor`'s device, dtype and last dimension; empty when it can."""
+        kind, head_dim = tensor.device.type, tensor.shape[-1]
+        if self.devices is not None and kind not in self.devices:
+            return (f"it takes {' and '.join(self.devices)} tensors, not {kind}",)
+        if self.dtypes is not None and tensor.dtype not in self.dtypes:
+            return (f"it takes {', '.join(str(dtype) for dtype in self.dtypes)}, not {tensor.dtype}",)
+        if self.max_head_dim is not None and operation.endswith("attention") and head_dim > self.max_head_dim:
+            return (f"it takes head dims up to {self.max_head_dim}, not {head_dim}",)
+        problem = self.problem or self.device_problem(operation, tensor)
+        return (problem,) if problem else ()
+
+    def prepare(self, pattern: AttentionPattern, n: int, tensor: torch.Tensor) -> None:
+        """Compiles and uploads what `sparse_attention` needs for the pattern's first n tokens and tensors like this."""
+        tiles = self.tiles(tensor.device, tensor.shape[-1], tensor.dtype)
+        if tiles is not None:
+            plan_tensors(pattern, n, tensor.device, tiles)
+
+    def load(self) -> None:
+        """Imports the operations."""
+        package = type(self).__module__
+        self.operations = {name: getattr(importlib.import_module(f"{package}.{name}"), name) for name in OPERATIONS}
+
+
+def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x` with a contiguous last dimension, which the kernels rely on; a copy only if need be."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
