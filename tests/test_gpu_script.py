@@ -407,7 +407,7 @@ def test_the_suite(monkeypatch, capfd):
 def test_lines_of_the_launch_table(monkeypatch, tmp_path):
     """As the command prints them; what is tuned is what can be."""
     pytest.importorskip("triton")
-    from dalle_kernels.backends.triton import tune as command
+    from dalle_kernels import tune as command
 
     monkeypatch.setattr(tune, "python", lambda *arguments: [sys.executable, "-c", f"print({arguments!r})"])
     results = report.Results(tmp_path)

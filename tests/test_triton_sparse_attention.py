@@ -6,7 +6,8 @@ from test_sparse_attention import check, make, plain_attention, run
 from triton_for_tests import DEVICE, DTYPES, ON_GPU, on_device  # noqa: F401
 
 import dalle_kernels as dk
-from dalle_kernels.backends.triton import launch, sparse_attention
+from dalle_kernels.backends.plans import plan_tensors
+from dalle_kernels.backends.triton import launch
 from patterns_for_tests import NAMES, every_pattern
 
 TEXT, GRID = 21, (8, 10)  # 101 tokens: two tiles, the second with a half that is neither full nor empty
@@ -24,6 +25,11 @@ splits = pytest.mark.parametrize("split", [None, 1])
 
 def randn(dtype, *, batch=4, heads=4, n=N, dim=32):
     return torch.randn(3, batch, heads, n, dim).to(dtype).unbind(0)
+
+
+def plans(pattern, n, head_dim, dtype):
+    """The plan, the backward plan, and the sizes of both."""
+    return plan_tensors(pattern, n, DEVICE, launch.tiles(DEVICE, head_dim, dtype))
 
 
 def attend(pattern, tensors, grad=None, scale=None):
@@ -121,8 +127,8 @@ def test_shorter_sequences(n, dtype, seed):
 def test_split_tiles(dtype, split_tiles, seed):
     """Some parts of a tile hold no key that some of its rows see."""
     split_tiles(1)
-    plans = sparse_attention._plans(EVERY_PATTERN["mask"], N, DEVICE, 40, dtype)
-    assert plans[2][4] and plans[2][9]
+    *_, sizes = plans(EVERY_PATTERN["mask"], N, 40, dtype)
+    assert sizes[5] and sizes[11], "both plans have split tiles"
     check(EVERY_PATTERN["mask"], *randn(dtype, dim=40), "triton")
 
 
@@ -206,16 +212,16 @@ def test_empty_batch():
 def test_the_papers_size(name, tiles_of_the_table, seed):
     """Work items share tiles here without being told to."""
     pattern = getattr(dk.AttentionPattern, name)(256, (32, 32))
-    sizes = sparse_attention._plans(pattern, 1280, DEVICE, 64, torch.float16)[2]
-    assert sizes[9]
+    *_, sizes = plans(pattern, 1280, 64, torch.float16)
+    assert sizes[11], "the keys' plan has split tiles"
     check(pattern, *randn(torch.float16, batch=1, heads=2, n=1280, dim=64), "triton")
 
 
 @pytest.mark.parametrize("layout", ["bhnd", "qkv"])
 def test_opcheck(layout, seed):
     q, k, v = (x.requires_grad_() for x in make(layout, 1, 2, 17, 32, torch.float32))
-    plans = sparse_attention._plans(dk.AttentionPattern.column(5, (3, 4)), 17, DEVICE, 32, torch.float32)
-    torch.library.opcheck(torch.ops.dalle_kernels_triton.sparse_attention.default, (q, k, v, *plans, 0.2))
+    arguments = q, k, v, *plans(dk.AttentionPattern.column(5, (3, 4)), 17, 32, torch.float32), 0.2
+    torch.library.opcheck(torch.ops.dalle_kernels_triton.sparse_attention.default, arguments)
 
 
 def test_compiles_into_one_graph(seed):

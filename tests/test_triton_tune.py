@@ -8,8 +8,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from dalle_kernels import tune
 from dalle_kernels.backends import BACKENDS
-from dalle_kernels.backends.triton import launch, tune
+from dalle_kernels.backends.triton import launch
 from dalle_kernels.backends.triton.launch import Launch
 
 BEST = {  # for 16 bits; for 32 half the columns

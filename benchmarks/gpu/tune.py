@@ -17,7 +17,7 @@ def items(setting):
 
 
 def lines(operation, options):
-    command = python("-m", "dalle_kernels.backends.triton.tune", operation, *options)
+    command = python("-m", "dalle_kernels.tune", operation, *options)
     found = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout
     print(found, file=sys.stderr)
     return [{"launch table": found.splitlines()}]

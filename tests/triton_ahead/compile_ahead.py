@@ -22,6 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 import dalle_kernels as dk
+from dalle_kernels.backends.plans import plan_tensors
 from dalle_kernels.backends.triton import launch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -34,7 +35,7 @@ def sparse_attention(dtype, head_dim, heads=2):
 
     pattern = dk.AttentionPattern.causal(256, (32, 32))
     q = torch.zeros(1, heads, pattern.seq_len, head_dim, dtype=dtype)
-    plans = module._plans(pattern, pattern.seq_len, q.device, head_dim, dtype)
+    plans = plan_tensors(pattern, pattern.seq_len, q.device, launch.tiles(q.device, head_dim, dtype))
     out, lse = module._sparse_attention(q, q, q, *plans, 0.1)
     module._sparse_attention_backward(q, q, q, q, out, lse, *plans, 0.1)
 
@@ -72,7 +73,7 @@ def decode_attention(dtype, head_dim):
     pattern = dk.AttentionPattern.row(256, (32, 32))
     sizes = dict(prompts=2, candidates=32, heads=4, head_dim=head_dim, dtype=dtype, device="cpu")
     cache = dk.DecodeCache([pattern], **sizes)
-    layer = cache._layers[0]
+    layer = cache.layer(0)
     storage = layer.prefix_k, layer.prefix_v, layer.image_k, layer.image_v
     q = torch.zeros(cache._shape, dtype=dtype)
     module._decode_attention(q, q, q, *storage, layer.schedule, cache.step, 0.1)

@@ -7,7 +7,7 @@ How it is built:
   the operation's name with the arguments of `reference`. What several operations need stands in `math.py`,
   `matrices.py` and `philox.py`; `plan.py` reads plans.
 - How a kernel is cut and launched (rows and columns of a tile, warps, stages) is looked up in `launch.py`. Nothing is
-  tuned at run time; `python -m dalle_kernels.backends.triton.tune OPERATION` prints better lines for that
+  tuned at run time; `python -m dalle_kernels.tune OPERATION` prints better lines for that
   table.
 - Nothing here imports Triton, until somebody asks for a tensor that this backend could take, or for `problem`.
 - TRITON_INTERPRET=1, set before Triton is imported, makes it take CPU tensors: slow, but every line runs, in the tests

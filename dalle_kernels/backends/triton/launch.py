@@ -1,6 +1,6 @@
 """How kernels are cut and launched: a table by architecture, head dim and size of an element.
 
-`python -m dalle_kernels.backends.triton.tune OPERATION` measures alternatives on the GPU at hand and prints lines for
+`python -m dalle_kernels.tune OPERATION` measures alternatives on the GPU at hand and prints lines for
 TABLE.
 OVERRIDES goes before the table: `launch.OVERRIDES["sparse_attention"] = Launch(64, 64, 8, 3)`.
 """

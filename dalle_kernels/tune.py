@@ -1,6 +1,6 @@
 """Measures on the GPU at hand how kernels are best cut and launched, and prints lines for launch.TABLE:
 
-python -m dalle_kernels.backends.triton.tune OPERATION [--dtypes bfloat16] [--head-dims 64]
+python -m dalle_kernels.tune OPERATION [--dtypes bfloat16] [--head-dims 64]
 
 An operation is timed as a whole, at the paper's sizes. Kernels that read the same plan share rows and columns; warps
 and stages are each kernel's own. Most of the time goes into compiling what is tried: minutes for a dtype and head dim.
@@ -19,15 +19,15 @@ import torch
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench_cudagraph
 
-from ...decode_attention import decode_attention
-from ...decode_cache import DecodeCache
-from ...gumbel_softmax import gumbel_softmax
-from ...patterns import AttentionPattern
-from ...sample_tokens import sample_tokens
-from ...sparse_attention import sparse_attention
-from .. import use_backend
-from . import launch
-from .launch import Launch
+from .backends import use_backend
+from .backends.triton import launch
+from .backends.triton.launch import Launch
+from .decode_attention import decode_attention
+from .decode_cache import DecodeCache
+from .gumbel_softmax import gumbel_softmax
+from .patterns import AttentionPattern
+from .sample_tokens import sample_tokens
+from .sparse_attention import sparse_attention
 
 DEVICE = torch.device("cuda")
 
