@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .compile import constant
+
 
 def _near(distance, size, radius):
     """Whether `distance`, on a ring of `size`, is at most `radius`."""
@@ -122,7 +124,7 @@ class AttentionPattern:
         except (TypeError, ValueError):
             raise ValueError(f"grid must be a pair (height, width) of whole numbers; got {grid!r}") from None
         text_len = _whole("text_len", text_len)
-        return cls(name, text_len, (height, width), tuple(sorted(options.items())), layout)
+        return constant(cls, name, text_len, (height, width), tuple(sorted(options.items())), layout)
 
     @classmethod
     def row(cls, text_len, grid):

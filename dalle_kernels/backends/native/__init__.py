@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from ...compile import constant_result
+
 FOLDER = Path(__file__).parents[2]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE_FLOAT32_BYTES = 132_608  # shared memory of a block; asserted in csrc/cuda/sparse_attention_backward.cu
@@ -41,7 +43,7 @@ def _isa_problem():
     return None if isas[asked] else f"DALLE_KERNELS_CPU_ISA={asked!r}: this processor does not have it"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _gpu(device):
     """Compute capability and bytes of shared memory that a block may have; None where no GPU is visible, as with
     tensors without data.

@@ -6,6 +6,7 @@ import operator
 
 import torch
 
+from ...compile import constant_result
 from ...plan import plan_tensors
 from .. import sparse_attention as shared
 
@@ -13,7 +14,7 @@ _op = torch.ops.dalle_kernels.sparse_attention.default
 _backward_op = torch.ops.dalle_kernels.sparse_attention_backward.default
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _plans(pattern, n, device):
     return plan_tensors(pattern, n, device)
 

@@ -25,6 +25,8 @@ import shutil
 
 import torch
 
+from ...compile import constant_result
+
 OLDEST = (3, 6)
 OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention")  # a file each
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,12 +51,12 @@ def _load():
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _problem():
     return _load()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _gpu_problem(device):
     """Why a GPU cannot run Triton's kernels, or None."""
     if not torch.cuda.is_available():

@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...compile import constant_result
 from ...plan import plan_tensor
 from .. import sparse_attention as shared
 from . import launch
@@ -315,7 +316,7 @@ def sparse_attention(q, k, v, pattern, scale):
     return _op(q, k, v, plan, backward_plan, sizes, scale)
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _plans(pattern, n, device, head_dim, dtype):
     """The plan seen from the queries, that seen from the keys, and the SIZES of both."""
     plans, sizes = [], []
