@@ -181,6 +181,8 @@ class AttentionPattern:
             text_len: how many leading tokens are text; what they see is the mask's business too.
             order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together;
                 raster order where omitted.
+
+        torch.compile breaks its graph here, as the mask's content is looked at: with fullgraph=True make it outside.
         """
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.numel() == 0 or mask.dtype != torch.bool:
