@@ -45,7 +45,8 @@ test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instr
 
 test-full: test test-slow   ## all tests
 
-# A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice.
+# A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice;
+# the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
 OTHER := build/torch-$(TORCH)
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile cuda_backend decode_attention decode_schedule \
 	gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention triton_backend))
@@ -55,7 +56,7 @@ test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
 	mkdir -p $(OTHER)
 	git ls-files -z | xargs -0 cp --parents --update --target-directory $(OTHER)
 	sed -i -e 's/^torch==.*/torch==$(TORCH).*/' -e '/^triton==/d' $(OTHER)/constraints.txt
-	$(MAKE) -C $(OTHER) VENV=.venv test-kernels
+	DALLE_CUDA=$${DALLE_CUDA:-0} $(MAKE) -C $(OTHER) VENV=.venv test-kernels
 
 test-kernels: $(DEV_STAMP)
 	$(BIN)/python -m dalle_kernels.info
