@@ -10,7 +10,7 @@ TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_triton_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-full lint bench gpu install shipped-model clean
+.PHONY: demo test test-slow test-full test-torch test-kernels lint bench gpu install shipped-model clean
 
 # -- set-up
 
@@ -44,6 +44,24 @@ test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instr
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
 
 test-full: test test-slow   ## all tests
+
+# A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice;
+# the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
+OTHER := build/torch-$(TORCH)
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile cuda_backend decode_attention decode_schedule \
+	gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention triton_backend))
+
+test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
+	@test -n "$(TORCH)" || { echo "name the version of PyTorch: make test-torch TORCH=2.12"; exit 2; }
+	mkdir -p $(OTHER)
+	git ls-files -z | xargs -0 cp --parents --update --target-directory $(OTHER)
+	sed -i -e 's/^torch==.*/torch==$(TORCH).*/' -e '/^triton==/d' $(OTHER)/constraints.txt
+	DALLE_CUDA=$${DALLE_CUDA:-0} $(MAKE) -C $(OTHER) VENV=.venv test-kernels
+
+test-kernels: $(DEV_STAMP)
+	$(BIN)/python -m dalle_kernels.info
+	$(PYTEST) -m "not slow" $(KERNEL_TESTS)
+	$(PYTEST) -m slow -k compiles $(KERNEL_TESTS)
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -21,8 +21,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 VERSION = "0.1.0"
-MINIMUM_TORCH = (2, 11)
-TORCH = "torch>=2.11"
+MINIMUM_TORCH = (2, 12)
+TORCH = "torch>=2.12"
 # PTX of 90, for newer GPUs: code for 80 knows no clusters, which are launched from 90 on.
 CUDA_ARCHS = ["80-real", "90a-real", "100-real", "90-virtual"]
 

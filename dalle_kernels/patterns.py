@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .compile import constant
+
 
 def _near(distance, size, radius):
     """Whether `distance`, on a ring of `size`, is at most `radius`."""
@@ -125,7 +127,7 @@ class AttentionPattern:
         except (TypeError, ValueError):
             raise ValueError(f"grid must be a pair (height, width) of whole numbers; got {grid!r}") from None
         text_len = _whole("text_len", text_len)
-        return cls(name, text_len, (height, width), tuple(sorted(options.items())), layout)
+        return constant(cls, name, text_len, (height, width), tuple(sorted(options.items())), layout)
 
     @classmethod
     def row(cls, text_len, grid):
@@ -182,6 +184,8 @@ class AttentionPattern:
             text_len: how many leading tokens are text; what they see is the mask's business too.
             order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together;
                 raster order where omitted.
+
+        torch.compile breaks its graph here, as the mask's content is looked at: with fullgraph=True make it outside.
         """
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.numel() == 0 or mask.dtype != torch.bool:

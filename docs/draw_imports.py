@@ -54,7 +54,7 @@ ROOMS = (
         "plans": ("patterns compiled for tiles and steps", "dalle_kernels.plan", "dalle_kernels.decode_schedule"),
     },
     {
-        "patterns": ("who sees whom; noise; what was built", "dalle_kernels.*"),
+        "patterns": ("who sees whom; noise; what is told torch.compile", "dalle_kernels.*"),
     },
 )  # fmt: skip
 
@@ -102,12 +102,12 @@ def upward(pairs: set[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def circles(pairs: set[tuple[str, str]]) -> list[list[str]]:
-    """Modules that import each other, directly or not, while they are loaded."""
+    """Modules that import each other, directly or not."""
     reached = {module: {b for a, b in pairs if a == module} for pair in pairs for module in pair}
     changed = True
     while changed:
         changed = False
-        for module, below in reached.items():
+        for below in reached.values():
             more = set().union(*(reached[other] for other in below)) - below
             below |= more
             changed |= bool(more)
@@ -133,10 +133,9 @@ def draw(pairs: set[tuple[str, str]], path: Path) -> None:
         (x, y), (to_x, to_y) = places[a], places[b]
         down = to_y < y
         far = y - to_y > 1
-        style = dict(
-            arrowstyle="-|>", color="#8a8a8a" if down else "#d62728", linewidth=0.6 + 0.25 * min(count, 12) ** 0.7,
-            connectionstyle=f"arc3,rad={0.35 * (1 if x + to_x >= 0 else -1) if far or not down else 0}", shrinkA=18, shrinkB=18,
-        )  # fmt: skip
+        bend = 0.35 * (1 if x + to_x >= 0 else -1) if far or not down else 0
+        style = dict(arrowstyle="-|>", connectionstyle=f"arc3,rad={bend}", shrinkA=18, shrinkB=18)
+        style |= dict(color="#8a8a8a" if down else "#d62728", linewidth=0.6 + 0.25 * min(count, 12) ** 0.7)
         axes.annotate("", (to_x, to_y), (x, y), arrowprops=style)
     axes.set_xlim(-1.5, 1.5), axes.set_ylim(-len(ROOMS) + 0.5, 0.5)
     axes.axis("off")

@@ -49,10 +49,10 @@ def tools(tmp_path):
 
 
 def test_an_old_torch_is_refused(tmp_path):
-    result = build(tmp_path, DALLE_TORCH_DIR=fake_torch(tmp_path / "torch", "2.10.1"))
+    result = build(tmp_path, DALLE_TORCH_DIR=fake_torch(tmp_path / "torch", "2.11.0"))
     assert result.returncode != 0
-    assert result.stderr.strip().splitlines()[-1].startswith("dalle-kernels cannot be built: torch 2.10 in")
-    assert 'pip install --upgrade "torch>=2.11"' in result.stderr
+    assert result.stderr.strip().splitlines()[-1].startswith("dalle-kernels cannot be built: torch 2.11 in")
+    assert 'pip install --upgrade "torch>=2.12"' in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -140,4 +140,4 @@ def test_no_torch_at_all(tmp_path):
     )
     result = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode != 0
-    assert 'torch is not installed; run: pip install "torch>=2.11"' in result.stderr
+    assert 'torch is not installed; run: pip install "torch>=2.12"' in result.stderr

@@ -23,7 +23,7 @@ if not ON_GPU:
 
     def create_dot(self, a, b, d, input_precision, max_num_imprecise_acc):
         """Sums in float32, in steps of 16 products, whose order is the same for every row and for the transposed
-        product, as on a GPU. NumPy's matmul, which the interpreter calls, promises neither: it depends on the processor.
+        product, as on a GPU. NumPy's matmul, which the interpreter calls, promises neither on every processor.
         """
         left, right, total = a.data.astype(np.float64), b.data.astype(np.float64), d.data
         for k in range(0, left.shape[1], 16):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ...compile import constant_result
 from ..base import rows_contiguous
 from ..plans import Tiles, plan_tensors
 
@@ -57,7 +58,7 @@ def register_autograd(
     torch.library.register_autograd(op.name(), SparseAttention.backward, setup_context=_setup_context)
     torch.library.register_autograd(backward_op.name(), _no_double_backward)
 
-    @torch.compiler.assume_constant_result
+    @constant_result
     def plans(pattern, n, device, head_dim, dtype):
         return plan_tensors(pattern, n, device, tiles(device, head_dim, dtype))
 

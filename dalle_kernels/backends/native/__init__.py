@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from ...compile import constant_result
 from ..base import Backend
 from ..plans import Tiles
 from .tiles import tiles
@@ -103,7 +104,7 @@ def _isa_problem() -> str | None:
     return None if isas[asked] else f"DALLE_KERNELS_CPU_ISA={asked!r}: this processor does not have it"
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _gpu(device: str) -> tuple[tuple[int, int], int] | None:
     """Compute capability and bytes of shared memory that a block may have; None where no GPU is visible, as with
     tensors without data.

@@ -24,6 +24,7 @@ import shutil
 
 import torch
 
+from ...compile import constant_result
 from ..base import Backend
 from ..plans import Tiles
 from . import launch
@@ -71,12 +72,12 @@ def _load() -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _problem() -> str | None:
     return _load()
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _gpu_problem(device: torch.device) -> str | None:
     """Why a GPU cannot run Triton's kernels, or None."""
     if not torch.cuda.is_available():

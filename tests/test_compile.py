@@ -1,0 +1,69 @@
+"""What torch.compile is told of the package, and what importing it costs."""
+
+import pickle
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+
+import pytest
+import torch
+
+import dalle_kernels as dk
+from dalle_kernels.compile import constant_result
+
+PATTERNS = {
+    "row": lambda text, grid: dk.AttentionPattern.row(text, grid),
+    "column": lambda text, grid: dk.AttentionPattern.column(text_len=text, grid=grid),
+    "conv": lambda text, grid: dk.AttentionPattern.conv(text, grid, kernel=3, edge="clip"),
+    "axial_row": lambda text, grid: dk.AttentionPattern.axial_row(text, grid),
+    "corner_conv": lambda text, grid: dk.AttentionPattern.corner_conv(text, grid, 3),
+    "causal": lambda text, grid: dk.AttentionPattern.causal(text, grid),
+}
+
+
+def test_the_mark_is_that_of_pytorch():
+    def plain():
+        pass
+
+    def marked():
+        pass
+
+    torch.compiler.assume_constant_result(plain)
+    assert vars(plain) == vars(constant_result(marked)) != {}
+
+
+def test_importing_imports_no_dynamo():
+    code = (
+        "import sys, torch; before = set(sys.modules); import dalle_kernels;"
+        "print(*sorted(name for name in set(sys.modules) - before if name.split('.')[:2] == ['torch', '_dynamo']));"
+        "print('dalle_kernels' in sys.modules)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "\nTrue\n"
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("name", PATTERNS)
+def test_a_pattern_made_in_compiled_code(seed, name, fullgraph):
+    def step(q, k, v):
+        pattern = PATTERNS[name](6, (4, (q.shape[2] - 6) // 4))
+        return dk.sparse_attention(q * 2, k, v, pattern).sin(), pattern
+
+    torch.compiler.reset()
+    q, k, v = torch.randn(3, 1, 2, 26, 32).unbind(0)
+    compiled = torch.compile(step, fullgraph=fullgraph, backend="aot_eager")
+    for n in (26, 22, 18, 26):
+        part = [x[:, :, :n] for x in (q, k, v)]
+        (ours, pattern), (expected, same) = compiled(*part), step(*part)
+        torch.testing.assert_close(ours, expected)
+        assert pattern == same and hash(pattern) == hash(same)
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_patterns_are_values(name):
+    pattern, other = PATTERNS[name](6, (4, 5)), PATTERNS[name](6, (4, 6))
+    again = pickle.loads(pickle.dumps(pattern))
+    assert again == pattern == PATTERNS[name](6, [4, 5]) and hash(again) == hash(pattern)
+    assert pattern != other
+    with pytest.raises(FrozenInstanceError):
+        pattern.text_len = 7
