@@ -81,7 +81,7 @@ class DecodeCache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         start: int = 0,
-    ):
+    ) -> None:
         patterns = list(patterns)
         _check_patterns(patterns)
         for name, size in dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=head_dim).items():

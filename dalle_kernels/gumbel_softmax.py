@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 
 from . import backends
@@ -18,6 +20,30 @@ def check_logits(logits: torch.Tensor) -> None:
         raise TypeError(f"logits must have a floating-point dtype; got {logits.dtype}")
 
 
+@overload
+def gumbel_softmax(
+    logits: torch.Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    seed: int | torch.Tensor | None = None,
+    return_kl: Literal[False] = False,
+    backend: str | None = None,
+) -> torch.Tensor: ...
+@overload
+def gumbel_softmax(
+    logits: torch.Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
+    eps: float = 1e-10,
+    dim: int = -1,
+    *,
+    seed: int | torch.Tensor | None = None,
+    return_kl: Literal[True],
+    backend: str | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
 def gumbel_softmax(
     logits: torch.Tensor,
     tau: float = 1.0,

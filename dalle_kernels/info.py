@@ -88,7 +88,7 @@ def _print(value, indent=0):
             print(f"{'  ' * indent}{key}: {shown}")
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dalle_kernels.info", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON")
     info = collect()

@@ -21,7 +21,7 @@ class SparseAttention(nn.Module):
     Input x [B, N, dim], N <= pattern.seq_len -> [B, N, dim].
     """
 
-    def __init__(self, dim: int, heads: int, pattern: AttentionPattern, *, bias: bool = True):
+    def __init__(self, dim: int, heads: int, pattern: AttentionPattern, *, bias: bool = True) -> None:
         super().__init__()
         if heads < 1 or dim % heads or dim // heads > 128:
             raise ValueError(f"heads must divide dim into head dims of at most 128; got dim={dim}, heads={heads}")

@@ -12,12 +12,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal, SupportsIndex, TypeVar
 
 import numpy as np
 import torch
 
 from .compile import constant
+
+Positions = TypeVar("Positions", np.ndarray, torch.Tensor)  # integers, or the bools of which pairs are allowed
 
 
 def _near(distance, size, radius):
@@ -82,10 +86,10 @@ class _MaskRule:
         self.mask = mask
         self.digest = hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16]
 
-    def __eq__(self, other):
+    def __eq__(self, other: object) -> bool:
         return isinstance(other, _MaskRule) and self.digest == other.digest
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.digest)
 
 
@@ -111,7 +115,7 @@ class AttentionPattern:
     _mask: _MaskRule | None = field(default=None, repr=False)
     _order: bytes | None = field(default=None, repr=False)  # int64; bytes remember their hash, a tuple does not
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         height, width = self.grid
         if self.text_len < 0 or height < 1 or width < 1:
             raise ValueError(
@@ -130,19 +134,21 @@ class AttentionPattern:
         return constant(cls, name, text_len, (height, width), tuple(sorted(options.items())), layout)
 
     @classmethod
-    def row(cls, text_len, grid):
+    def row(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
         """The previous W image tokens and itself, in raster order, wrapping over row ends (Ramesh et al. 2021, Fig.
         11a).
         """
         return cls._make("row", text_len, grid)
 
     @classmethod
-    def column(cls, text_len, grid):
+    def column(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
         """The same column in the rows above, and itself (Ramesh et al. 2021, Fig. 11b)."""
         return cls._make("column", text_len, grid, "columns")
 
     @classmethod
-    def conv(cls, text_len, grid, kernel=11, edge="wrap"):
+    def conv(
+        cls, text_len: int, grid: tuple[int, int], kernel: int = 11, edge: Literal["wrap", "clip", "torus"] = "wrap"
+    ) -> AttentionPattern:
         """A causal `kernel` x `kernel` neighbourhood.
 
         `edge` says what happens at the image's edge: "wrap" is the paper's Fig. 11d, the same raster distances for
@@ -155,12 +161,12 @@ class AttentionPattern:
         return cls._make(f"conv-{edge}", text_len, grid, "patches", kernel=kernel)
 
     @classmethod
-    def axial_row(cls, text_len, grid):
+    def axial_row(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
         """The query's own row only (DALLE-pytorch's axial_row)."""
         return cls._make("axial_row", text_len, grid)
 
     @classmethod
-    def corner_conv(cls, text_len, grid, kernel=5, dilation=1):
+    def corner_conv(cls, text_len: int, grid: tuple[int, int], kernel: int = 5, dilation: int = 1) -> AttentionPattern:
         """A `kernel` x `kernel` window, `dilation` apart, whose lower right corner is the query (DALLE-pytorch's
         conv_like).
         """
@@ -171,12 +177,14 @@ class AttentionPattern:
         return cls._make("corner_conv", text_len, grid, "patches", kernel=kernel, dilation=dilation)
 
     @classmethod
-    def causal(cls, text_len, grid):
+    def causal(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
         """Everything before the query: dense causal attention."""
         return cls._make("causal", text_len, grid)
 
     @classmethod
-    def from_mask(cls, mask, text_len=0, order=None):
+    def from_mask(
+        cls, mask: torch.Tensor | np.ndarray, text_len: int = 0, order: Sequence[int] | torch.Tensor | None = None
+    ) -> AttentionPattern:
         """Any static mask.
 
         Args:
@@ -249,12 +257,14 @@ class AttentionPattern:
             ]
         )
 
-    def allowed(self, q, k):
+    def allowed(self, q: Positions, k: Positions) -> Positions:
         """Whether query positions `q` may see key positions `k`: two broadcastable integer arrays or tensors of
         absolute positions -> bool.
         """
         if self._mask is not None:
-            return self._mask.mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else self._mask.mask.numpy()[q, k]
+            mask = self._mask.mask
+            # pyrefly: ignore[bad-return]  # indexed as what is asked
+            return mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else mask.numpy()[q, k]
         text = self.text_len
         rule = _RULES[self.name](q - text, k - text, *self.grid, **dict(self.options))
         return (k <= q) & ((k < text) | rule)
@@ -265,7 +275,7 @@ class AttentionPattern:
         return self.allowed(torch.arange(begin, end)[:, None], torch.arange(self.seq_len)[None, :])
 
     @property
-    def mask_mod(self):
+    def mask_mod(self) -> Callable[..., torch.Tensor]:
         """The pattern as FlexAttention's mask_mod(b, h, q_idx, kv_idx)."""
         return lambda b, h, q_idx, kv_idx: self.allowed(q_idx, kv_idx)
 
@@ -281,7 +291,7 @@ class AttentionPattern:
         """
         return self._in_order("raster" if self.layout == "patches" else self.layout)
 
-    def _in_order(self, layout):
+    def _in_order(self, layout: str) -> torch.Tensor:
         if self._order is not None:
             return torch.frombuffer(bytearray(self._order), dtype=torch.int64)
         height, width = self.grid
@@ -294,14 +304,14 @@ class AttentionPattern:
         return torch.from_numpy(np.r_[: self.text_len, self.text_len + image])
 
 
-def _whole(name, value):
+def _whole(name: str, value: SupportsIndex) -> int:
     try:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be a whole number; got {value!r}") from None
 
 
-def _check_odd(name, value):
+def _check_odd(name: str, value: int) -> None:
     if value < 1 or value % 2 == 0:
         raise ValueError(f"{name} must be odd and at least 1; got {value}")
 

@@ -25,13 +25,14 @@ Test vectors (the noise to the seven digits that every backend reaches):
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 _LOW = 0xFFFFFFFF
 
 
-def philox4x32(counter, key):
+def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
     """Ten rounds on 4 counter words and 2 key words; all words, the 4 returned too, are int64 in [0, 2^32)."""
     for _ in range(10):
         a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # modulo 2^64
@@ -59,13 +60,15 @@ def gumbel(bits: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tens
     return -torch.log(-torch.log1p(-uniform(bits).to(dtype)))
 
 
-def gumbel_noise(shape, seed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def gumbel_noise(shape: Sequence[int], seed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Gumbel noise of `shape` on the seed's device: offset 0, index = position in C order."""
     index = torch.arange(math.prod(shape), device=seed.device).view(shape)
     return gumbel(random_bits(seed, torch.zeros_like(seed), index), dtype)
 
 
-def as_seed(seed, name: str, shape, device) -> torch.Tensor:
+def as_seed(
+    seed: int | torch.SymInt | torch.Tensor, name: str, shape: Sequence[int], device: torch.device
+) -> torch.Tensor:
     """`seed` (an int, or an int64 tensor of `shape`) as an int64 tensor of `shape` on `device`, without waiting for it.
 
     Raises:
@@ -82,9 +85,9 @@ def as_seed(seed, name: str, shape, device) -> torch.Tensor:
         raise TypeError(f"{name} must be an int or an int64 tensor {list(shape)}; got {type(seed).__name__}")
     if not -(2**63) <= seed < 2**63:
         raise ValueError(f"{name} must fit in 64 bits, from -2**63 to 2**63 - 1; got {seed}")
-    return torch.full(shape, seed, dtype=torch.int64, device=device)
+    return torch.full(shape, seed, dtype=torch.int64, device=device)  # pyrefly: ignore[no-matching-overload]  # SymInt
 
 
-def fresh_seed(shape, device) -> torch.Tensor:
+def fresh_seed(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """Seeds drawn from torch's generator of `device`."""
     return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, device=device)

@@ -12,7 +12,7 @@ import argparse
 import itertools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,7 +34,7 @@ DEVICE = torch.device("cuda")
 # -- what is run: functions that make a function, for a dtype and head dim
 
 
-def attention(dtype, head_dim):
+def attention(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
     """Attention and its gradients."""
     pattern = AttentionPattern.row(256, (32, 32))
     q, k, v, grad = torch.randn(4, 4, 16, pattern.seq_len, head_dim, dtype=dtype, device=DEVICE).unbind(0)
@@ -42,8 +42,8 @@ def attention(dtype, head_dim):
     return lambda: torch.autograd.grad(sparse_attention(*inputs, pattern), inputs, grad)
 
 
-def relaxation(*shape):
-    def prepare(dtype, head_dim):
+def relaxation(*shape: int) -> Callable[..., Callable[[], object]]:
+    def prepare(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
         """The relaxation over dim 1, and its gradient."""
         logits, grad = torch.randn(2, *shape, dtype=dtype, device=DEVICE).unbind(0)
         logits.requires_grad_()
@@ -52,12 +52,12 @@ def relaxation(*shape):
     return prepare
 
 
-def sampling(dtype, head_dim):
+def sampling(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
     logits = torch.randn(64, 8192, dtype=dtype, device=DEVICE)
     return lambda: sample_tokens(logits, top_k=256, top_p=0.9, seed=0)
 
 
-def decoding(dtype, head_dim):
+def decoding(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
     """A step in the middle of a picture."""
     pattern, heads, candidates, start = AttentionPattern.row(256, (32, 32)), 16, 64, 528
     sizes = dict(prompts=1, candidates=candidates, heads=heads, head_dim=head_dim, start=start)
@@ -80,11 +80,11 @@ class Group(NamedTuple):
     stages: tuple[int, ...]
 
     @property
-    def shapes(self):
+    def shapes(self) -> Iterator[tuple[int, int]]:
         return itertools.product(self.rows, self.columns)
 
     @property
-    def schedules(self):
+    def schedules(self) -> Iterator[tuple[int, int]]:
         return itertools.product(self.warps, self.stages)
 
 
@@ -128,7 +128,7 @@ OPERATIONS = {
 # -- trying it
 
 
-def milliseconds(run):
+def milliseconds(run: Callable[[], object]) -> float:
     """In a CUDA graph, as most operations are shorter than Python takes to start them."""
     try:
         return do_bench_cudagraph(run, return_mode="median")
@@ -136,7 +136,7 @@ def milliseconds(run):
         return math.inf
 
 
-def tune(group, run):
+def tune(group: Group, run: Callable[[], object]) -> dict[str, Launch]:
     """{kernel: the best Launch} of a group."""
     results = []
     for shape in group.shapes:
@@ -157,7 +157,7 @@ def tune(group, run):
     return chosen
 
 
-def main(arguments=None):
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operation", choices=OPERATIONS)
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))

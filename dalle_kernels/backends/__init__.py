@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 
 import torch
 
@@ -53,9 +53,7 @@ def select(operation: str, tensor: torch.Tensor, backend: str | None = None) -> 
     """
     name = backend or _forced.name
     if name is None:
-        for candidate in BACKENDS.values():
-            if not candidate.reasons(operation, tensor):
-                return candidate
+        return next(candidate for candidate in BACKENDS.values() if not candidate.reasons(operation, tensor))
     check_name(name)
     reasons = BACKENDS[name].reasons(operation, tensor)
     if reasons:
@@ -69,7 +67,7 @@ def dispatch(operation: str, tensor: torch.Tensor, backend: str | None = None) -
 
 
 @contextlib.contextmanager
-def use_backend(name: str | None) -> Iterator[None]:
+def use_backend(name: str | None) -> Generator[None]:
     """Within the `with` block, every operation that this thread calls runs on backend `name` (None: the usual choice).
 
     Other threads are not affected, those that the block starts included.

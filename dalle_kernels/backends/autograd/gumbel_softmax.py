@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+from torch._ops import OpOverload
 
 
 def fake(logits, seed, tau, hard, dim, return_kl):
@@ -41,7 +42,7 @@ def _no_double_backward(ctx, grad):
     )
 
 
-def register_autograd(op: Callable, backward_op: Callable) -> Callable:
+def register_autograd(op: OpOverload, backward_op: OpOverload) -> Callable:
     """Gives `op` its gradient, `backward_op`; returns the backend's function, (y, kl or None) of checked arguments."""
 
     def backward(ctx, grad_y, grad_kl, grad_stats):

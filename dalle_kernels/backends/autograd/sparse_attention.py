@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable
 
 import torch
+from torch._ops import OpOverload
 
 from ...compile import constant_result
 from ..base import rows_contiguous
@@ -34,7 +35,7 @@ def _no_double_backward(ctx, *grads):
 
 
 def register_autograd(
-    op: Callable, backward_op: Callable, tiles: Callable[[torch.device, int, torch.dtype], Tiles]
+    op: OpOverload, backward_op: OpOverload, tiles: Callable[[torch.device, int, torch.dtype], Tiles]
 ) -> Callable:
     """Gives `op` its gradient, `backward_op`; returns the backend's function of checked arguments.
 
@@ -51,9 +52,10 @@ def register_autograd(
             return output
 
         @staticmethod
-        def backward(ctx, grad_out, grad_lse):
-            grads = backward_op(rows_contiguous(grad_out), *ctx.saved_tensors, ctx.sizes, ctx.scale)
-            return *grads, None, None, None, None
+        def backward(ctx, *grads):
+            grad_out, _ = grads  # the log-sum-exp is not differentiable
+            grad_inputs = backward_op(rows_contiguous(grad_out), *ctx.saved_tensors, ctx.sizes, ctx.scale)
+            return *grad_inputs, None, None, None, None
 
     torch.library.register_autograd(op.name(), SparseAttention.backward, setup_context=_setup_context)
     torch.library.register_autograd(backward_op.name(), _no_double_backward)

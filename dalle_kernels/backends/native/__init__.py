@@ -112,6 +112,7 @@ def _gpu(device: str) -> tuple[tuple[int, int], int] | None:
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)
+    # pyrefly: ignore[missing-attribute]  # of torch's stubs
     return (properties.major, properties.minor), properties.shared_memory_per_block_optin
 
 
