@@ -67,7 +67,7 @@ def dispatch(operation: str, tensor: torch.Tensor, backend: str | None = None) -
 
 
 @contextlib.contextmanager
-def use_backend(name: str | None) -> Generator[None]:
+def use_backend(name: str | None) -> Generator[None, None, None]:
     """Within the `with` block, every operation that this thread calls runs on backend `name` (None: the usual choice).
 
     Other threads are not affected, those that the block starts included.
