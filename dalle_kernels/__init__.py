@@ -9,11 +9,12 @@ from .gumbel_softmax import gumbel_softmax
 from .patterns import AttentionPattern
 from .sampling import sample_tokens
 from .sparse_attention import sparse_attention
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AttentionPattern",
     "DecodeCache",
+    "__version__",
     "decode_attention",
     "gumbel_softmax",
     "nn",

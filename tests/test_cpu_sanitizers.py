@@ -11,11 +11,11 @@ import torch
 from test_cuda_sanitizers import LIBRARIES, REPORTS
 
 import dalle_kernels
-from dalle_kernels import _host
+from dalle_kernels import build_info
 
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitized"
-BEST = [isa for isa, supported in _host.cpu_isas().items() if supported][-1]
+BEST = [isa for isa, supported in build_info.cpu_isas().items() if supported][-1]
 ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # whose kernels those of other tables are
 ISAS = list(dict.fromkeys(["portable", *ON_TOP.get(BEST, []), BEST]))
 TESTS = {

@@ -5,13 +5,12 @@ registered operations.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
+from ...build_info import FOLDER, cpu_isas
 from ...compile import constant_result
 
-FOLDER = Path(__file__).parents[2]
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _WIDE_FLOAT32_BYTES = 132_608  # shared memory of a block; asserted in csrc/cuda/sparse_attention_backward.cu
 
@@ -34,10 +33,9 @@ def _isa_problem():
     if not asked:
         return None
     try:
-        from ... import _host
-    except ImportError as error:
-        return f"the module _host cannot be loaded: {error}"
-    isas = _host.cpu_isas()
+        isas = cpu_isas()
+    except OSError as error:
+        return str(error)
     if asked not in isas:
         return f"DALLE_KERNELS_CPU_ISA={asked!r} is not one of the compiled {', '.join(isas)}"
     return None if isas[asked] else f"DALLE_KERNELS_CPU_ISA={asked!r}: this processor does not have it"
@@ -74,12 +72,9 @@ def _gpu_problem(operation, tensor):
 class NativeBackend:
     """Operations registered in C++ for one device type."""
 
-    def __init__(self, name, file, *requirements):
+    def __init__(self, name, file, problem):
         self.name = name
-        problems = [problem for problem in (*requirements, _load(file)) if problem]
-        self.problem = "; ".join(problems) or None
-        if self.problem is None:
-            self.problem = self._register(file)
+        self.problem = problem or self._register(file)
 
     def _register(self, file):
         """Takes the operations over; returns None or why the library has not all of them."""
@@ -113,5 +108,6 @@ class NativeBackend:
         return (problem,) if problem else ()
 
 
-cpu = NativeBackend("cpu", "libdalle_cpu.so", _isa_problem())
-cuda = NativeBackend("cuda", "libdalle_cuda.so", cpu.problem)
+_cpu_library = _load("libdalle_cpu.so")  # it has the schemas, so CUDA needs it too, on any instruction set
+cpu = NativeBackend("cpu", "libdalle_cpu.so", _cpu_library or _isa_problem())
+cuda = NativeBackend("cuda", "libdalle_cuda.so", _cpu_library or _load("libdalle_cuda.so"))
