@@ -6,6 +6,7 @@ or, where there are none, 80;90a;100 and PTX for later ones), DALLE_TORCH_DIR (t
 compile against).
 """
 
+import atexit
 import importlib.util
 import os
 import re
@@ -14,13 +15,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-VERSION = "0.1.0"
 MINIMUM_TORCH = (2, 12)
 TORCH = "torch>=2.12"
 # PTX of 90, for newer GPUs: code for 80 knows no clusters, which are launched from 90 on.
@@ -85,6 +87,18 @@ def cuda_archs():
     return [f"{arch}{'a' if arch == '90' else ''}-real" for arch in sorted(visible)] or CUDA_ARCHS
 
 
+def host_options():
+    """CMake options of the module _host, for the tests."""
+    import pybind11
+
+    return [
+        "-DDALLE_HOST=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+    ]
+
+
 class CMakeBuild(build_ext):
     """One CMake project makes every library; setuptools only asks for it once."""
 
@@ -98,7 +112,7 @@ class CMakeBuild(build_ext):
             f'torch {version[0]}.{version[1]} in {torch_dir} is too old; run: pip install --upgrade "{TORCH}"',
         )
         require(
-            importlib.util.find_spec("pybind11"),
+            not self.inplace or importlib.util.find_spec("pybind11"),
             "pybind11 is missing; run: pip install pybind11 (or leave out --no-build-isolation)",
         )
         cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
@@ -113,8 +127,6 @@ class CMakeBuild(build_ext):
         self.build(cmake, torch_dir, cuda_options(torch_cuda), destination)
 
     def build(self, cmake, torch_dir, cuda, destination):
-        import pybind11
-
         build_dir = Path(self.build_temp).resolve() if not self.inplace else ROOT / "build" / "inplace"
         cache = build_dir / "CMakeCache.txt"
         if cache.is_file():  # an isolated build leaves a cache that points at a deleted cmake
@@ -131,10 +143,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={destination}",
             f"-DDALLE_TORCH_DIR={torch_dir}",
             *cuda,
-            f"-DDALLE_VERSION={VERSION}",
-            f"-DPython_EXECUTABLE={sys.executable}",
-            f"-DPython_INCLUDE_DIR={sysconfig.get_path('include')}",
-            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DDALLE_VERSION={self.distribution.get_version()}",
+            *(host_options() if self.inplace else ["-DDALLE_HOST=OFF"]),
         ]  # fmt: skip
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
         subprocess.run(configure, check=True)
@@ -144,26 +154,31 @@ class CMakeBuild(build_ext):
         return [str(path) for path in (Path(self.build_lib) / "dalle_kernels").glob("*.so")]
 
 
-# pip asks for this only in an isolated build with no torch around: then, and only then, it fetches one to build with.
-needs_torch = find_torch() is None and "setuptools.build_meta" in sys.modules
+class PlatformWheel(bdist_wheel):
+    """One wheel serves every Python 3: the libraries do not use Python's C API."""
+
+    def get_tag(self):
+        return "py3", "none", super().get_tag()[2]
+
+
+def temporary_folder():
+    folder = tempfile.mkdtemp(prefix="dalle-kernels-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+# A temporary folder, so that `pip install .` leaves nothing in the source folder. In-place builds use build/inplace.
+scratch = temporary_folder()
+
+# pip runs egg_info to ask what it must install to build a wheel: torch, if its isolated environment sees none.
+needs_torch = "setuptools.build_meta" in sys.modules and "egg_info" in sys.argv and find_torch() is None
 
 setup(
-    version=VERSION,
     packages=find_packages(include=["dalle_kernels*", "dalle*"]),
-    package_data={"dalle": ["data/*.txt", "shipped/*"]},
-    ext_modules=[Extension("dalle_kernels._host", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    package_data={"dalle": ["data/*.txt", "shipped/*", "py.typed"], "dalle_kernels": ["py.typed"]},
+    ext_modules=[Extension("dalle_kernels.libdalle_cpu", sources=[])],
+    cmdclass={"build_ext": CMakeBuild, "bdist_wheel": PlatformWheel},
+    options={"build": {"build_base": scratch}, "egg_info": {"egg_base": scratch}},
     setup_requires=[TORCH] if needs_torch else [],
-    install_requires=[
-        TORCH,
-        "numpy>=1.26",
-        "tokenizers>=0.20",
-        "safetensors>=0.4",
-        "huggingface_hub>=0.26",
-        "pillow>=10.1",
-        "emoji>=2.8",
-        "rich>=13",
-        "tyro>=0.9",
-        "tensorboard>=2.17",
-    ],
+    install_requires=[TORCH, "numpy>=1.26"],
 )

@@ -25,6 +25,7 @@ from dalle.errors import UserError
 from dalle.evaluation.evaluate import EvaluateConfig, evaluate
 from dalle.evaluation.plots import plot
 from dalle.evaluation.table import table
+from dalle.extras import MissingExtra
 from dalle.files import writable_directory, write_text
 from dalle.prior import PriorConfig
 from dalle.training.loop import Result, TrainConfig, run_path
@@ -90,8 +91,8 @@ def main(
     print(page(report))
     try:
         plot(report, out)
-    except ImportError:
-        print("plots are left out: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    except MissingExtra as error:
+        print(f"plots are left out: {error}", file=sys.stderr)
     return 0
 
 

@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from dalle.errors import UserError
+from dalle.extras import extras
 
 # The models need torch; they are imported when first asked for, so that `import dalle` stays instant.
 _LAZY = {
@@ -21,7 +22,8 @@ __all__ = ["UserError", *sorted(_LAZY)]
 def __getattr__(name: str):
     if name not in _LAZY:
         raise AttributeError(f"module 'dalle' has no attribute {name!r}")
-    return getattr(import_module(_LAZY[name]), name)
+    with extras():
+        return getattr(import_module(_LAZY[name]), name)
 
 
 def __dir__() -> list[str]:

@@ -11,11 +11,12 @@ from .patterns import AttentionPattern
 from .prepare import prepare
 from .sample_tokens import sample_tokens
 from .sparse_attention import sparse_attention
+from .version import __version__
 
-__version__ = "0.1.0"
 __all__ = [
     "AttentionPattern",
     "DecodeCache",
+    "__version__",
     "decode_attention",
     "gumbel_softmax",
     "nn",

@@ -14,7 +14,7 @@ import platform
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, build_info
 
 # The problem each operation is asked about: DALL·E's own head dim, in float32 on the device at hand.
 _SAMPLE = {
@@ -32,17 +32,16 @@ def _package_version(name):
         return None
 
 
-def _host_info():
-    """Build information and instruction sets, or why the host module cannot tell."""
+def _build():
+    """Build information and instruction sets, or why they are unknown."""
     try:
-        from . import _host
-    except ImportError as error:
+        return {
+            **build_info.build_info(),
+            "cpu_isas_here": [name for name, supported in build_info.cpu_isas().items() if supported],
+            "cpu_isa_active": build_info.active_isa(),
+        }
+    except OSError as error:
         return {"problem": str(error)}
-    return {
-        **_host.build_info(),
-        "cpu_isas_here": [name for name, supported in _host.cpu_isas().items() if supported],
-        "cpu_isa_active": _host.active_isa(),
-    }
 
 
 def _choice(operation, device):
@@ -69,7 +68,7 @@ def collect() -> dict:
         "torch": torch.__version__,
         "triton": _package_version("triton"),
         "devices": {d: torch.cuda.get_device_name(d) if d != "cpu" else platform.processor() or "cpu" for d in devices},
-        "build": _host_info(),
+        "build": _build(),
         "libraries": {
             name: backend.problem or "loaded" for name, backend in backends.BACKENDS.items() if name != "reference"
         },

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from amx_emulation import amx
 
-from dalle_kernels import _host
+from dalle_kernels import build_info
 
-PROBLEM = amx.problem() or ("amx" not in _host.cpu_isas() and "the compiler does not know AMX") or None
+PROBLEM = amx.problem() or ("amx" not in build_info.cpu_isas() and "the compiler does not know AMX") or None
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 emulated = pytest.mark.skipif(PROBLEM is None and amx.native(), reason="this processor has AMX")
 

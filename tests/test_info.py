@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dalle_kernels
-from dalle_kernels import _host
+from dalle_kernels import build_info
 
 PACKAGE = Path(dalle_kernels.__file__).parent
 
@@ -63,6 +63,7 @@ def test_without_a_usable_library_everything_runs_on_the_reference(copied_packag
     else:
         library.write_bytes(b"not a library")
     report = info(copied_package)
+    assert "libdalle_cpu.so" in report["build"]["problem"]
     for devices in report["operations"].values():
         assert devices["cpu"]["backend"] == "reference"
         assert "libdalle_cpu.so" in devices["cpu"]["refused"]["cpu"]
@@ -70,15 +71,21 @@ def test_without_a_usable_library_everything_runs_on_the_reference(copied_packag
     assert float(python("-c", code, folder=copied_package).stdout) == pytest.approx(1)
 
 
-def test_without_the_host_module_info_says_so(copied_package):
-    for library in (copied_package / "dalle_kernels").glob("_host*"):
-        library.unlink()
-    (copied_package / "dalle_kernels" / "_host.py").write_text("raise ImportError('_host is broken')")
-    assert "_host is broken" in info(copied_package)["build"]["problem"]
+def test_the_module_of_the_tests_is_not_needed(copied_package):
+    [library] = (copied_package / "dalle_kernels").glob("_host*")
+    library.unlink()
+    report = info(copied_package)
+    assert report["build"]["version"] == report["dalle_kernels"] == dalle_kernels.__version__
+    assert report["libraries"]["cpu"] == "loaded"
+
+
+def test_a_wrong_instruction_set_concerns_the_cpu_backend_only():
+    libraries = info(DALLE_KERNELS_CPU_ISA="mmx")["libraries"]
+    assert "mmx" in libraries["cpu"] and "mmx" not in libraries["cuda"]
 
 
 def test_forced_instruction_sets_are_used_or_refused():
-    for isa, supported in _host.cpu_isas().items():
+    for isa, supported in build_info.cpu_isas().items():
         report = info(DALLE_KERNELS_CPU_ISA=isa)
         backend = report["operations"]["sparse_attention"]["cpu"]["backend"]
         if supported:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dalle_kernels import _host
+from dalle_kernels import build_info
 
 HERE = Path(__file__).parent
 SELECTED = {
@@ -17,7 +17,7 @@ SELECTED = {
     "test_sample_tokens.py": "not compile and not opcheck",
     "test_philox.py": "test",
 }
-OTHERS = [isa for isa, supported in _host.cpu_isas().items() if supported and isa != _host.active_isa()]
+OTHERS = [isa for isa, supported in build_info.cpu_isas().items() if supported and isa != build_info.active_isa()]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from dalle.errors import UserError
+from dalle.extras import extras
 
 COMMANDS = {
     "demo": "draw with the model that ships in the package",
@@ -46,8 +47,9 @@ def _run(arguments: list[str]) -> int:
     for words in (1, 2):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
-            module = import_module(f"dalle.cli.{name.replace(' ', '_')}")
-            return module.main(arguments[words:])
+            with extras():
+                module = import_module(f"dalle.cli.{name.replace(' ', '_')}")
+                return module.main(arguments[words:])
     name = " ".join(arguments[:2]) if arguments[0] == "train" else arguments[0]
     raise UserError(f"{name!r} is not a command: choose one of {', '.join(COMMANDS)}")
 

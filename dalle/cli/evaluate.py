@@ -9,6 +9,7 @@ from dalle.cli.progress import shown
 from dalle.evaluation.evaluate import REPORT, EvaluateConfig, evaluate
 from dalle.evaluation.plots import plot
 from dalle.evaluation.table import table
+from dalle.extras import MissingExtra
 from dalle.training.loop import Progress
 
 
@@ -23,8 +24,8 @@ def main(argv: list[str]) -> int:
     files = [config.out / REPORT]
     try:
         files += plot(report, config.out)
-    except ImportError:
-        print("plots are left out: they need matplotlib (pip install matplotlib)", file=sys.stderr)
+    except MissingExtra as error:
+        print(f"plots are left out: {error}", file=sys.stderr)
     print("in", ", ".join(map(str, files)))
     return 0
 

@@ -2,6 +2,7 @@
 
 from dalle.data.source import Part, Sample, Source, UnreadablePicture
 from dalle.errors import UserError
+from dalle.extras import extras
 
 __all__ = ["Sample", "Source", "UnreadablePicture", "open_source", "split"]
 
@@ -21,7 +22,8 @@ def open_source(spec: str, image_size: int, *, font: str | None = None) -> Sourc
 
         return ShapesSource(image_size, _count(spec, count) if ":" in spec else None, simple=name == "shapes-simple")
     if spec == "emoji":
-        from dalle.data.emoji import EmojiSource
+        with extras():
+            from dalle.data.emoji import EmojiSource
 
         return EmojiSource(image_size, font)
     from dalle.data.folder import FolderSource

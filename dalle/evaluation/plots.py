@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from dalle.extras import extras
 from dalle.files import replacing
 
 SHOWN = ("joint", "colour", "shape")
@@ -10,9 +11,10 @@ SHOWN = ("joint", "colour", "shape")
 def plot(report: dict, out: Path) -> list[Path]:
     """Writes ranks.png and candidates.png, if the report has what they show, and returns their paths.
 
-    Raises ImportError without matplotlib.
+    Raises MissingExtra without matplotlib.
     """
-    from matplotlib.figure import Figure
+    with extras():
+        from matplotlib.figure import Figure
 
     drawn = []
     for name, draw in {"ranks": _ranks, "candidates": _candidates}.items():

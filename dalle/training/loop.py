@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dalle import config as configs
 from dalle.errors import UserError
+from dalle.extras import extras
 from dalle.files import writable_directory
 from dalle.training import checkpoint
 from dalle.training.checkpoint import State
@@ -235,7 +236,8 @@ class _Reporter:
         self.since, self.losses = time.monotonic(), []
         self.curves = None
         if config.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+            with extras():
+                from torch.utils.tensorboard import SummaryWriter
 
             self.curves = SummaryWriter(str(config.out / "curves"))
 

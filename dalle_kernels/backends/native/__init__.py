@@ -5,16 +5,15 @@ registered operations.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 import torch
 
+from ...build_info import FOLDER, cpu_isas
 from ...compile import constant_result
 from ..base import Backend
 from ..plans import Tiles
 from .tiles import tiles
 
-FOLDER = Path(__file__).parents[2]
 _WIDE_FLOAT32_BYTES = 132_608  # shared memory of a block; asserted in csrc/cuda/sparse_attention_backward.cu
 
 
@@ -95,10 +94,9 @@ def _isa_problem() -> str | None:
     if not asked:
         return None
     try:
-        from ... import _host
-    except ImportError as error:
-        return f"the module _host cannot be loaded: {error}"
-    isas = _host.cpu_isas()
+        isas = cpu_isas()
+    except OSError as error:
+        return str(error)
     if asked not in isas:
         return f"DALLE_KERNELS_CPU_ISA={asked!r} is not one of the compiled {', '.join(isas)}"
     return None if isas[asked] else f"DALLE_KERNELS_CPU_ISA={asked!r}: this processor does not have it"

@@ -1,0 +1,117 @@
+"""The sdist, the wheel that is built from it, and what runs from that wheel."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import dalle_kernels
+
+ROOT = Path(__file__).parents[1]
+VERSION = dalle_kernels.__version__
+NOT_SOURCES = [".git", *(line.strip("/") for line in (ROOT / ".gitignore").read_text().split())]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+def run(*command, **options):
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # cmake and ninja
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, env={**os.environ, "PATH": path}, **options
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the sources, without anything that was built."""
+    folder = tmp_path_factory.mktemp("source") / "dalle-kernels"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCES))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sdist(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("sdist")
+    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, source)
+    [archive] = out.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist, tmp_path_factory):
+    """The folder in the sdist."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    shutil.unpack_archive(sdist, folder)
+    return folder / f"dalle_kernels-{VERSION}"
+
+
+@pytest.fixture(scope="module")
+def wheel(unpacked, tmp_path_factory):
+    """The wheel that pip builds in that folder."""
+    out = tmp_path_factory.mktemp("wheel")
+    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", out, unpacked)
+    [archive] = out.iterdir()
+    return archive
+
+
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """The bin folder of a virtual environment with the wheel; the packages it needs are those of this environment."""
+    folder = tmp_path_factory.mktemp("venv")
+    venv.create(folder, symlinks=True)
+    run(sys.executable, "-m", "pip", "--python", folder, "install", "--no-index", "--no-deps", wheel)
+    [site] = folder.glob("lib/python*/site-packages")
+    outer = [path for path in sys.path if path.endswith("site-packages")]
+    (site / "outer.pth").write_text("\n".join(outer))
+    return folder / "bin"
+
+
+def test_the_sdist_has_all_that_a_build_needs(source, sdist):
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    folders = [path for name in ("csrc", "dalle", "dalle_kernels") for path in (source / name).rglob("*")]
+    needed = {str(path.relative_to(source)) for path in folders if path.is_file()}
+    needed |= {"CMakeLists.txt", "CHANGELOG.md", "LICENSE", "README.md", "constraints.txt"}
+    needed |= {"build_backend.py", "pyproject.toml", "setup.py"}
+    assert needed - names == set()
+    assert not [name for name in names if name.startswith("tests/") or name.endswith((".so", ".pyc"))]
+
+
+def test_building_an_sdist_does_not_require_torch():
+    code = "import build_backend; print(build_backend.get_requires_for_build_sdist())"
+    assert run(sys.executable, "-c", code, cwd=ROOT).strip() == "[]"
+
+
+def test_one_wheel_serves_every_python(wheel):
+    name, version, python, abi, platform = wheel.stem.split("-")
+    assert (name, version, python, abi) == ("dalle_kernels", VERSION, "py3", "none") and platform.startswith("linux_")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    libraries = {name for name in names if name.endswith(".so")} - {"dalle_kernels/libdalle_cuda.so"}
+    assert libraries == {"dalle_kernels/libdalle_cpu.so"}
+    assert {"dalle/py.typed", "dalle_kernels/py.typed", "dalle/shipped/prior.safetensors"} <= names
+
+
+def test_building_leaves_nothing_in_the_source_folder(source, unpacked, wheel):
+    """Neither of the sdist nor of the wheel."""
+    left = [path for folder in (source, unpacked) for path in folder.iterdir()]
+    assert [path.name for path in left if path.name == "build" or path.suffix == ".egg-info"] == []
+
+
+def test_the_wheel_draws(installed, tmp_path):
+    where = run(installed / "python", "-c", "import dalle_kernels; print(dalle_kernels.__file__)", cwd=tmp_path)
+    assert Path(where.strip()).is_relative_to(installed.parent)
+    run(installed / "dalle", "generate", "red heart", "--candidates", 1, "--out", "heart.png", cwd=tmp_path)
+    assert (tmp_path / "heart.png").stat().st_size > 0
+
+
+def test_info_from_the_wheel(installed, tmp_path):
+    said = run(installed / "python", "-m", "dalle_kernels.info", cwd=tmp_path)
+    assert f"dalle_kernels: {VERSION}" in said and "cpu: loaded" in said
