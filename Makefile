@@ -1,4 +1,4 @@
-# Everything in a virtual environment of its own; nothing else has to be installed by hand but Python >= 3.10, a C++ compiler and make.
+# Everything in a virtual environment of its own. It needs Python >= 3.10 with venv, a C++ compiler and make.
 VENV ?= .venv
 PYTHON ?= python3
 GPU_PYTHON := $(shell command -v $(PYTHON))
@@ -10,7 +10,7 @@ TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_triton_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-slow test-full test-torch test-kernels lint bench gpu install shipped-model clean
+.PHONY: demo test test-optional test-slow test-full test-torch test-kernels fuzz lint bench gpu install shipped-model clean
 
 # -- set-up
 
@@ -39,6 +39,9 @@ demo: $(STAMP)   ## draw with the model that ships in the package: demo/demo.png
 test: $(DEV_STAMP)   ## the tests that take minutes
 	$(PYTEST) -m "not slow"
 
+test-optional: $(DEV_STAMP)   ## of these, those that are skipped without the emoji font: fonts-noto-color-emoji libfribidi0
+	$(PYTEST) -m "optional and not slow"
+
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
 	$(PYTEST) -m slow
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
@@ -62,6 +65,11 @@ test-kernels: $(DEV_STAMP)
 	$(BIN)/python -m dalle_kernels.info
 	$(PYTEST) -m "not slow" $(KERNEL_TESTS)
 	$(PYTEST) -m slow -k compiles $(KERNEL_TESTS)
+
+FUZZ_TESTS := $(wildcard tests/test_*sparse_attention*.py tests/test_*gumbel_softmax.py tests/test_*decode_attention.py)
+
+fuzz: $(DEV_STAMP)   ## fresh random numbers, N draws a test: prints the distribution of the errors; K=... chooses tests
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --fuzz $(or $(N),3) $(FUZZ_TESTS) $(if $(K),-k "$(K)")
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ SOURCES = [path.name for path in sorted((CSRC / "cpu").glob("*.cpp")) if not pat
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.optional,
     pytest.mark.skipif(shutil.which(COMPILER) is None, reason=f"{COMPILER} is missing"),
 ]
 

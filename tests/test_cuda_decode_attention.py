@@ -37,7 +37,8 @@ def check(pattern, q, k, v, prompts, start=0, steps=None):
     mask = pattern.dense()[rows]
     exact = plain_attention(q[:, :, rows].double(), k.double(), v.double(), mask)
     plain = plain_attention(q[:, :, rows], k, v, mask)
-    assert_accurate(decode(pattern, q, k, v, prompts, start, steps), exact, plain)
+    out = decode(pattern, q, k, v, prompts, start, steps)
+    assert_accurate(out, exact, plain, f"cuda decode_attention out {q.dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -35,8 +35,8 @@ def check(pattern, q, k, v, scale=None, split=None):
     out, lse = attention(q, k, v, pattern, scale, split)
     exact = plain_attention(*(x.double() for x in (q, k, v)), mask, used)
     plain = plain_attention(q, k, v, mask, used)
-    assert_accurate(out, exact[0], plain[0])
-    assert_accurate(lse, exact[1], plain[1].float())
+    assert_accurate(out, exact[0], plain[0], f"cuda sparse_attention out {q.dtype}")
+    assert_accurate(lse, exact[1], plain[1].float(), f"cuda sparse_attention lse {q.dtype}")
 
 
 def randn(dtype, *, batch=4, heads=4, n=TEXT + GRID[0] * GRID[1], dim=64):

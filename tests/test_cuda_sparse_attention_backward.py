@@ -50,9 +50,9 @@ def check(pattern, q, k, v, scale=None, split=None, grad=None):
     ours = gradients(q, k, v, grad, pattern, scale, split)
     exact = run(lambda *x: plain_attention(*x, mask, used), [x.double() for x in (q, k, v)], grad)[2:]
     plain = run(lambda *x: plain_attention(*x, mask, used), (q, k, v), grad)[2:]
-    for x, a, e, p in zip((q, k, v), ours, exact, plain):
+    for name, x, a, e, p in zip(("dq", "dk", "dv"), (q, k, v), ours, exact, plain):
         assert a.stride() == torch.empty_like(x).stride()
-        assert_accurate(a, e, p)
+        assert_accurate(a, e, p, f"cuda sparse_attention {name} {x.dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,4 +1,4 @@
-"""The colour-emoji font as a source. Drawing needs the font and raqm; doing without them is tested everywhere."""
+"""The colour-emoji font as a source. Rendering needs the font and raqm; doing without them is tested everywhere."""
 
 import hashlib
 import re
@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import ImageFont, features
 
+from dalle.cli import demo
 from dalle.data import emoji as emoji_source
 from dalle.data import open_source, split
 from dalle.errors import UserError
@@ -27,10 +28,12 @@ def index_of(source, text):
     return [source.key(i) for i in range(len(source))].index("-".join(f"{ord(c):x}" for c in text))
 
 
+@pytest.mark.optional
 def test_about_3800_pictures_with_their_names(source):
     assert 3_500 < len(source) < 4_500
     captions = list(source.captions())
     assert len(set(captions)) > 0.99 * len(captions)
+    assert {*demo.CAPTIONS, demo.COMPLETION, *demo.HELD_OUT} <= set(captions)
     assert all(c == c.lower() and c.strip() and ":" not in c[:1] + c[-1:] and "_" not in c for c in captions)
     for text, caption in {
         "😀": "grinning face",
@@ -43,6 +46,7 @@ def test_about_3800_pictures_with_their_names(source):
         assert source.caption(index) == source[index].caption == caption
 
 
+@pytest.mark.optional
 def test_the_whole_glyph_fills_the_width_and_is_centred(source):
     def drawn(text):
         return to_tensor(emoji_source.draw(text, source.font, emoji_source.GLYPH_WIDTH))
@@ -58,6 +62,7 @@ def test_the_whole_glyph_fills_the_width_and_is_centred(source):
         assert (drawn(text)[:, :4] == 255).all() and (drawn(text)[:, -4:] == 255).all()
 
 
+@pytest.mark.optional
 def test_every_picture_has_something_in_it_and_nearly_all_differ(source):
     pictures = [source[i].image for i in range(len(source))]
     assert all(p.dtype == torch.uint8 and p.shape == (3, 32, 32) for p in pictures)
@@ -66,6 +71,7 @@ def test_every_picture_has_something_in_it_and_nearly_all_differ(source):
     assert different > 0.98 * len(pictures)  # some territories share a flag
 
 
+@pytest.mark.optional
 def test_sequences_the_font_lacks_are_left_out_and_listed(source):
     qualified = {text for text, data in emoji.EMOJI_DATA.items() if data["status"] <= emoji.STATUS["fully_qualified"]}
     listed = {name for name, _ in source.skipped}
@@ -76,6 +82,7 @@ def test_sequences_the_font_lacks_are_left_out_and_listed(source):
         assert not emoji_source._has_glyph(text, source.font), text
 
 
+@pytest.mark.optional
 def test_held_out_captions_recombine_what_the_training_part_knows(source):
     train, held_out = split(source, "train"), split(source, "heldout")
     assert len(train) + len(held_out) == len(source)
@@ -90,6 +97,7 @@ def test_held_out_captions_recombine_what_the_training_part_knows(source):
         assert any(other.startswith(person) and "skin tone" in other for other in known)
 
 
+@pytest.mark.optional
 def test_no_held_out_picture_is_in_the_training_part(source):
     train, held_out = (
         {part.load(i).image.numpy().tobytes() for i in range(len(part))}
@@ -98,6 +106,7 @@ def test_no_held_out_picture_is_in_the_training_part(source):
     assert not train & held_out
 
 
+@pytest.mark.optional
 def test_drawing_in_threads_gives_the_same_pictures(source, seed):
     indices = torch.randperm(len(source))[:200].tolist()
     serial = [source[i].image for i in indices]

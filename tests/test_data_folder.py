@@ -162,8 +162,8 @@ def test_short_side_is_scaled_and_the_centre_cropped(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation(tmp_path, orientation):
-    upright = np.random.default_rng().integers(0, 256, (16, 16, 3), dtype=np.uint8)
+def test_exif_orientation(tmp_path, orientation, seed):
+    upright = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     stored = {  # EXIF: which side of the stored picture is up
         1: upright,
         2: upright[:, ::-1],

@@ -60,7 +60,8 @@ def check(pattern, q, k, v, prompts, start, backend):
     mask = pattern.dense()
     exact = plain_attention(q.double(), k.double(), v.double(), mask)[:, :, rows]
     plain = plain_attention(q, k, v, mask)[:, :, rows]
-    assert_accurate(decode(pattern, q, k, v, prompts, start, backend), exact, plain)
+    out = decode(pattern, q, k, v, prompts, start, backend)
+    assert_accurate(out, exact, plain, f"{backend} decode_attention out {q.dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -166,6 +166,7 @@ def test_a_gallery_ranks_pictures_and_the_most_alike(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.optional
 def test_the_most_alike_caption_nearly_never_finds_a_held_out_emoji_but_its_neighbourhood():
     try:
         source = open_source("emoji", 32)

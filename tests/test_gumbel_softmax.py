@@ -16,6 +16,7 @@ from torch.profiler import profile
 import dalle_kernels as dk
 from accuracy import assert_accurate, mostly
 from dalle_kernels.philox import gumbel_noise
+from statistics_for_tests import REJECT, frequencies_p
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "transposed", "strided", "offset", "classes last"]
@@ -71,7 +72,7 @@ def check(x, tau, hard, dim, backend, seed):
         if what == "y" and hard:
             assert_argmax(a, x, seed, dim)
         else:
-            assert_accurate(a, e, p)
+            assert_accurate(a, e, p, f"{backend} gumbel_softmax {what} {x.dtype}")
 
 
 def assert_argmax(y, x, seed, dim):
@@ -242,15 +243,9 @@ def test_small_tau_draws_from_the_distribution(backend, seed):
     """Jang et al. 2017: as tau falls, samples become one-hot with the frequencies softmax(logits)."""
     draws, logits = 40_000, torch.randn(11) * 1.5
     y = dk.gumbel_softmax(logits.expand(draws, 11), 1e-3, seed=seed, backend=backend)
+    # Below 0.99 only if the largest leads by less than tau log 990: below 0.7 % of draws; 2 % are 30 sigma from that.
     assert (y.amax(1) > 0.99).double().mean() > 0.98
-    assert chi_square_survival(y.argmax(1), logits.softmax(0)) > 1e-7
-
-
-def chi_square_survival(draws, p):
-    expected = p.double() * len(draws)
-    counts = torch.bincount(draws, minlength=len(p))
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    return torch.special.gammaincc(torch.tensor((len(p) - 1) / 2).double(), statistic / 2).item()
+    assert frequencies_p(torch.bincount(y.argmax(1), minlength=11), logits.double().softmax(0)) > REJECT
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])

@@ -16,6 +16,7 @@ from dalle import Prior, PriorConfig, UserError
 from dalle.prior import gelu
 from dalle_kernels import backends
 from dalle_kernels.backends.plans import schedule_tensor
+from statistics_for_tests import REJECT, frequencies_p, normal_std_p
 
 SMALL = PriorConfig(5, 11, (3, 4), 9, layers=4, heads=2, head_dim=8, conv_kernel=3)
 
@@ -79,7 +80,7 @@ def test_initialisation(seed):
             (layer.attention_out, 0.005),
             (layer.mlp_out, 0.005),
         ):
-            assert linear.weight.std().item() == pytest.approx(std, rel=0.05)
+            assert normal_std_p(linear.weight, std) > REJECT
             assert not linear.bias.any()
 
 
@@ -207,11 +208,11 @@ def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates
 
 
 def test_what_is_not_redrawn_stays_and_changes_what_follows(seed):
-    """Of untrained models about one in a hundred heeds nothing, so three are asked."""
+    """One untrained model in about a hundred ignores what it is given, so up to four are asked."""
     redraw = torch.zeros(3, 4, dtype=torch.bool)
     redraw[1:, 2:] = True
     changed = 0
-    for _ in range(3):
+    for _ in range(4):
         model = make()
         with torch.no_grad():  # an untrained model hardly heeds what it is given
             for weight in model.parameters():
@@ -259,7 +260,7 @@ def test_draws_do_not_depend_on_the_batch(seed):
 
 
 def test_draws_follow_the_distribution(seed):
-    """With two codes in one row, the frequencies of the four pictures match the model's probabilities (chi-square)."""
+    """With two codes in one row, the frequencies of the four pictures match the model's probabilities."""
     config = PriorConfig(3, 5, (1, 2), 2, layers=2, heads=1, head_dim=8, conv_kernel=3)
     model = make(config)
     text, count = model.pack_text([[1, 2]]), 4000
@@ -267,10 +268,9 @@ def test_draws_follow_the_distribution(seed):
     pictures = torch.cartesian_prod(torch.arange(2), torch.arange(2))
     with torch.no_grad():
         log_p = model(text.expand(4, -1), pictures)[1].log_softmax(-1)
-    expected = count * log_p.gather(2, pictures[..., None])[..., 0].sum(1).exp()
+    expected = log_p.double().gather(2, pictures[..., None])[..., 0].sum(1).exp()
     observed = torch.stack([(drawn == picture).all(1).sum() for picture in pictures])
-    chi_square = ((observed - expected) ** 2 / expected).sum().item()
-    assert chi_square < 24, f"three degrees of freedom: {observed} against {expected}"  # p = 2.5e-5
+    assert frequencies_p(observed, expected) > REJECT, f"{observed} against {count * expected}"
 
 
 def test_one_token_text_conditions_the_picture(seed):

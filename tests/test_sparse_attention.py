@@ -54,7 +54,7 @@ def check(pattern, q, k, v, backend, scale=None):
         if name == "lse":
             assert a.dtype == torch.float32
             p = p.float()
-        assert_accurate(a, e, p)
+        assert_accurate(a, e, p, f"{backend} sparse_attention {name} {q.dtype}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

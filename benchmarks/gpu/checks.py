@@ -154,11 +154,11 @@ def attention(place, name, dtype, dim, text, grid, n=None, layout="bhnd", factor
     exact[1] = plain_attention(*wide, mask, scale)[1]  # the reference's lse is float32
     plain = with_gradients(lambda *x: plain_attention(*x, mask, scale), (q, k, v), grad)
     plain[1] = plain[1].float()
-    for actual, e, p in zip(got, exact, plain):
+    for what, actual, e, p in zip(("out", "lse", "dq", "dk", "dv"), got, exact, plain):
         if dim < 16 and dtype == "float32":
             torch.testing.assert_close(actual.double(), e, rtol=1e-5, atol=1e-5)
         else:
-            assert_accurate(actual, e, p)
+            assert_accurate(actual, e, p, f"{place.backend} sparse_attention {what} {dtype}")
 
 
 def make(place, layout, batch, heads, n, dim, dtype):
@@ -280,7 +280,7 @@ def gumbel_softmax(place, dtype, hard, shape, dim, scale=2.0, transposed=False):
             if what == "y" and hard:
                 assert_argmax(actual, x, seed, dim)
             else:
-                assert_accurate(actual, e, p)
+                assert_accurate(actual, e, p, f"{place.backend} gumbel_softmax {what} {dtype}")
 
 
 def assert_argmax(y, x, seed, dim):
@@ -429,7 +429,8 @@ def decode(place, name, dtype, candidates, start, dim, text, grid, factor=1.0):
     rows, mask = slice(text + start, None), pattern.dense().to(place.device)
     exact = dk.sparse_attention(*(x.double() for x in tensors), pattern, backend="reference")
     plain = plain_attention(*tensors, mask, dim**-0.5)[0]
-    assert_accurate(decoded(place, pattern, *tensors, prompts, start), exact[:, :, rows], plain[:, :, rows])
+    out, what = decoded(place, pattern, *tensors, prompts, start), f"{place.backend} decode_attention out {dtype}"
+    assert_accurate(out, exact[:, :, rows], plain[:, :, rows], what)
 
 
 def decode_bits(place, dtype):

@@ -8,7 +8,6 @@ import ctypes
 import functools
 import hashlib
 import os
-import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -101,7 +100,7 @@ def run(operation: str, *arguments, seed: int | None = None, capability: int = 9
         EmulationError: a kernel broke a rule, or left a part of a result unwritten.
     """
     emulation = library or globals()["library"]()
-    seed = random.SystemRandom().randrange(2**32) if seed is None else seed
+    seed = int(torch.randint(2**32, ())) if seed is None else seed
     emulation.dk_emulation_begin(ctypes.c_uint64(seed), capability)
     for tensor in arguments:
         if isinstance(tensor, torch.Tensor) and tensor.numel():
