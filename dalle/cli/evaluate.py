@@ -9,7 +9,7 @@ from dalle.cli.progress import shown
 from dalle.evaluation.evaluate import REPORT, EvaluateConfig, evaluate
 from dalle.evaluation.plots import plot
 from dalle.evaluation.table import table
-from dalle.training.loop import Progress
+from dalle.runtime import Progress
 
 
 def main(argv: list[str]) -> int:
