@@ -5,7 +5,6 @@ with PyTorch's in their place.
 import contextlib
 import functools
 import math
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -14,11 +13,9 @@ from comparison import SETTING
 from torch.nn.functional import gumbel_softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-import dalle.dvae
-import dalle.prior
-import dalle_kernels as dk
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
-from dalle.prior import Prior, PriorConfig
+from dalle.generation.sampler import generate_codes
+from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.models.prior import Prior, PriorConfig
 from dalle.training.optimizer import adamw
 
 if SETTING.tiny:
@@ -61,7 +58,7 @@ class PaddedCache:
 
 
 def with_sdpa(masked: bool):
-    """dalle_kernels as the prior uses it, on SDPA: causal, or with the pattern as a boolean mask."""
+    """What the prior uses of dalle_kernels, on SDPA: causal, or with the pattern as a boolean mask."""
     masks = {}
 
     def attention(q, k, v, pattern):
@@ -72,13 +69,11 @@ def with_sdpa(masked: bool):
         mask = masks[pattern]
         return sdpa(q, k, v, attn_mask=mask[: q.shape[2], : q.shape[2]])
 
-    return SimpleNamespace(
-        AttentionPattern=dk.AttentionPattern,
-        sparse_attention=attention,
-        DecodeCache=lambda *args, **options: PaddedCache(*args, masked=masked, **options),
-        decode_attention=lambda q, k, v, cache, layer: cache.attend(q, k, v, layer),
-        sample_tokens=dk.sample_tokens,
-    )
+    return {
+        "dalle_kernels.nn.sparse_attention": attention,
+        "dalle_kernels.nn.decode_attention": lambda q, k, v, cache, layer: cache.attend(q, k, v, layer),
+        "dalle_kernels.DecodeCache": functools.partial(PaddedCache, masked=masked),
+    }
 
 
 def plain_gumbel_softmax(logits, tau, dim, seed, return_kl):
@@ -87,22 +82,24 @@ def plain_gumbel_softmax(logits, tau, dim, seed, return_kl):
     return gumbel_softmax(logits, tau, dim=dim), kl
 
 
-PRIORS = {"ours": dk, "causal SDPA": with_sdpa(False), "masked SDPA": with_sdpa(True)}
-DVAES = {"ours": dk, "F.gumbel_softmax": SimpleNamespace(gumbel_softmax=plain_gumbel_softmax)}
+PRIORS = {"ours": {}, "causal SDPA": with_sdpa(False), "masked SDPA": with_sdpa(True)}
+DVAES = {"ours": {}, "F.gumbel_softmax": {"dalle_kernels.gumbel_softmax": plain_gumbel_softmax}}
 
 
-def using(module, kernels, function):
-    """The function with other kernels in the place of dalle_kernels in a module of the model layer."""
+def using(replacements, function):
+    """The function with other operations in the place of ours, by the names under which the models look them up."""
 
     def run():
-        with mock.patch.object(module, "dk", kernels):
+        with contextlib.ExitStack() as stack:
+            for name, replacement in replacements.items():
+                stack.enter_context(mock.patch(name, replacement))
             return function()
 
     return run
 
 
-def against(versus, module, kernels, function, **options):
-    runs = {name: using(module, replacement, function) for name, replacement in kernels.items()}
+def against(versus, kernels, function, **options):
+    runs = {name: using(replacements, function) for name, replacements in kernels.items()}
     versus(runs.pop("ours"), runs, **options)
 
 
@@ -137,7 +134,7 @@ def test_training_step_of_a_prior(versus, precision):
     text, codes = random_text(2), torch.randint(PRIOR.image_vocab, (2, PRIOR.image_len))
     step = training_step(model, lambda: model.loss(text, codes), precision)
     tokens = 2 * (PRIOR.text_len + PRIOR.image_len)
-    against(versus, dalle.prior, PRIORS, step, unit="tokens/s", count=tokens)
+    against(versus, PRIORS, step, unit="tokens/s", count=tokens)
 
 
 @pytest.mark.parametrize("candidates", [CANDIDATES])
@@ -146,8 +143,8 @@ def test_drawing(versus, candidates):
     whole sequence.
     """
     model, text = Prior(PRIOR), random_text(1)
-    draw = functools.partial(model.generate, text, candidates=candidates, seeds=torch.arange(candidates))
-    against(versus, dalle.prior, PRIORS, draw, unit="pictures/s", count=candidates, rounds=3)
+    draw = functools.partial(generate_codes, model, text, candidates=candidates, seeds=torch.arange(candidates))
+    against(versus, PRIORS, draw, unit="pictures/s", count=candidates, rounds=3)
 
 
 @pytest.mark.parametrize("precision", ["float32"])
@@ -156,4 +153,4 @@ def test_training_step_of_a_dvae(versus, precision):
     model = DiscreteVAE(DVAE).to(memory_format=torch.channels_last)
     images = torch.rand(PICTURES, 3, DVAE.image_size, DVAE.image_size)
     step = training_step(model, lambda: model.loss(images, tau=0.9, beta=6.6), precision)
-    against(versus, dalle.dvae, DVAES, step, unit="pictures/s", count=PICTURES)
+    against(versus, DVAES, step, unit="pictures/s", count=PICTURES)

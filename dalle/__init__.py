@@ -1,25 +1,44 @@
 """DALL·E 1: a discrete VAE, a sparse transformer prior, and what is needed to train them and to draw with them."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from dalle.errors import UserError
 from dalle.extras import extras
 
+if TYPE_CHECKING:  # for editors and type checkers
+    from dalle.generation.pipeline import Pipeline
+    from dalle.models.clip import CLIP, CLIPConfig
+    from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
+    from dalle.models.prior import Prior, PriorConfig
+    from dalle.tokenizer import Tokenizer
+
+__all__ = [
+    "CLIP",
+    "CLIPConfig",
+    "DiscreteVAE",
+    "DiscreteVAEConfig",
+    "Pipeline",
+    "Prior",
+    "PriorConfig",
+    "Tokenizer",
+    "UserError",
+]
+
 # The models need torch; they are imported when first asked for, so that `import dalle` stays instant.
 _LAZY = {
-    "CLIP": "dalle.clip",
-    "CLIPConfig": "dalle.clip",
-    "DiscreteVAE": "dalle.dvae",
-    "DiscreteVAEConfig": "dalle.dvae",
-    "Pipeline": "dalle.pipeline",
-    "Prior": "dalle.prior",
-    "PriorConfig": "dalle.prior",
+    "CLIP": "dalle.models.clip",
+    "CLIPConfig": "dalle.models.clip",
+    "DiscreteVAE": "dalle.models.dvae",
+    "DiscreteVAEConfig": "dalle.models.dvae",
+    "Pipeline": "dalle.generation.pipeline",
+    "Prior": "dalle.models.prior",
+    "PriorConfig": "dalle.models.prior",
+    "Tokenizer": "dalle.tokenizer",
 }
 
-__all__ = ["UserError", *sorted(_LAZY)]
 
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module 'dalle' has no attribute {name!r}")
     with extras():

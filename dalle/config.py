@@ -4,31 +4,35 @@ import dataclasses
 import json
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 from dalle.errors import UserError
 
+Config = TypeVar("Config")
 
-def preset(presets: dict, name: str):
+
+def preset(presets: Mapping[str, Config], name: str) -> Config:
     """`presets[name]`, or a UserError that lists the names there are."""
     if name not in presets:
         raise UserError(f"there is no preset {name!r}; the presets are {', '.join(sorted(presets))}")
     return presets[name]
 
 
-def check(config, wanted: str, **fits: bool) -> None:
+def check(config: object, wanted: str, **fits: bool) -> None:
     """A UserError for the first field in `fits` that does not: it must `wanted`."""
     for name, fit in fits.items():
         if not fit:
             raise UserError(f"{name} must {wanted}, not {getattr(config, name)}")
 
 
-def to_dict(config) -> dict:
+def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as JSON-ready data: tuples become lists, paths strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def from_dict(cls: type, data: dict, origin: str):
+def from_dict(cls: type[Config], data: dict[str, Any], origin: str) -> Config:
     """The dataclass `cls` with the fields of `data`; a UserError naming `origin` if they do not fit."""
     if not isinstance(data, dict):
         raise UserError(f"{origin} holds {type(data).__name__}, not the fields of a {cls.__name__}")
@@ -44,7 +48,7 @@ def from_dict(cls: type, data: dict, origin: str):
         raise UserError(f"{origin} does not describe a {cls.__name__}: {error}") from error
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict[str, Any]:
     """The JSON in a file, or a UserError that names it."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -54,7 +58,7 @@ def read_json(path: Path) -> dict:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
 
 
-def _coerce(value, kind):
+def _coerce(value: Any, kind: Any) -> Any:
     """`value` checked against the annotation `kind`; lists become tuples and strings paths where it says so."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         options = typing.get_args(kind)

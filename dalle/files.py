@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,7 +56,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def write_json(path: Path, config) -> None:
+def write_json(path: Path, config: Any) -> None:
     """A configuration, atomically."""
     write_text(path, json.dumps(configs.to_dict(config), indent=2) + "\n")
 
@@ -79,17 +80,6 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged or not a safetensors file ({error}); write it anew") from error
-
-
-def load_weights(module: torch.nn.Module, tensors: dict[str, torch.Tensor], origin: str) -> None:
-    """Fills `module`; a UserError that names `origin` and the first misfit if the names or shapes differ."""
-    wanted = module.state_dict()
-    for name in sorted(wanted.keys() | tensors.keys()):
-        here = list(wanted[name].shape) if name in wanted else "absent"
-        there = list(tensors[name].shape) if name in tensors else "absent"
-        if here != there:
-            raise UserError(f"{origin} belongs to another configuration: {name} is {there} there and {here} here")
-    module.load_state_dict(tensors)
 
 
 def _sync(path: Path) -> None:

@@ -5,7 +5,7 @@ import itertools
 import json
 import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 # Captions are encoded one at a time, which gains nothing from the library's threads; forking after their use warns.
@@ -26,7 +26,7 @@ class Tokenizer:
     Text is NFC-normalised and lower-cased (Ramesh et al. 2021, App. B.1), its whitespace collapsed to single spaces.
     """
 
-    def __init__(self, bpe: tokenizers.Tokenizer):
+    def __init__(self, bpe: tokenizers.Tokenizer) -> None:
         self._bpe = bpe
 
     @classmethod
@@ -101,7 +101,9 @@ class Tokenizer:
         return {(left, right): rank for rank, (left, right) in enumerate(merges)}
 
 
-def _merge(word: str, ranks: dict[tuple[str, str], int], dropout: float, draw) -> list[str]:
+def _merge(
+    word: str, ranks: dict[tuple[str, str], int], dropout: float, draw: Callable[[], float]
+) -> list[str]:
     """Applies the learned merges to one word, best rank first, passing over each with probability ``dropout``.
 
     The library has this too, but its randomness cannot be seeded, so that training could not resume exactly.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .decode_attention import decode_attention
+from .decode_cache import DecodeCache
 from .patterns import AttentionPattern
 from .sparse_attention import sparse_attention
 
@@ -18,7 +20,8 @@ class SparseAttention(nn.Module):
         pattern: which token sees which.
         bias: whether the projections have biases.
 
-    Input x [B, N, dim], N <= pattern.seq_len -> [B, N, dim].
+    Input x [B, N, dim], N <= pattern.seq_len -> [B, N, dim]. With a `DecodeCache` image tokens are generated one at a
+    time: `forward` on what is given stores its keys and values, and `step` takes the next token.
     """
 
     def __init__(self, dim: int, heads: int, pattern: AttentionPattern, *, bias: bool = True) -> None:
@@ -29,11 +32,22 @@ class SparseAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=bias)
         self.out = nn.Linear(dim, dim, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        )  # each [B, heads, N, D]
+    def forward(self, x: torch.Tensor, cache: DecodeCache | None = None, layer: int = 0) -> torch.Tensor:
+        """Attention among the tokens of x; a cache, if given, takes their keys and values as prefix of `layer`."""
+        q, k, v = self._heads(x)
+        if cache is not None:
+            cache.prefill(layer, k, v)
         return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
+
+    def step(self, x: torch.Tensor, cache: DecodeCache, layer: int = 0) -> torch.Tensor:
+        """Attention of one new image token of every sequence, [P * C, dim] -> [P * C, dim], against the cache's
+        `layer`; the cache stays at its step until `cache.advance()`."""
+        q, k, v = (t[:, :, 0] for t in self._heads(x[:, None]))
+        return self.out(decode_attention(q, k, v, cache, layer).flatten(1))
+
+    def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Queries, keys and values, each [B, heads, N, D]."""
+        return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pattern={self.pattern!r}"

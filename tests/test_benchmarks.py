@@ -14,9 +14,9 @@ import torch
 from comparison import compare
 from plain_attention import plain_attention
 
-import dalle.prior
 import dalle_kernels as dk
-from dalle.prior import Prior, PriorConfig
+from dalle.generation.sampler import generate_codes
+from dalle.models.prior import Prior, PriorConfig
 
 ROOT = Path(__file__).parents[1]
 NAMES = {path.stem.removeprefix("bench_") for path in ROOT.glob("benchmarks/bench_*.py")}
@@ -63,15 +63,16 @@ def test_plain_attention_is_the_pattern(seed, name, rows):
 def test_the_masked_model_draws_the_same_pictures(seed):
     """And the causal one others: with weights so large that the attention decides."""
     prior = Prior(PriorConfig(6, 50, (4, 4), 40, layers=4, heads=2, head_dim=16, conv_kernel=3)).double()
-    for linear in [prior.image_head, *(part for layer in prior.layers for part in (layer.qkv, layer.attention_out))]:
+    attentions = [layer.attention for layer in prior.layers]
+    for linear in [prior.image_head, *(part for attention in attentions for part in (attention.qkv, attention.out))]:
         torch.nn.init.normal_(linear.weight)
     text, seeds = prior.pack_text([[1, 2], [3]]), torch.arange(4)
 
     def draw():
-        return prior.generate(text, candidates=2, seeds=seeds)
+        return generate_codes(prior, text, candidates=2, seeds=seeds)
 
-    assert torch.equal(bench_model.using(dalle.prior, bench_model.PRIORS["masked SDPA"], draw)(), draw())
-    causal = bench_model.using(dalle.prior, bench_model.PRIORS["causal SDPA"], draw)()
+    assert torch.equal(bench_model.using(bench_model.PRIORS["masked SDPA"], draw)(), draw())
+    causal = bench_model.using(bench_model.PRIORS["causal SDPA"], draw)()
     assert not torch.equal(causal, draw())
 
 

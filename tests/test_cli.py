@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 
 import dalle
 from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
-from dalle import model_directory as places
 from dalle.cli import COMMANDS, main
 from dalle.cli.complete import read_mask
 from dalle.cli.drawing import sheet
 from dalle.cli.progress import duration, shown
 from dalle.data import emoji
+from dalle.models import hub as places
+from dalle.runtime import Progress
 from dalle.tokenizer import Tokenizer
-from dalle.training.loop import Progress
 
 DATA = "shapes-simple:60"
 TINY = shlex.split(
@@ -499,7 +499,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
     with shown("training") as on_step:
         for step in range(1, 101):
             on_step(Progress(step, step / 100, {"loss": 1.5}, 123.4, 65.0))
-        on_step(Progress(100, 1.0, {"loss": 1.5, "heldout psnr": 20.125, "heldout codes used": 7.0}, 123.4, 0.0))
+        on_step(Progress(100, 1.0, {"loss": 1.5}, 123.4, 0.0, {"psnr": 20.125, "codes used": 7}))
     assert capsys.readouterr().err.splitlines() == [
         "training:   1%  step 1  loss 1.500  123 pictures/s  1:05 left",
         "training: step 100, held-out pictures: psnr 20.125, codes used 7",

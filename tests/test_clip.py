@@ -14,15 +14,15 @@ from PIL import Image
 
 from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, UserError
 from dalle.cli import main
-from dalle.clip import PRESETS
 from dalle.data import open_source, split
 from dalle.files import read_tensors
 from dalle.images import to_uint8
-from dalle.model_files import load_clip, load_dvae, save_part
+from dalle.models.checkpoint import load_clip, load_dvae, save_part
+from dalle.models.clip import PRESETS
 from dalle.tokenizer import Tokenizer
 from dalle.training import train_clip as module
-from dalle.training.feed import Pictures, batch_indices
-from dalle.training.train_clip import CLIPTask, TrainCLIPConfig, WithCopies, found, shift, train_clip
+from dalle.training.feed import PictureLoader
+from dalle.training.train_clip import CLIPTask, TrainCLIPConfig, WithCopies, recall, shift, train_clip
 from statistics_for_tests import REJECT, binomial_p
 
 DATA = "shapes-simple:80"
@@ -103,10 +103,10 @@ def test_the_text_encoder_against_its_own_arithmetic(clip):
     x = encoder.embedding(text) + encoder.position.weight
     hidden = torch.ones(8, 8).triu(1).bool()
     for layer in encoder.layers:
-        q, k, v = layer.qkv(layer.attention_norm(x)).unflatten(-1, (3, 2, 8)).unbind(2)
+        q, k, v = layer.attention.qkv(layer.attention_norm(x)).unflatten(-1, (3, 2, 8)).unbind(2)
         weights = torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5
         weights = weights.masked_fill(hidden, -math.inf).softmax(-1)
-        x = x + layer.attention_out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2))
+        x = x + layer.attention.out(torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(-2))
         inner = layer.mlp_in(layer.mlp_norm(x))
         x = x + layer.mlp_out(inner * torch.sigmoid(1.702 * inner))
     last = torch.stack([row[len(caption)] for row, caption in zip(x, captions, strict=True)])
@@ -217,7 +217,7 @@ def test_a_step_mixes_pictures_and_copies_and_repeats_itself(directory, monkeypa
             both = task.training[i].image
             copies += torch.equal(picture, both[3:])
             assert torch.equal(picture, both[:3]) or torch.equal(picture, both[3:])
-            assert task.tokenizer.decode(row[row < task.size.text_vocab].tolist()) in task.training.caption(i)
+            assert task.tokenizer.decode(row[row < task.model.config.text_vocab].tolist()) in task.training.caption(i)
     assert binomial_p(copies, 64, 0.5) > REJECT
 
 
@@ -231,10 +231,9 @@ def test_an_unreadable_picture_does_not_lend_its_caption(directory, tmp_path_fac
         damaged = folder / f"{i}.png"
         damaged.write_bytes(damaged.read_bytes()[:100])
     source = WithCopies(open_source(str(folder), 16), load_dvae(directory))
-    pictures = Pictures(source, batch_size=8, seed=0).batch(0)
-    shown = source.present(batch_indices(8, 8, 0, 0).tolist())
-    assert sorted(shown) == [0, 1, 2, 5, 5, 5, 6, 7]
-    for picture, i in zip(pictures, shown, strict=True):
+    batch = PictureLoader(source, batch_size=8, seed=0).batch(0)
+    assert sorted(batch.indices.tolist()) == [0, 1, 2, 5, 5, 5, 6, 7]
+    for picture, i in zip(batch.pictures, batch.indices.tolist(), strict=True):
         assert torch.equal(picture, source.load(i).image)
 
 
@@ -244,12 +243,12 @@ def test_an_unreadable_picture_does_not_lend_its_caption(directory, tmp_path_fac
 def test_retrieval_by_hand():
     fits = torch.tensor([[0.9, 0.1, 0.3], [0.8, 0.2, 0.1], [0.1, 0.15, 0.05]])
     own = torch.eye(3).bool()
-    assert [found(fits, own, k) for k in (1, 2, 5)] == pytest.approx([1 / 3, 2 / 3, 1])
-    assert [found(fits.t(), own, k) for k in (1, 2, 3)] == pytest.approx([2 / 3, 2 / 3, 1])
+    assert [recall(fits, own, k) for k in (1, 2, 5)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert [recall(fits.t(), own, k) for k in (1, 2, 3)] == pytest.approx([2 / 3, 2 / 3, 1])
     shared = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
-    assert found(fits, shared, 1) == pytest.approx(2 / 3)
+    assert recall(fits, shared, 1) == pytest.approx(2 / 3)
     nothing = torch.zeros(3, 3)  # equal scores tell nothing apart
-    assert [found(nothing, own, k) for k in (1, 2, 3)] == [0, 0, 1]
+    assert [recall(nothing, own, k) for k in (1, 2, 3)] == [0, 0, 1]
 
 
 # Training
@@ -290,7 +289,7 @@ def test_clip_resumes_exactly(directory):
 
 def test_what_a_run_leaves(directory):
     result = train_clip(train_config(directory))
-    assert {f"heldout {what}@{k}" for what in ("caption", "picture") for k in (1, 5)} == result.metrics.keys()
+    assert {f"{what}@{k}" for what in ("caption", "picture") for k in (1, 5)} == result.evaluation.keys()
     vocab = Tokenizer.load(directory / "tokenizer.json").vocab_size
     assert load_clip(directory).config == dataclasses.replace(TEST, text_vocab=vocab)
     assert sorted(p.name for p in (directory / "samples").iterdir()) == ["clip-0000004.png", "clip-0000006.png"]

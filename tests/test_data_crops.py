@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalle.data import open_source, split
+from dalle.data import open_source
 from dalle.data.crops import dvae_crop, prior_crop, reduced
 from dalle.training import feed
-from dalle.training.feed import Pictures, batch_indices
+from dalle.training.feed import PictureLoader, batch_indices
 from dalle.training.tokens import _squares
 
 
@@ -109,8 +109,8 @@ def folder(tmp_path, seed):
 def test_batches_of_crops_are_a_function_of_seed_and_step(folder, monkeypatch):
     def batches(steps, room=feed.IN_MEMORY, seed=3):
         monkeypatch.setattr(feed, "IN_MEMORY", room)
-        pictures = Pictures(folder, 4, seed, dvae_crop)
-        return {step: pictures.batch(step) for step in steps}
+        pictures = PictureLoader(folder, 4, seed, dvae_crop)
+        return {step: pictures.batch(step).pictures for step in steps}
 
     expected = batches(range(8))
     for room in (0, 10_000, feed.IN_MEMORY):  # decoded anew, some kept, all kept
@@ -125,26 +125,27 @@ def test_batches_of_crops_are_a_function_of_seed_and_step(folder, monkeypatch):
     assert all(torch.equal(square, folder[2].image) for square in seen[2])  # which has the model's size
 
 
-def test_an_unreadable_picture_is_replaced_in_crops_too(folder):
+def test_whole_pictures_that_cannot_be_read_are_left_out(folder):
     (folder.root / "1.png").write_bytes(b"")
-    assert folder.whole(1).key == "2.png" and folder.skipped == [("1.png", "empty file")]
-    assert split(folder, "train").whole(0).image.dtype == torch.uint8
+    shapes = {i: tuple(sample.image.shape[1:]) for i, sample in folder.readable(whole=True)}
+    assert list(shapes) == [0, 2, 3, 4, 5] and shapes[2] == (16, 16) and shapes[0] != (16, 16)
+    assert folder.skipped == [("1.png", "empty file")]
 
 
 def test_drawn_pictures_stay_exact_under_crops():
     source = open_source("shapes:30", 32)
-    exact, cropped = (Pictures(source, 30, 0, crop).batch(0) for crop in (None, dvae_crop))
+    exact, cropped = (PictureLoader(source, 30, 0, crop).batch(0).pictures for crop in (None, dvae_crop))
     assert torch.equal(exact, cropped)
 
 
 def test_squares_of_a_picture_for_the_prior(folder):
-    assert [torch.equal(_squares(folder, i, 1, 16)[0].image, folder[i].image) for i in range(6)] == [True] * 6
+    assert [torch.equal(_squares(folder[i], i, 1, 16)[0].image, folder[i].image) for i in range(6)] == [True] * 6
     for i in range(6):
-        squares = _squares(folder, i, 5, 16)
-        whole = folder.whole(i).image
+        whole = folder.load_whole(i).image
+        squares = _squares(folder.load_whole(i), i, 5, 16)
         generators = [np.random.default_rng((n, i)) for n in range(1 if i == 2 else 5)]
         assert len(squares) == len(generators)
         for square, rng in zip(squares, generators, strict=True):
             assert square.key == folder.key(i) and square.captions == (f"picture {i}", f"same picture {i}")
             assert torch.equal(square.image, prior_crop(whole, 16, rng))
-    assert len({sample.image.numpy().tobytes() for sample in _squares(folder, 0, 5, 16)}) > 1
+    assert len({sample.image.numpy().tobytes() for sample in _squares(folder.load_whole(0), 0, 5, 16)}) > 1

@@ -6,8 +6,8 @@ from PIL import Image
 
 from dalle import DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
 from dalle.cli import demo, main
-from dalle.clip import CLIP, CLIPConfig
 from dalle.data import emoji, open_source, split
+from dalle.models.clip import CLIP, CLIPConfig
 from dalle.tokenizer import Tokenizer
 
 SIDE = 16

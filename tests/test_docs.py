@@ -13,7 +13,7 @@ from dalle_kernels.plan import compile_plan
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "csrc/README.md", ROOT / "CHANGELOG.md"]
-FOLDERS = "benchmarks|csrc|dalle|dalle_kernels|docs|tests"
+FOLDERS = "benchmarks|csrc|dalle|dalle_kernels|docs|recipes|tests"
 DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

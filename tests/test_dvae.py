@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 import dalle_kernels as dk
 from dalle import DiscreteVAE, DiscreteVAEConfig, UserError
-from dalle.dvae import Block, codebook_usage, from_range, logit_laplace_nll, psnr, to_range
+from dalle.metrics import codebook_usage, psnr
+from dalle.models.blocks import BottleneckBlock
+from dalle.models.dvae import from_range, logit_laplace_nll, to_range
 from statistics_for_tests import REJECT, normal_std_p
 
 SMALL = DiscreteVAEConfig(16, 24, (8, 16, 32), blocks=2, codebook_dim=12)
@@ -31,7 +33,7 @@ def test_published_sizes():
 def test_published_layers():
     with torch.device("meta"):
         model = DiscreteVAE(DiscreteVAEConfig.preset("dalle"))
-    blocks = [m for m in model.modules() if isinstance(m, Block)]
+    blocks = [m for m in model.modules() if isinstance(m, BottleneckBlock)]
     assert len(blocks) == 16 and {block.gain for block in blocks} == {1 / 64}
     assert model.encoder.input.kernel_size == (7, 7)
     kernels = [[conv.kernel_size[0] for conv in block.res_path] for block in blocks]
@@ -39,7 +41,7 @@ def test_published_layers():
 
 
 def test_block_is_identity_plus_gain_times_residual(seed):
-    block = Block(8, 16, (3, 3, 3, 1), gain=0.3).double()
+    block = BottleneckBlock(8, 16, (3, 3, 3, 1), gain=0.3).double()
     x = torch.randn(2, 8, 5, 7, dtype=torch.float64)
     expected = x
     for conv, k in zip(block.res_path, (3, 3, 3, 1), strict=True):

@@ -13,7 +13,6 @@ import torch
 
 from dalle import DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
 from dalle.cli import main
-from dalle.clip import CLIP, CLIPConfig
 from dalle.data import open_source, split
 from dalle.data.shapes import Object, Scene, ShapesSource, caption, draw
 from dalle.data.source import Sample, Source
@@ -22,7 +21,8 @@ from dalle.evaluation import measures, pictures, ranking, shapes
 from dalle.evaluation.evaluate import EvaluateConfig, evaluate
 from dalle.evaluation.statistics import share, ssim, wilson
 from dalle.evaluation.table import table
-from dalle.prior import IGNORE
+from dalle.models.clip import CLIP, CLIPConfig
+from dalle.models.prior import IGNORE
 from dalle.tokenizer import Tokenizer
 
 
@@ -191,8 +191,9 @@ def test_what_is_drawn_is_what_generate_draws(pipeline, candidates):
     drawn = list(pictures.draw(pipeline, captions, candidates, 40, pictures.silently, ""))
     for i, (text, found) in enumerate(zip(captions, drawn, strict=True)):
         [row] = pipeline.generate(text, candidates=candidates, seed=40 + i * candidates)
-        row = sorted(row, key=lambda drawing: drawing.seed)
-        assert torch.equal(found, torch.stack([images.to_tensor(drawing.image) for drawing in row]))
+        assert [drawing.seed for drawing in found] == list(range(40 + i * candidates, 40 + (i + 1) * candidates))
+        expected = {drawing.seed: drawing.image.tobytes() for drawing in row}
+        assert {drawing.seed: drawing.image.tobytes() for drawing in found} == expected
 
 
 def test_the_first_and_the_best_candidate_are_those_of_generate(pipeline):
@@ -223,9 +224,9 @@ def test_nats_per_token_are_means_over_all_tokens(pipeline):
 def test_retrieval_counts_equal_captions_as_right(pipeline, monkeypatch):
     captions = ["a cat", "a dog", "a cat", "an ox"]
     scores = torch.tensor([[.1, .9, .2, .0], [.8, .7, .6, .5], [.3, .2, .1, .4], [.0, .1, .2, .3]])  # fmt: skip
-    monkeypatch.setattr(measures, "similarities", lambda pipeline, pictures, captions: scores)
+    monkeypatch.setattr(pipeline.clip, "similarities", lambda pictures, text: scores)
     nothing = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
-    group = pictures.Pictures([0, 1, 2, 3], captions, nothing, torch.zeros(4, 8, 8), nothing)
+    group = pictures.PictureSet([0, 1, 2, 3], captions, nothing, torch.zeros(4, 8, 8), nothing)
     found = measures.retrieval(pipeline, {"training": group})["training"]
     # Ranks by rows: cat (0.2 behind 0.9) 2, dog (0.7 behind 0.8) 2, cat (0.3 behind 0.4) 2, ox 1.
     assert found["pictures, picture to caption"]["top-1"]["right"] == 1
@@ -233,7 +234,7 @@ def test_retrieval_counts_equal_captions_as_right(pipeline, monkeypatch):
     assert found["pictures, caption to picture"]["top-1"]["right"] == 0
     assert all(entry["top-5"] == share(4, 4) for entry in found.values())
 
-    monkeypatch.setattr(measures, "similarities", lambda *_: torch.zeros(4, 4))
+    monkeypatch.setattr(pipeline.clip, "similarities", lambda *_: torch.zeros(4, 4))
     found = measures.retrieval(pipeline, {"training": group})["training"]
     assert all(entry["top-1"]["right"] == 0 for entry in found.values())  # nothing is told apart
 

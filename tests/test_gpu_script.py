@@ -32,6 +32,7 @@ from gpu.setting import ROOT, Setting, logged
 from gpu.stages import STAGES, TOTAL, Budget, Stage, one_line, run_stage, work
 
 import dalle_kernels as dk
+from dalle.generation.sampler import sequence_bytes
 
 TINY = Setting("cpu", tiny=True)
 
@@ -180,8 +181,8 @@ def test_estimate_of_candidates():
     prior = model.make_prior(TINY)
     for free in (0, 10**5, 10**8):
         most = model.most_by_estimate(prior, free)
-        assert most * prior.sequence_bytes(max(1, most)) <= free
-        assert (most + 1) * prior.sequence_bytes(most + 1) > free
+        assert most * sequence_bytes(prior, max(1, most)) <= free
+        assert (most + 1) * sequence_bytes(prior, most + 1) > free
 
 
 def test_bytes_of_a_step():

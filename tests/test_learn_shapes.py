@@ -6,8 +6,8 @@ import learn_shapes
 import pytest
 
 from dalle import DiscreteVAEConfig, PriorConfig, UserError
-from dalle.clip import PRESETS as CLIP_PRESETS
-from dalle.clip import CLIPConfig
+from dalle.models.clip import PRESETS as CLIP_PRESETS
+from dalle.models.clip import CLIPConfig
 
 
 @pytest.mark.slow

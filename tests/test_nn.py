@@ -34,3 +34,21 @@ def test_is_an_ordinary_module(seed):
 def test_bad_sizes_are_refused(dim, heads):
     with pytest.raises(ValueError, match=f"dim={dim}, heads={heads}"):
         dk.nn.SparseAttention(dim, heads, dk.AttentionPattern.row(3, (2, 2)))
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_steps_against_a_cache_equal_the_whole_sequence(seed, candidates):
+    """A cache of two layers, of which the second is the module's, and two given image tokens."""
+    pattern, text, start = dk.AttentionPattern.row(5, (3, 4)), 5, 2
+    module = dk.nn.SparseAttention(48, 3, pattern).double()
+    prefix, rest = torch.randn(2, text + start, 48).double(), torch.randn(2 * candidates, 10, 48).double()
+    whole = torch.cat([prefix.repeat_interleave(candidates, 0), rest], 1)
+    sizes = dict(prompts=2, candidates=candidates, heads=3, head_dim=16, dtype=torch.float64)
+    with torch.inference_mode():
+        cache = dk.DecodeCache([pattern] * 2, start=start, **sizes)
+        expected = module(whole)
+        given = module(prefix, cache, 1)
+        torch.testing.assert_close(given.repeat_interleave(candidates, 0), expected[:, : text + start])
+        for i in range(rest.shape[1]):
+            torch.testing.assert_close(module.step(rest[:, i], cache, 1), expected[:, text + start + i])
+            cache.advance()

@@ -1,8 +1,9 @@
 """The pipeline: a model directory out and in again, drawing that depends on prompt and seed alone, and ranking."""
 
+import inspect
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import huggingface_hub
 import pytest
@@ -12,8 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, UserError
-from dalle import model_directory as places
-from dalle import pipeline as pipelines
+from dalle.generation import pipeline as pipelines
+from dalle.generation.sampler import sequence_bytes
+from dalle.models import hub as places
+from dalle.runtime import free_memory
 from dalle.tokenizer import Tokenizer
 
 CAPTIONS = ["a red circle", "a blue square", "a green circle above a red square"]
@@ -102,7 +105,7 @@ def test_the_shipped_model(directory, monkeypatch):
     monkeypatch.setattr(places, "SHIPPED", directory)
     loaded = Pipeline.from_pretrained()
     stored = load_file(directory / "prior.safetensors")
-    assert all(torch.equal(p, stored[name].float()) for name, p in loaded.prior.named_parameters())
+    assert all(torch.equal(p, stored[name].float()) for name, p in loaded.prior.state_dict().items())
     assert loaded.generate("a red circle", candidates=2, top=1)[0][0].score is not None
 
 
@@ -175,6 +178,24 @@ def test_a_seed_draws_its_picture_again(pipeline):
     assert torch.equal(again.codes, row[3].codes)
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, None])
+def test_a_seed_for_every_prompt_draws_what_separate_calls_draw(ranking, batch_size):
+    seeds = [40, 3, 41]
+    rows = ranking.generate(CAPTIONS, candidates=3, top=2, seed=seeds, top_k=8, batch_size=batch_size)
+    for caption, seed, row in zip(CAPTIONS, seeds, rows, strict=True):
+        [alone] = ranking.generate(caption, candidates=3, top=2, seed=seed, top_k=8)
+        assert [d.seed for d in row] == [d.seed for d in alone] and {d.seed for d in row} < {seed, seed + 1, seed + 2}
+        assert torch.equal(codes([row]), codes([alone]))
+
+
+def test_the_options_stand_in_the_signatures():
+    """Where an editor shows them, with the names and defaults of what checks them."""
+    expected = {field.name: field.default for field in fields(pipelines.DrawOptions)} | {"seed": None}
+    for method, own in ((Pipeline.generate, {"prompts"}), (Pipeline.complete, {"picture", "prompt", "rows", "mask"})):
+        parameters = dict(list(inspect.signature(method).parameters.items())[1:])
+        assert {name: p.default for name, p in parameters.items() if name not in own} == expected
+
+
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 7, None])
 def test_the_batch_size_changes_nothing(pipeline, batch_size):
     expected = pipeline.generate(CAPTIONS, candidates=3, seed=1, top_k=8, batch_size=9)
@@ -185,21 +206,21 @@ def test_the_batch_size_changes_nothing(pipeline, batch_size):
 
 @pytest.mark.parametrize(("room", "passes"), [(10**6, [512, 88]), (600, [300, 300]), (0, [1] * 600)])
 def test_passes_fit_into_half_of_the_free_memory(pipeline, monkeypatch, room, passes):
-    free = room * pipeline.prior.sequence_bytes(600)
+    free = room * sequence_bytes(pipeline.prior, 600)
     monkeypatch.setattr(pipelines, "free_memory", lambda device: free)
     drawn = []
 
-    def generate(rows, *, candidates, **_):
+    def generate(prior, rows, *, candidates, **_):
         drawn.append(candidates)
         return torch.zeros(candidates, 4, 4, dtype=torch.int64)
 
-    monkeypatch.setattr(pipeline.prior, "generate", generate)
+    monkeypatch.setattr(pipelines, "generate_codes", generate)
     assert len(pipeline.generate("red", candidates=600)[0]) == 600
     assert drawn == passes
 
 
 def test_free_memory():
-    assert 2**20 < pipelines.free_memory(torch.device("cpu")) < 2**60
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**60
 
 
 def test_without_a_seed_pictures_differ(pipeline):
@@ -311,6 +332,8 @@ def test_grey_pictures_of_16_bits_are_scaled_not_clipped(pipeline):
         (dict(prompts="red", top_k=0), "top_k must be an int of at least 1"),
         (dict(prompts="red", batch_size=0), "batch_size must be at least 1, not 0"),
         (dict(prompts="red", seed=-1), r"seed must be in \[0, 2\^62\), not -1"),
+        (dict(prompts=["red", "blue"], seed=[1]), "there are 1 seeds for 2 captions: give one for each"),
+        (dict(prompts=["red", "blue"], seed=[1, -2]), r"seed must be in \[0, 2\^62\), not -2"),
         (dict(prompts="red", candidates=2, top=3), r"top must be in \[1, 2\], the candidates, not 3"),
         (dict(prompts="red", candidates=2, top=0), r"top must be in \[1, 2\], the candidates, not 0"),
         (dict(prompts=[b"red"]), "must be a string"),

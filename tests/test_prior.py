@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 
 import dalle_kernels as dk
 from dalle import Prior, PriorConfig, UserError
-from dalle.prior import gelu
+from dalle.generation.sampler import generate_codes, sequence_bytes
+from dalle.models.blocks import gelu
 from dalle_kernels import backends
 from dalle_kernels.backends.plans import schedule_tensor
 from statistics_for_tests import REJECT, frequencies_p, normal_std_p
@@ -75,9 +76,9 @@ def test_initialisation(seed):
     model = Prior(PriorConfig(8, 300, (4, 4), 300, layers=8, heads=4, head_dim=32))
     for layer in model.layers:
         for linear, std in (
-            (layer.qkv, 0.02),
+            (layer.attention.qkv, 0.02),
             (layer.mlp_in, 0.02),
-            (layer.attention_out, 0.005),
+            (layer.attention.out, 0.005),
             (layer.mlp_out, 0.005),
         ):
             assert normal_std_p(linear.weight, std) > REJECT
@@ -203,7 +204,7 @@ def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates
     scattered[-1, -1] = True
     for part in ({}, dict(given=given, redraw=corner), dict(given=given, redraw=scattered)):
         for how in (dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(top_k=1), dict(top_p=0.8)):
-            found = model.generate(text, candidates=candidates, seeds=seeds, **part, **how)
+            found = generate_codes(model, text, candidates=candidates, seeds=seeds, **part, **how)
             assert torch.equal(found, draw_slowly(model, text, candidates, seeds, **part, **how)), (part, how)
 
 
@@ -219,10 +220,10 @@ def test_what_is_not_redrawn_stays_and_changes_what_follows(seed):
                 weight.mul_(8 if weight.ndim > 1 else 1)
         captions, codes = batch(SMALL, 3)
         text, seeds = model.pack_text(captions), torch.randint(2**62, (96,))
-        drawn = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
+        drawn = generate_codes(model, text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
         assert torch.equal(drawn[:, ~redraw], codes.unflatten(1, (3, 4))[:, ~redraw].repeat_interleave(32, 0))
         codes[:, 8:10] = (codes[:, 8:10] + 1) % SMALL.image_vocab  # below the first two redrawn, left of the last two
-        again = model.generate(text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
+        again = generate_codes(model, text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
         assert torch.equal(again[:, 1, 2:], drawn[:, 1, 2:])
         changed += (again[:, 2, 2:] != drawn[:, 2, 2:]).sum().item()
     assert changed
@@ -234,7 +235,8 @@ def test_codes_under_what_is_redrawn_do_not_matter(seed):
     seeds = torch.randint(2**62, (1,))
     given = torch.full((1, 12), -1)
     text = model.pack_text([[1, 2]])
-    assert torch.equal(model.generate(text, seeds=seeds, given=given, redraw=redraw), model.generate(text, seeds=seeds))
+    drawn = generate_codes(model, text, seeds=seeds, given=given, redraw=redraw)
+    assert torch.equal(drawn, generate_codes(model, text, seeds=seeds))
     assert (given == -1).all()
 
 
@@ -243,19 +245,19 @@ def test_memory_of_the_published_model():
     with torch.device("meta"):
         model = Prior(PriorConfig.preset("dalle-12b")).bfloat16()
     text = 2 * 64 * 256 * 3968 * 2 / 512
-    found = model.sequence_bytes(512)
+    found = sequence_bytes(model, 512)
     assert 147e9 / 512 + text < found < 1.01 * (147e9 / 512 + text)
-    assert model.sequence_bytes(1) - found > 2 * 64 * 256 * 3968 * 2 * 511 / 512
+    assert sequence_bytes(model, 1) - found > 2 * 64 * 256 * 3968 * 2 * 511 / 512
 
 
 def test_draws_do_not_depend_on_the_batch(seed):
     model = make()
     captions, _ = batch(SMALL, 3)
     text, seeds = model.pack_text(captions), torch.randint(2**62, (12,))
-    together = model.generate(text, candidates=4, seeds=seeds)
+    together = generate_codes(model, text, candidates=4, seeds=seeds)
     for p in range(3):
         for c in range(4):
-            alone = model.generate(text[p : p + 1], seeds=seeds[4 * p + c : 4 * p + c + 1])
+            alone = generate_codes(model, text[p : p + 1], seeds=seeds[4 * p + c : 4 * p + c + 1])
             assert torch.equal(alone[0], together[4 * p + c])
 
 
@@ -264,7 +266,7 @@ def test_draws_follow_the_distribution(seed):
     config = PriorConfig(3, 5, (1, 2), 2, layers=2, heads=1, head_dim=8, conv_kernel=3)
     model = make(config)
     text, count = model.pack_text([[1, 2]]), 4000
-    drawn = model.generate(text, candidates=count).flatten(1)
+    drawn = generate_codes(model, text, candidates=count).flatten(1)
     pictures = torch.cartesian_prod(torch.arange(2), torch.arange(2))
     with torch.no_grad():
         log_p = model(text.expand(4, -1), pictures)[1].log_softmax(-1)
@@ -283,7 +285,7 @@ def test_one_token_text_conditions_the_picture(seed):
         optimizer.zero_grad()
         model.loss(text, codes)["loss"].backward()
         optimizer.step()
-    drawn = model.generate(text, candidates=2, top_k=1).flatten(1)
+    drawn = generate_codes(model, text, candidates=2, top_k=1).flatten(1)
     assert torch.equal(drawn, codes.repeat_interleave(2, 0))
 
 
@@ -294,7 +296,7 @@ def test_autocast_stays_close(seed):
     exact = model.loss(text, codes)["loss"].item()
     with torch.autocast("cpu", torch.bfloat16):
         loss = model.loss(text, codes)["loss"]
-        assert model.generate(text).shape == (4, 3, 4)
+        assert generate_codes(model, text).shape == (4, 3, 4)
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(exact, rel=0.02)
     loss.backward()
     assert all(math.isfinite(p.grad.sum()) for p in model.parameters() if p.grad is not None)
@@ -302,7 +304,7 @@ def test_autocast_stays_close(seed):
 
 def test_bfloat16_weights_generate(seed):
     model = make().bfloat16()
-    drawn = model.generate(model.pack_text([[1, 2]]), candidates=3)
+    drawn = generate_codes(model, model.pack_text([[1, 2]]), candidates=3)
     assert drawn.shape == (3, 3, 4) and drawn.min() >= 0 and drawn.max() < SMALL.image_vocab
 
 
@@ -325,10 +327,10 @@ def test_a_captured_step_draws_the_same(redraw, replays, autocast, monkeypatch, 
     part = {} if redraw is None else dict(given=codes, redraw=redraw)
     arguments = dict(candidates=3, seeds=torch.randint(2**62, (6,)), temperature=0.9, top_k=7, **part)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        expected = model.generate(model.pack_text(captions), **arguments)
+        expected = generate_codes(model, model.pack_text(captions), **arguments)
         graphs = cuda_graph_for_tests.stand_in(monkeypatch)
         monkeypatch.setattr(dk.DecodeCache, "capturable", True)
-        assert torch.equal(model.generate(model.pack_text(captions), **arguments), expected)
+        assert torch.equal(generate_codes(model, model.pack_text(captions), **arguments), expected)
     assert [graph.replays for graph in graphs] == ([] if replays is None else [replays])
     weights = {id(weight) for weight in model.parameters()}
     for graph in graphs:  # autocast's copies of the weights were made before and are not made again in every step
@@ -343,7 +345,7 @@ def fake_cuda(monkeypatch):
     stub.name, stub.devices = "cuda", ("cuda",)
     monkeypatch.setitem(backends.BACKENDS, "cuda", stub)
     # Its plan would be copied to the device, for the caption and before the steps.
-    monkeypatch.setattr(dk, "sparse_attention", lambda q, k, v, pattern: torch.empty_like(q))
+    monkeypatch.setattr("dalle_kernels.nn.sparse_attention", lambda q, k, v, pattern: torch.empty_like(q))
     schedule_tensor.cache_clear()
     with FakeTensorMode(allow_non_fake_inputs=False), torch.device("cuda"), cuda_graph_for_tests.WithoutDevice():
         yield
@@ -358,7 +360,7 @@ def draw_fakes(dtype, **how):
         for name, weight in module.named_parameters(recurse=False):
             module.register_parameter(name, nn.Parameter(torch.empty(weight.shape, dtype=dtype)))
     text, seeds = torch.zeros(2, 5, dtype=torch.int64), torch.zeros(6, dtype=torch.int64)
-    return model.generate(text, candidates=3, seeds=seeds, **how)
+    return generate_codes(model, text, candidates=3, seeds=seeds, **how)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -399,9 +401,9 @@ def test_bad_input():
     model = Prior(SMALL)
     text = model.pack_text([[1]])
     with pytest.raises(UserError, match="candidates must be at least 1, not 0"):
-        model.generate(text, candidates=0)
+        generate_codes(model, text, candidates=0)
     with pytest.raises(UserError, match="2 seeds"):
-        model.generate(text, candidates=2, seeds=torch.zeros(3, dtype=torch.int64))
+        generate_codes(model, text, candidates=2, seeds=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(UserError, match="a picture has 12 codes, not 3"):
         model.loss(text, torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(UserError, match="as pack_text lays it out"):
@@ -432,4 +434,4 @@ CODES, REDRAW = torch.zeros(1, 12, dtype=torch.int64), torch.ones(3, 4, dtype=to
 def test_what_cannot_be_completed(given, redraw, reason):
     model = Prior(SMALL)
     with pytest.raises(UserError, match=reason):
-        model.generate(model.pack_text([[1]]), given=given, redraw=redraw)
+        generate_codes(model, model.pack_text([[1]]), given=given, redraw=redraw)

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from dalle import Pipeline, images
-from dalle.model_directory import SHIPPED
-from dalle.model_files import fingerprint
+from dalle.models.checkpoint import fingerprint
+from dalle.models.hub import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 REPORT = ROOT / "benchmarks/results/shipped-model/evaluation.json"

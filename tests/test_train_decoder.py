@@ -10,9 +10,10 @@ from test_training import DATA, assert_same_weights, dvae_config, run_through, r
 from dalle import DiscreteVAE, DiscreteVAEConfig, UserError
 from dalle.cli import main
 from dalle.data import open_source
-from dalle.dvae import logit_laplace_nll, to_range
-from dalle.model_files import fingerprint, load_dvae, save_part
-from dalle.training.tokens import TokenizeConfig, load_tokens, tokenize
+from dalle.models.checkpoint import fingerprint, load_dvae, save_part
+from dalle.models.dvae import logit_laplace_nll, to_range
+from dalle.models.tokens import load_tokens
+from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_decoder import TrainDecoderConfig, train_decoder
 from dalle.training.train_dvae import train_dvae
 

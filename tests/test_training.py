@@ -20,16 +20,18 @@ from PIL import Image
 import dalle.files
 from dalle import DiscreteVAE, DiscreteVAEConfig, PriorConfig, UserError
 from dalle.data import open_source, split
-from dalle.dvae import PRESETS as DVAE_PRESETS
-from dalle.files import load_weights, read_tensors, write_tensors, write_text
-from dalle.model_files import load_dvae, load_prior, save_part
-from dalle.prior import PRESETS as PRIOR_PRESETS
+from dalle.data.crops import dvae_crop
+from dalle.files import read_tensors, write_tensors, write_text
+from dalle.models.checkpoint import load_dvae, load_prior, load_weights, save_part
+from dalle.models.dvae import PRESETS as DVAE_PRESETS
+from dalle.models.prior import PRESETS as PRIOR_PRESETS
+from dalle.models.tokens import digest, load_tokens
 from dalle.training import feed
-from dalle.training.feed import Pictures, batch_indices, choose_caption
+from dalle.training.feed import PictureLoader, batch_indices, choose_caption
 from dalle.training.optimizer import adamw, average
 from dalle.training.schedules import cosine, warmup
-from dalle.training.tokens import TokenizeConfig, digest, load_tokens, tokenize
-from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
+from dalle.training.tokens import TokenizeConfig, tokenize
+from dalle.training.train_dvae import DVAETask, TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 from statistics_for_tests import REJECT, frequencies_p
 
@@ -100,11 +102,11 @@ def test_order_depends_on_the_seed_and_changes_by_epoch():
 
 def test_pictures_that_do_not_fit_in_memory_come_the_same(monkeypatch):
     source = split(open_source(DATA, 16), "train")
-    decoded = Pictures(source, 3, seed=5)
+    decoded = PictureLoader(source, 3, seed=5)
     monkeypatch.setattr(feed, "IN_MEMORY", 0)
-    loaded = Pictures(source, 3, seed=5)
+    loaded = PictureLoader(source, 3, seed=5)
     for step in (0, 1, 2, 7, 3):
-        assert torch.equal(decoded.batch(step), loaded.batch(step))
+        assert all(map(torch.equal, decoded.batch(step), loaded.batch(step)))
 
 
 def test_one_caption_of_a_picture_is_drawn_for_every_step(seed):
@@ -200,7 +202,7 @@ def test_prior_resumes_exactly(tokenized, tmp_path, folder, several):
 
 def test_what_a_dvae_run_leaves(tmp_path):
     result = train_dvae(dvae_config(tmp_path, tensorboard=True))
-    assert {"heldout nll", "heldout psnr", "heldout codes used", "heldout code perplexity"} == result.metrics.keys()
+    assert {"nll", "psnr", "codes used", "code perplexity"} == result.evaluation.keys()
     assert load_dvae(tmp_path).config == DVAE_PRESETS["test"]
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["dvae-0000004.png", "dvae-0000006.png"]
     assert list((tmp_path / "curves").iterdir())
@@ -209,7 +211,7 @@ def test_what_a_dvae_run_leaves(tmp_path):
 
 def test_what_a_prior_run_leaves(tokenized):
     result = train_prior(prior_config(tokenized))
-    assert {"heldout loss", "heldout text", "heldout image"} == result.metrics.keys()
+    assert {"loss", "text", "image"} == result.evaluation.keys()
     config = load_prior(tokenized).config
     assert config.grid == (4, 4) and config.image_vocab == 32 and config.layers == 2
     assert (tokenized / "samples/prior-0000006.png").exists()
@@ -406,6 +408,43 @@ def test_an_unreadable_picture_is_left_out_not_doubled(tokenized, tmp_path_facto
     assert len(keys) == len(set(keys)) == 5 and not any("2.png" in key for key in keys)
     assert sum(len(part.codes) for part in parts.values()) == 5
     assert any("2.png" in name for part in parts.values() for name, _ in part.skipped)
+
+
+def test_a_held_out_picture_that_cannot_be_read_is_not_replaced_by_another(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(60):
+        pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    held_out = split(open_source(str(folder), 16), "heldout")
+    damaged = folder / held_out.key(0)
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    task = DVAETask(dvae_config(tmp_path / "model", data=str(folder)))
+    expected = [held_out[i].image for i in range(1, len(held_out))]
+    assert expected and len(task.held_out) == len(expected)
+    assert all(map(torch.equal, task.held_out, expected))
+    assert task.skipped == [(damaged.name, task.skipped[0][1])]
+
+
+def test_a_batch_names_the_pictures_it_holds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(6):
+        Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"picture {i}")
+    source = open_source(str(folder), 16)
+    for i in (1, 2, 5):
+        (folder / f"{i}.png").write_bytes(b"")
+    for crop in (None, dvae_crop):
+        batch = PictureLoader(source, 6, seed=0, crop=crop).batch(0)
+        asked = batch_indices(6, 6, 0, 0).tolist()
+        assert batch.indices.tolist() == [{1: 3, 2: 3, 5: 0}.get(i, i) for i in asked]
+        assert batch.pictures[:, 0, 0, 0].tolist() == [40 * i for i in batch.indices.tolist()]
+    assert sorted(name for name, _ in source.skipped) == ["1.png", "2.png", "5.png"]
+    for path in folder.glob("*.png"):
+        path.unlink()
+    with pytest.raises(UserError, match="none of the 6 pictures can be read"):
+        PictureLoader(source, 6, seed=0)
 
 
 def test_a_prior_does_not_resume_on_other_captions(tokenized):

@@ -14,7 +14,8 @@ import time
 import torch
 
 import dalle_kernels as dk
-from dalle.prior import Prior, PriorConfig
+from dalle.generation.sampler import generate_codes, sequence_bytes
+from dalle.models.prior import Prior, PriorConfig
 from dalle_kernels.decode_schedule import compile_schedule
 
 from .timing import copy_bandwidth, make_timer
@@ -76,7 +77,7 @@ class ModelBench:
         }
 
     def most(self, backend: str):
-        """By Prior.sequence_bytes, then tried; a row with its speed."""
+        """By sequence_bytes, then tried; a row with its speed."""
         self.load()
         if not self.setting.on_gpu:
             raise NotImplementedError("the largest number of candidates is looked for on CUDA only")
@@ -86,7 +87,7 @@ class ModelBench:
         guess = most_by_estimate(self.prior, free)
         with dk.use_backend(backend):
             fits = largest(guess, self.fits)
-        yield {"most candidates": fits, "by Prior.sequence_bytes": guess, "free GB": free / 1e9}
+        yield {"most candidates": fits, "by sequence_bytes": guess, "free GB": free / 1e9}
         if fits:
             yield self.row(backend, fits)
 
@@ -108,7 +109,7 @@ class ModelBench:
         redraw = torch.arange(config.image_len).view(config.grid) >= config.image_len - count
         synchronize(self.setting)
         began = time.perf_counter()
-        self.prior.generate(text, candidates=candidates, given=given, redraw=redraw)
+        generate_codes(self.prior, text, candidates=candidates, given=given, redraw=redraw)
         synchronize(self.setting)
         return time.perf_counter() - began
 
@@ -135,8 +136,8 @@ def step_bytes(prior: Prior, candidates: int, steps: int) -> int:
     config = prior.config
     weights = sum(p.nbytes for part in (prior.layers, prior.norm, prior.image_head) for p in part.parameters())
     text = image = 0
-    for layer in prior.layers:
-        schedule = compile_schedule(layer.pattern)
+    for pattern in config.schedule():
+        schedule = compile_schedule(pattern)
         last = range(config.image_len - steps, config.image_len)
         text += sum(len(schedule.text_keys(step)) for step in last)
         image += sum(len(schedule.image_slots(step)) for step in last)
@@ -149,7 +150,7 @@ def most_by_estimate(prior: Prior, free: int) -> int:
     low, high = 0, 2**16
     while low < high:
         middle = (low + high + 1) // 2
-        if middle * prior.sequence_bytes(middle) <= free:
+        if middle * sequence_bytes(prior, middle) <= free:
             low = middle
         else:
             high = middle - 1

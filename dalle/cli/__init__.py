@@ -1,4 +1,4 @@
-"""The command line: `dalle COMMAND`, one module per command.
+"""The command line: `dalle COMMAND`, one module per command; those of `dalle train` share one.
 
 A command that ends well returns 0. The user's mistakes are one line on stderr and exit code 2, Ctrl-C is exit code 130,
 and anything else is a bug and shows its traceback.
@@ -48,8 +48,7 @@ def _run(arguments: list[str]) -> int:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             with extras():
-                module = import_module(f"dalle.cli.{name.replace(' ', '_')}")
-                return module.main(arguments[words:])
+                return import_module(f"dalle.cli.{arguments[0]}").main(arguments[1:])
     name = " ".join(arguments[:2]) if arguments[0] == "train" else arguments[0]
     raise UserError(f"{name!r} is not a command: choose one of {', '.join(COMMANDS)}")
 

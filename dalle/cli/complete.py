@@ -13,7 +13,7 @@ from dalle.cli.drawing import DrawingConfig, open_pipeline, sheet, summary
 from dalle.cli.input import read_square
 from dalle.cli.parsing import parse
 from dalle.errors import UserError
-from dalle.pipeline import Pipeline
+from dalle.generation.pipeline import Pipeline
 
 GREY = 128  # what is drawn anew, where the given picture is shown
 
@@ -34,7 +34,7 @@ class CompleteConfig(DrawingConfig):
     mask: Path | None = None
     """In place of rows a picture as large as the other one: white is drawn anew, the bottom right corner included."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if (self.rows is None) == (self.mask is None):
             raise UserError("say what to keep of the picture: give either --rows or --mask")

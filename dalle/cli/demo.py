@@ -13,7 +13,7 @@ from dalle.cli.output import picture_path
 from dalle.cli.parsing import parse
 from dalle.cli.progress import duration
 from dalle.files import writable_directory
-from dalle.pipeline import Pipeline
+from dalle.generation.pipeline import Pipeline
 
 CANDIDATES = 8
 SCALE = 2
@@ -47,7 +47,7 @@ class DemoConfig:
     seed: int = 0
     """Of the first candidate; the others have the numbers that follow."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         configs.check(self, "be in [0, 2^62)", seed=0 <= self.seed < 2**62)
 
 

@@ -5,13 +5,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
+from dalle import config as configs
 from dalle import images
 from dalle.cli.output import picture_path
-from dalle.pipeline import Drawing, DrawOptions, Pipeline
-from dalle.training.loop import choose_device
+from dalle.generation.pipeline import Drawing, DrawOptions, Pipeline
+from dalle.runtime import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,10 +26,16 @@ class DrawingConfig(DrawOptions):
     """The PNG to write, the best pictures first if the model has a CLIP, and else in the order of their seeds."""
     candidates: int = 8
     """Pictures for every caption."""
+    seed: int | None = None
+    """Of the first candidate; the others have the numbers that follow. By default another one every time."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
 
-    def options(self) -> dict:
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.check(self, "be in [0, 2^62)", seed=self.seed is None or 0 <= self.seed < 2**62)
+
+    def options(self) -> dict[str, Any]:
         """What the pipeline takes, with a seed in any case."""
         seed = random.randrange(2**31) if self.seed is None else self.seed
         return {field.name: getattr(self, field.name) for field in fields(DrawOptions)} | {"seed": seed}

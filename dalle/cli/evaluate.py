@@ -10,7 +10,7 @@ from dalle.evaluation.evaluate import REPORT, EvaluateConfig, evaluate
 from dalle.evaluation.plots import plot
 from dalle.evaluation.table import table
 from dalle.extras import MissingExtra
-from dalle.training.loop import Progress
+from dalle.runtime import Progress
 
 
 def main(argv: list[str]) -> int:

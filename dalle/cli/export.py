@@ -6,7 +6,7 @@ from pathlib import Path
 from dalle.cli.parsing import parse
 from dalle.errors import UserError
 from dalle.files import writable_directory
-from dalle.pipeline import Pipeline
+from dalle.generation.pipeline import Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ class GenerateConfig(DrawingConfig):
     ]
     """Captions, each in quotes."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.prompts:
             raise UserError('there is no caption to draw: give one in quotes, as in dalle generate "red heart"')
         super().__post_init__()

@@ -11,8 +11,8 @@ import tyro
 from dalle import config as configs
 from dalle.cli.parsing import parse
 from dalle.errors import UserError
-from dalle.model_files import load_clip, load_dvae, load_prior
-from dalle.training.tokens import load_tokens
+from dalle.models.checkpoint import load_clip, load_dvae, load_prior
+from dalle.models.tokens import load_tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +27,8 @@ class InfoConfig:
 
 def main(argv: list[str]) -> int:
     config = parse(InfoConfig, "info", argv)
-    found = _installation() if config.model is None else _model(config.model)
-    print(json.dumps(found, indent=2) if config.json else _lines(found))
+    facts = _installation() if config.model is None else _model(config.model)
+    print(json.dumps(facts, indent=2) if config.json else _lines(facts))
     return 0
 
 
@@ -41,25 +41,25 @@ def _installation() -> dict:
 def _model(directory: Path) -> dict:
     if not directory.is_dir():
         raise UserError(f"{directory} is not a directory: give the directory of a trained model")
-    found = {}
+    parts = {}
     if (directory / "dvae.json").exists():
         dvae = load_dvae(directory)
         parameters = {"encoder": _count(dvae.encoder), "decoder": _count(dvae.decoder)}
-        found["dvae"] = configs.to_dict(dvae.config) | {"grid of codes": dvae.config.grid, "parameters": parameters}
+        parts["dvae"] = configs.to_dict(dvae.config) | {"grid of codes": dvae.config.grid, "parameters": parameters}
         if (directory / "codes.safetensors").exists():
             tokens = load_tokens(directory, dvae)
-            found["pictures as codes"] = {part: len(tokens[part].captions) for part in tokens}
+            parts["pictures as codes"] = {part: len(tokens[part].captions) for part in tokens}
     if (directory / "prior.json").exists():
         prior = load_prior(directory)
-        found["prior"] = configs.to_dict(prior.config) | {"parameters": _count(prior)}
+        parts["prior"] = configs.to_dict(prior.config) | {"parameters": _count(prior)}
     if (directory / "clip.json").exists():
         clip = load_clip(directory)
-        found["clip"] = configs.to_dict(clip.config) | {"parameters": _count(clip)}
-    if not found:
+        parts["clip"] = configs.to_dict(clip.config) | {"parameters": _count(clip)}
+    if not parts:
         raise UserError(
             f"{directory} holds no dvae.json, prior.json or clip.json: give the directory of a trained model"
         )
-    return found
+    return parts
 
 
 def _count(module: torch.nn.Module) -> int:

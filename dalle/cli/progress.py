@@ -10,10 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
-from dalle.training.loop import OnStep, Progress
+from dalle.runtime import OnStep, Progress
 
 QUIET_SECONDS = 10  # between plain lines
-HELD_OUT = "heldout "
 
 
 @contextmanager
@@ -35,7 +34,7 @@ def shown(title: str) -> Iterator[OnStep]:
 
 
 class _Lines:
-    def __init__(self, title: str):
+    def __init__(self, title: str) -> None:
         self.title, self.last = title, -math.inf
 
     def __call__(self, progress: Progress) -> None:
@@ -49,7 +48,7 @@ class _Lines:
 
 def status(progress: Progress) -> str:
     """Step, losses, speed and time left; a command without losses counts pictures."""
-    losses = [f"{name} {value:.3f}" for name, value in progress.metrics.items() if not name.startswith(HELD_OUT)]
+    losses = [f"{name} {value:.3f}" for name, value in progress.metrics.items()]
     speed = f"{progress.pictures_per_second:.0f} pictures/s"
     count = f"step {progress.step}" if losses else f"{progress.step} pictures"
     return "  ".join([count, *losses, speed, f"{duration(progress.seconds_left)} left"])
@@ -57,13 +56,14 @@ def status(progress: Progress) -> str:
 
 def evaluation(progress: Progress) -> str:
     """What an evaluation found, or nothing if there was none."""
-    found = {k.removeprefix(HELD_OUT): v for k, v in progress.metrics.items() if k.startswith(HELD_OUT)}
-    return f"step {progress.step}, held-out pictures: {metrics(found)}" if found else ""
+    if not progress.evaluation:
+        return ""
+    return f"step {progress.step}, held-out pictures: {numbers(progress.evaluation)}"
 
 
-def metrics(values: dict[str, float]) -> str:
+def numbers(values: dict[str, float]) -> str:
     """Numbers by name, counts without decimals."""
-    return ", ".join(f"{name} {value:.{0 if name.startswith('code') else 3}f}" for name, value in values.items())
+    return ", ".join(f"{name} {value if isinstance(value, int) else f'{value:.3f}'}" for name, value in values.items())
 
 
 def duration(seconds: float) -> str:

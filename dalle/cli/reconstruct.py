@@ -11,11 +11,11 @@ from dalle import images
 from dalle.cli.input import read_square
 from dalle.cli.output import picture_path
 from dalle.cli.parsing import parse
-from dalle.dvae import codebook_usage, psnr
 from dalle.errors import UserError
-from dalle.model_directory import model_directory
-from dalle.model_files import load_dvae
-from dalle.training.loop import choose_device
+from dalle.metrics import codebook_usage, psnr
+from dalle.models.checkpoint import load_dvae
+from dalle.models.hub import model_directory
+from dalle.runtime import choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class ReconstructConfig:
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.pictures:
             raise UserError("there is no picture to reconstruct: name one or more picture files")
 

@@ -2,7 +2,7 @@
 
 from dalle.cli.parsing import parse
 from dalle.cli.progress import shown
-from dalle.cli.training import report_skipped
+from dalle.cli.train import report_skipped
 from dalle.training.tokens import TokenizeConfig, tokenize
 
 

@@ -7,6 +7,7 @@ import posixpath
 import stat
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from dalle.errors import UserError
 
@@ -28,7 +29,7 @@ class FolderCaptions:
     Raises UserError for a table that cannot be opened, or a csv that does not name its columns.
     """
 
-    def __init__(self, root: Path, files: Iterable[str], pictures: Iterable[str]):
+    def __init__(self, root: Path, files: Iterable[str], pictures: Iterable[str]) -> None:
         self.root = root
         self.skipped: list[tuple[str, str]] = []
         self._found: dict[str, dict[str, None]] = {picture: {} for picture in pictures}  # dicts as ordered sets
@@ -132,7 +133,7 @@ def _clean(caption: object) -> str:
     return caption
 
 
-def _open_table(path: Path):
+def _open_table(path: Path) -> TextIO:
     try:
         _check_file(path, MAX_TABLE_BYTES)
         return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")

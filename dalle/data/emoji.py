@@ -32,7 +32,7 @@ class EmojiSource(Source):
     each recombines a person, a job and a skin tone that are in the training part, but never all three together.
     """
 
-    def __init__(self, image_size: int, font: str | None = None):
+    def __init__(self, image_size: int, font: str | None = None) -> None:
         _check_raqm()
         self.image_size = image_size
         self.font = find_font(font)

@@ -29,7 +29,7 @@ class FolderSource(Source):
     ``image_size``, and cropped to the centre square.
     """
 
-    def __init__(self, root: str | Path, image_size: int):
+    def __init__(self, root: str | Path, image_size: int) -> None:
         self.root = Path(root)
         self.image_size = image_size
         files, self.skipped = _find_files(self.root)

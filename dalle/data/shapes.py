@@ -191,7 +191,7 @@ class ShapesSource(Source):
     simple: only scenes of one object, so that a small model learns them in minutes.
     """
 
-    def __init__(self, image_size: int, count: int | None = None, *, simple: bool = False):
+    def __init__(self, image_size: int, count: int | None = None, *, simple: bool = False) -> None:
         self.image_size = image_size
         self.count = DEFAULT_COUNT if count is None else count
         self.simple = simple

@@ -46,7 +46,7 @@ def compare(scene: Scene, parsed: Scene) -> dict[str, bool]:
     return {name: _attribute(scene, name) == _attribute(parsed, name) for name in mentioned}
 
 
-def _attribute(scene: Scene, name: str):
+def _attribute(scene: Scene, name: str) -> object:
     if name == "count":
         return len(scene.objects)
     if name == "relation":

@@ -2,12 +2,10 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-
-from dalle.errors import UserError
 
 Part = Literal["train", "heldout"]
 HELD_OUT_EVERY = 20  # one picture in twenty is held out
@@ -36,8 +34,8 @@ class Source(Sequence[Sample]):
 
     A subclass gives ``__len__``, ``key``, ``captions_of`` and ``load``, and ``load_whole`` if its pictures are not
     square by nature; only the last two touch pixels.
-    ``skipped`` lists what was left out as (name, reason). It grows when a picture turns out to be unreadable during
-    training; in a DataLoader worker it is the worker's own copy that grows.
+    ``skipped`` lists what was left out as (name, reason). It grows when `readable` finds a picture that cannot be
+    decoded; in a DataLoader worker it is the worker's own copy that grows.
     """
 
     skipped: list[tuple[str, str]]
@@ -70,33 +68,32 @@ class Source(Sequence[Sample]):
         return Subset(self, [i for i in range(len(self)) if _is_held_out(self.key(i)) == held_out])
 
     def __getitem__(self, index: int) -> Sample:
-        """The sample at ``index``, or the next readable one, so that one bad file does not end a training run."""
-        return self._first_readable(index, self.load)
+        """Picture `index`; raises UnreadablePicture if it cannot be decoded and IndexError if there is none."""
+        return self.load(index)
 
-    def whole(self, index: int) -> Sample:
-        """The same with the whole picture (`load_whole`)."""
-        return self._first_readable(index, self.load_whole)
+    def readable(self, indices: Iterable[int] | None = None, *, whole: bool = False) -> Iterator[tuple[int, Sample]]:
+        """Indices and samples of the pictures that can be decoded; the others are added to ``skipped``.
 
-    def _first_readable(self, index: int, load: Callable[[int], Sample]) -> Sample:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} is outside a source of {len(self)} pictures")
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
+        indices: which ones, in their order; by default all. whole: samples as of `load_whole`.
+        """
+        for index in range(len(self)) if indices is None else indices:
             try:
-                return load(candidate)
+                sample = self.load_whole(index) if whole else self.load(index)
             except UnreadablePicture as error:
-                entry = (self.key(candidate), str(error))
-                with _listing:
-                    if entry not in self.skipped:
-                        self.skipped.append(entry)
-        name, reason = self.skipped[-1]
-        raise UserError(f"none of the {len(self)} pictures can be read (the last one, {name}: {reason})")
+                self._skip(self.key(index), str(error))
+            else:
+                yield index, sample
+
+    def _skip(self, name: str, reason: str) -> None:
+        with _listing:
+            if (name, reason) not in self.skipped:
+                self.skipped.append((name, reason))
 
 
 class Subset(Source):
     """The samples of ``source`` at ``indices``; shares its list of skipped pictures."""
 
-    def __init__(self, source: Source, indices: Sequence[int]):
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.source = source
         self.indices = indices
         self.skipped = source.skipped

@@ -13,17 +13,18 @@ from torch import Tensor
 
 import dalle_kernels.info
 from dalle import config as configs
+from dalle import images
 from dalle.data import Source, open_source, split
 from dalle.data.shapes import ShapesSource
 from dalle.data.source import Subset
 from dalle.evaluation import shapes
 from dalle.evaluation.measures import likelihood, reconstruction, retrieval
-from dalle.evaluation.pictures import Pictures, Track, draw, first_and_best, look, silently, spaced
+from dalle.evaluation.pictures import PictureSet, Track, draw, first_and_best, look, silently, spaced
 from dalle.evaluation.ranking import Gallery
 from dalle.files import writable_directory, write_text
-from dalle.model_files import fingerprint
-from dalle.pipeline import Pipeline
-from dalle.training.loop import choose_device
+from dalle.generation.pipeline import Pipeline
+from dalle.models.checkpoint import fingerprint
+from dalle.runtime import choose_device
 
 TRAINING, HELD_OUT, PLAIN = "training", "held-out", "training without skin tones"
 REPORT = "evaluation.json"
@@ -56,7 +57,7 @@ class EvaluateConfig:
     threads: int | None = None
     """CPU threads; by default as many as PyTorch chooses."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = "captions", "candidates", "ranked", "ranked_captions"
         configs.check(self, "be at least 1", **{name: getattr(self, name) >= 1 for name in counts})
         configs.check(self, "be at least 1", threads=self.threads is None or self.threads >= 1)
@@ -66,7 +67,7 @@ class EvaluateConfig:
 class Report:
     """Sections by name, written whole whenever one is added."""
 
-    def __init__(self, path: Path, conditions: dict):
+    def __init__(self, path: Path, conditions: dict) -> None:
         self.path, self.sections = path, {"conditions": conditions, "notes": [], "seconds": {}}
         self._began = time.monotonic()
         self._write()
@@ -95,7 +96,7 @@ class Run(NamedTuple):
     pipeline: Pipeline
     parts: dict[str, Source]
     """All pictures, by name of the part."""
-    groups: dict[str, Pictures]
+    groups: dict[str, PictureSet]
     """Those of each part that are looked at."""
     report: Report
     track: Track
@@ -118,9 +119,9 @@ def evaluate(config: EvaluateConfig, track: Track = silently) -> dict:
     report = Report(out / REPORT, conditions(config, pipeline, parts))
     groups = {}
     for name, part in parts.items():
-        found = look(pipeline.dvae, part, spaced(len(part), config.captions), track, f"pictures, {name}")
-        if found.indices:
-            groups[name] = found
+        group = look(pipeline.dvae, part, spaced(len(part), config.captions), track, f"pictures, {name}")
+        if group.indices:
+            groups[name] = group
         else:
             report.note(f"{name}: there are no pictures")
 
@@ -169,36 +170,39 @@ def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Sour
 def measure_ranks(run: Run) -> None:
     """The ranks of a caption's picture, seen from what is drawn for it, its reconstruction and another's picture."""
     gallery = Gallery(run.parts[TRAINING], run.parts[HELD_OUT], run.track)
-    found = {}
+    section = {"pictures": len(gallery.captions)}
     for name, group in run.groups.items():
-        drawn = run.drawn(name)
-        found[name] = {kind: gallery.rank(group.captions, pictures) for kind, pictures in drawn.items()}
+        ranks = {kind: gallery.rank(group.captions, pictures) for kind, pictures in run.drawn(name).items()}
         if len({caption for caption, _ in gallery.known}) > 1:
-            found[name]["most alike training caption"] = gallery.rank_of_most_alike(group.captions)
-        found[name]["reconstruction"] = gallery.rank(group.captions, group.copies)
-        run.report.add("ranks", {"pictures": len(gallery.captions), **found})
+            ranks["most alike training caption"] = gallery.rank_of_most_alike(group.captions)
+        section[name] = ranks | {"reconstruction": gallery.rank(group.captions, group.copies)}
+        run.report.add("ranks", section)
 
 
 def measure_shapes(run: Run) -> None:
-    """What drawn pictures show of their captions, and how that grows with the number of candidates."""
-    reader, found = shapes.Reader(), {}
+    """What drawn pictures show of their captions."""
+    reader, accuracies = shapes.Reader(), {}
     for name, group in run.groups.items():
         scenes = [run.parts[name].scene(i) for i in group.indices]
         drawn = run.drawn(name)
         kinds = {"real pictures": group.images, "reconstructions": group.copies, **drawn}
-        found[name] = {kind: shapes.accuracy(reader, scenes, pictures) for kind, pictures in kinds.items()}
-        run.report.add("shapes", found)
-    if run.pipeline.clip is None:
-        return
-    found, most, seed = {}, run.config.ranked, run.config.seed
+        accuracies[name] = {kind: shapes.accuracy(reader, scenes, pictures) for kind, pictures in kinds.items()}
+        run.report.add("shapes", accuracies)
+    if run.pipeline.clip is not None:
+        measure_candidates(run, reader)
+
+
+def measure_candidates(run: Run, reader: shapes.Reader) -> None:
+    """How the accuracy of the best candidate by CLIP grows with their number."""
+    curves, most, seed = {}, run.config.ranked, run.config.seed
     for name, group in run.groups.items():
         chosen = spaced(len(group.indices), run.config.ranked_captions)
         captions = [group.captions[i] for i in chosen]
         scenes = [run.parts[name].scene(group.indices[i]) for i in chosen]
         drawn = draw(run.pipeline, captions, most, seed, run.track, f"{most} candidates, {name}")
         right, scores = [], []
-        for caption, scene, pictures in zip(captions, scenes, drawn, strict=True):
-            right.append([reader.attributes(scene, picture) for picture in pictures])
-            scores.append(run.pipeline.score(pictures, caption, truncate=True))
-        found[name] = shapes.curves(right, torch.stack(scores))
-        run.report.add("candidates", found)
+        for scene, row in zip(scenes, drawn, strict=True):
+            right.append([reader.attributes(scene, images.to_tensor(drawing.image)) for drawing in row])
+            scores.append([drawing.score for drawing in row])
+        curves[name] = shapes.curves(right, torch.tensor(scores))
+        run.report.add("candidates", curves)

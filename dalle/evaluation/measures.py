@@ -1,19 +1,15 @@
 """What dVAE, prior and CLIP do with real pictures."""
 
-from collections.abc import Sequence
-
 import torch
-from torch import Tensor
 
-from dalle.clip import outranked
-from dalle.dvae import codebook_usage, psnr
-from dalle.evaluation.pictures import BATCH, Pictures, chunks, spaced
+from dalle.evaluation.pictures import BATCH, PictureSet, chunks, spaced
 from dalle.evaluation.statistics import share, ssim
-from dalle.pipeline import Pipeline
-from dalle.prior import IGNORE
+from dalle.generation.pipeline import Pipeline
+from dalle.metrics import codebook_usage, outranked, psnr
+from dalle.models.prior import IGNORE
 
 
-def reconstruction(pipeline: Pipeline, group: Pictures) -> dict:
+def reconstruction(pipeline: Pipeline, group: PictureSet) -> dict:
     """How well the codes carry pictures."""
     real, copies = group.images / 255, group.copies / 255
     vocab = pipeline.dvae.config.vocab
@@ -30,7 +26,7 @@ def reconstruction(pipeline: Pipeline, group: Pictures) -> dict:
 
 
 @torch.inference_mode()
-def likelihood(pipeline: Pipeline, group: Pictures) -> dict:
+def likelihood(pipeline: Pipeline, group: PictureSet) -> dict:
     """The prior's loss in nats per token, on whole captions."""
     text_sum = image_sum = text_count = image_count = 0
     for chunk in chunks(range(len(group.indices)), BATCH):
@@ -50,32 +46,25 @@ def likelihood(pipeline: Pipeline, group: Pictures) -> dict:
     }
 
 
-def retrieval(pipeline: Pipeline, groups: dict[str, Pictures]) -> dict:
+@torch.inference_mode()
+def retrieval(pipeline: Pipeline, groups: dict[str, PictureSet]) -> dict:
     """How often CLIP finds a picture's caption among those of its group, and a caption's picture.
 
     All groups are cut to the size of the smallest, for the more there are to choose from, the harder it is.
     """
     count = min(len(group.indices) for group in groups.values())
-    found = {}
+    section = {}
     for name, group in groups.items():
         chosen = spaced(len(group.indices), count)
         captions = [group.captions[i] for i in chosen]
         same = torch.tensor([[one == other for other in captions] for one in captions])
-        found[name] = {}
+        text = pipeline.clip.pack_text([pipeline.tokenizer.encode(caption) for caption in captions], truncate=True)
+        section[name] = {}
         for kind, pictures in {"pictures": group.images, "reconstructions": group.copies}.items():
-            scores = similarities(pipeline, pictures[chosen], captions)
+            scores = pipeline.clip.similarities(pictures[chosen], text)
             for direction, table in {"picture to caption": scores, "caption to picture": scores.T}.items():
                 ahead = outranked(table, same)
-                found[name][f"{kind}, {direction}"] = {
+                section[name][f"{kind}, {direction}"] = {
                     f"top-{top}": share(int((ahead < top).sum()), count) for top in (1, 5)
                 }
-    return found
-
-
-@torch.inference_mode()
-def similarities(pipeline: Pipeline, pictures: Tensor, captions: Sequence[str]) -> Tensor:
-    """Cosine similarities of the model's CLIP, float32 [pictures, captions]."""
-    tokens = [pipeline.tokenizer.encode(caption) for caption in captions]
-    text = pipeline.clip.encode_text(pipeline.clip.pack_text(tokens, truncate=True))
-    seen = [pipeline.clip.encode_images(batch.to(pipeline.device)) for batch in pictures.split(BATCH)]
-    return (torch.cat(seen).float() @ text.float().T).cpu()
+    return section

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from dalle import images
 from dalle.data import Source
-from dalle.dvae import DiscreteVAE
-from dalle.pipeline import Pipeline
+from dalle.generation.pipeline import Drawing, Pipeline
+from dalle.models.dvae import DiscreteVAE
 
 BATCH = 64  # real pictures at a time
 AT_ONCE = 128  # drawn ones
@@ -22,7 +22,7 @@ def silently(title: str, items: Sequence) -> Iterable:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class PictureSet:
     """Pictures of one part, i-th entries belong together."""
 
     indices: list[int]
@@ -46,57 +46,40 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
     return [items[i : i + size] for i in range(0, len(items), size)]
 
 
-def readable(source: Source, indices: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """Index and picture of those that can be read; a source gives the next picture for one that cannot."""
-    for i in indices:
-        sample = source[i]
-        if sample.key == source.key(i):
-            yield i, sample.image
-
-
 @torch.inference_mode()
-def look(dvae: DiscreteVAE, part: Source, indices: Sequence[int], track: Track, title: str) -> Pictures:
+def look(dvae: DiscreteVAE, part: Source, indices: Sequence[int], track: Track, title: str) -> PictureSet:
     """The pictures at `indices` of a part, less the unreadable ones, through the dVAE and back."""
     device, size, grid = next(dvae.parameters()).device, dvae.config.image_size, dvae.config.grid
     places, originals = [], [torch.empty(0, 3, size, size, dtype=torch.uint8)]
     codes, copies = [torch.empty(0, grid, grid, dtype=torch.int64)], [originals[0]]
     for chunk in track(title, chunks(indices, BATCH)):
-        found = list(readable(part, chunk))
-        if not found:
+        samples = dict(part.readable(chunk))
+        if not samples:
             continue
-        places += [i for i, _ in found]
-        originals.append(torch.stack([picture for _, picture in found]))
+        places += samples
+        originals.append(torch.stack([sample.image for sample in samples.values()]))
         read = dvae.codes(originals[-1].to(device))
         codes.append(read.cpu())
         copies.append(images.to_uint8(dvae.decode(read)).cpu())
     captions = [part.caption(i) for i in places]
-    return Pictures(places, captions, torch.cat(originals), torch.cat(codes), torch.cat(copies))
+    return PictureSet(places, captions, torch.cat(originals), torch.cat(codes), torch.cat(copies))
 
 
 def draw(
     pipeline: Pipeline, captions: Sequence[str], candidates: int, seed: int, track: Track, title: str
-) -> Iterator[Tensor]:
-    """For every caption the pictures that `Pipeline.generate` draws for it, uint8 [candidates, 3, S, S].
+) -> Iterator[list[Drawing]]:
+    """What `Pipeline.generate` draws for every caption, in the order of the seeds.
 
     Caption i has the seeds from seed + i * candidates on: as no two captions share one, their draws are independent.
-    Batches hold pictures of several captions, or, where there are many candidates, only some of one.
     """
     at_once = max(1, AT_ONCE // candidates) * candidates
     for chunk in track(title, chunks(range(len(captions) * candidates), at_once)):
-        some = captions[chunk[0] // candidates : chunk[-1] // candidates + 1]
-        yield from _draw(pipeline, some, (seed + torch.tensor(chunk)).view(len(some), candidates))
-
-
-@torch.inference_mode()
-def _draw(pipeline: Pipeline, captions: Sequence[str], seeds: Tensor) -> Tensor:
-    """One picture for each of the seeds [captions, candidates], uint8 [captions, candidates, 3, S, S]."""
-    tokens = [pipeline.tokenizer.encode(caption) for caption in captions]
-    text = pipeline.prior.pack_text(tokens, truncate=True).to(pipeline.device)
-    drawn = []
-    for some in seeds.to(pipeline.device).split(AT_ONCE, dim=1):
-        codes = pipeline.prior.generate(text, candidates=some.shape[1], seeds=some.flatten())
-        drawn.append(pipeline.decode(codes).unflatten(0, tuple(some.shape)))
-    return torch.cat(drawn, dim=1)
+        first = list(chunk[::candidates])
+        some = [captions[i // candidates] for i in first]
+        rows = pipeline.generate(
+            some, candidates=candidates, seed=[seed + i for i in first], truncate=True, batch_size=AT_ONCE
+        )
+        yield from (sorted(row, key=lambda drawing: drawing.seed) for row in rows)
 
 
 def first_and_best(
@@ -105,10 +88,9 @@ def first_and_best(
     """What is drawn for captions, uint8 [n, 3, S, S]: the first candidate, and the best one by CLIP if there is one."""
     ranked = pipeline.clip is not None and candidates > 1
     first, best = [], []
-    drawn = draw(pipeline, captions, candidates if ranked else 1, seed, track, title)
-    for caption, pictures in zip(captions, drawn, strict=True):
-        first.append(pictures[0])
+    for row in draw(pipeline, captions, candidates if ranked else 1, seed, track, title):
+        first.append(images.to_tensor(row[0].image))
         if ranked:
-            best.append(pictures[pipeline.score(pictures, caption, truncate=True).argmax()])
-    found = {"first candidate": torch.stack(first)}
-    return found | ({f"best of {candidates} by CLIP": torch.stack(best)} if ranked else {})
+            best.append(images.to_tensor(max(row, key=lambda drawing: drawing.score).image))
+    kinds = {"first candidate": torch.stack(first)}
+    return kinds | ({f"best of {candidates} by CLIP": torch.stack(best)} if ranked else {})

@@ -1,9 +1,15 @@
 """An evaluation as plots; they need matplotlib."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dalle.extras import extras
 from dalle.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 SHOWN = ("joint", "colour", "shape")
 
@@ -20,10 +26,11 @@ def plot(report: dict, out: Path) -> list[Path]:
     for name, draw in {"ranks": _ranks, "candidates": _candidates}.items():
         if name not in report:
             continue
-        groups = {group: found for group, found in report[name].items() if isinstance(found, dict)}
+        groups = {group: entries for group, entries in report[name].items() if isinstance(entries, dict)}
         figure = Figure(figsize=(4.8 * len(groups), 3.8), layout="constrained")
-        for axes, (group, found) in zip(figure.subplots(1, len(groups), squeeze=False, sharey=True)[0], groups.items()):
-            draw(axes, found)
+        all_axes = figure.subplots(1, len(groups), squeeze=False, sharey=True)[0]
+        for axes, (group, entries) in zip(all_axes, groups.items()):
+            draw(axes, entries)
             axes.set(title=group, ylim=(0, 1))
             axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
@@ -33,19 +40,19 @@ def plot(report: dict, out: Path) -> list[Path]:
     return drawn
 
 
-def _ranks(axes, found: dict) -> None:
+def _ranks(axes: Axes, entries: dict) -> None:
     """The share of captions whose picture has at most a rank, for every rank."""
-    for kind, entry in found.items():
+    for kind, entry in entries.items():
         ranks = sorted(entry["ranks"])
         axes.step(ranks, [(i + 1) / len(ranks) for i in range(len(ranks))], where="post", label=kind)
     axes.set(xscale="log", xlabel="rank k of the caption's picture", ylabel="share of captions within k")
     axes.set_xlim(left=0.9)
 
 
-def _candidates(axes, found: dict) -> None:
+def _candidates(axes: Axes, entries: dict) -> None:
     """Accuracy against the number of candidates with its intervals; dashed, whether any candidate is right."""
     for name in SHOWN:
-        curve = found[name]
+        curve = entries[name]
         low, high = zip(*curve["ranked, 95 %"])
         (line,) = axes.plot(curve["candidates"], curve["ranked"], marker=".", label=f"{name}, best by CLIP")
         axes.fill_between(curve["candidates"], low, high, color=line.get_color(), alpha=0.15)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.data import Source
-from dalle.evaluation.pictures import BATCH, Track, chunks, readable
+from dalle.evaluation.pictures import BATCH, Track, chunks
 from dalle.evaluation.statistics import share
 
 SIDE = 16
@@ -22,17 +22,17 @@ TOPS = (1, 5, 10)
 class Gallery:
     """Every picture of a source as a thumbnail, those of the training part first."""
 
-    def __init__(self, training: Source, held_out: Source, track: Track):
+    def __init__(self, training: Source, held_out: Source, track: Track) -> None:
         small, self.captions = [], []
         for name, part in {"training": training, "held-out": held_out}.items():
             for chunk in track(f"all pictures, {name}", chunks(range(len(part)), BATCH)):
-                for i, picture in readable(part, chunk):
-                    small.append(thumbnails(picture[None]))
+                for i, sample in part.readable(chunk):
+                    small.append(thumbnails(sample.image[None]))
                     self.captions.append(part.captions_of(i))
             if part is training:
                 self.known = [(caption, i) for i, captions in enumerate(self.captions) for caption in captions]
         self.thumbnails = torch.cat(small)
-        self.places = places(self.captions)
+        self.places = by_caption(self.captions)
 
     def rank(self, captions: Sequence[str], pictures: Tensor) -> dict:
         """How near pictures, uint8 [n, 3, S, S], are to those of their captions."""
@@ -72,8 +72,8 @@ def ranks(distances: Tensor, wanted: Sequence[Sequence[int]]) -> Tensor:
 
 def summary(ranks: Tensor) -> dict:
     """The share of pictures within the first 1, 5 and 10, the median rank, and all ranks."""
-    found = {f"top-{top}": share(int((ranks <= top).sum()), len(ranks)) for top in TOPS}
-    return found | {"median rank": ranks.double().quantile(0.5).item(), "ranks": ranks.tolist()}
+    shares = {f"top-{top}": share(int((ranks <= top).sum()), len(ranks)) for top in TOPS}
+    return shares | {"median rank": ranks.double().quantile(0.5).item(), "ranks": ranks.tolist()}
 
 
 def most_alike(caption: str, others: Sequence[tuple[str, frozenset[str]]]) -> int:
@@ -92,10 +92,10 @@ def words(caption: str) -> frozenset[str]:
     return frozenset(re.findall(r"\w+", caption.lower()))
 
 
-def places(captions_of_pictures: Iterable[Sequence[str]]) -> dict[str, list[int]]:
+def by_caption(captions_of_pictures: Iterable[Sequence[str]]) -> dict[str, list[int]]:
     """The indices of the pictures that have a caption, for every caption."""
-    found: dict[str, list[int]] = {}
+    places: dict[str, list[int]] = {}
     for i, captions in enumerate(captions_of_pictures):
         for caption in dict.fromkeys(captions):
-            found.setdefault(caption, []).append(i)
-    return found
+            places.setdefault(caption, []).append(i)
+    return places

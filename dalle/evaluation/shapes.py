@@ -15,7 +15,7 @@ ATTRIBUTES = ("colour", "shape", "size", "count", "position", "relation", "joint
 class Reader:
     """Parses pictures, equal ones once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._scenes: dict[bytes, Scene] = {}
 
     def read(self, picture: Tensor) -> Scene:
@@ -31,14 +31,14 @@ class Reader:
         As sets are compared, and the objects of counts and relations counted, joint also means that nothing else is
         in the picture.
         """
-        found = compare(scene, self.read(picture))
-        return found | {"joint": all(found.values())}
+        right = compare(scene, self.read(picture))
+        return right | {"joint": all(right.values())}
 
 
 def accuracy(reader: Reader, scenes: Sequence[Scene], pictures: Tensor) -> dict[str, dict]:
     """For each attribute, in how many of the pictures whose captions mention it it is right."""
-    found = [reader.attributes(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
-    mentioned = {name: [entry[name] for entry in found if name in entry] for name in ATTRIBUTES}
+    rows = [reader.attributes(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+    mentioned = {name: [row[name] for row in rows if name in row] for name in ATTRIBUTES}
     return {name: share(sum(right), len(right)) for name, right in mentioned.items() if right}
 
 
@@ -53,31 +53,31 @@ def against_candidates(right: Tensor, scores: Tensor) -> dict[str, list]:
         scores: the higher the better, [captions, candidates].
     """
     captions, candidates = right.shape
-    found = {"candidates": [], "ranked": [], "ranked, 95 %": [], "oracle": [], "oracle, 95 %": []}
+    curve = {"candidates": [], "ranked": [], "ranked, 95 %": [], "oracle": [], "oracle, 95 %": []}
     for exponent in range(candidates.bit_length()):
         size = 2**exponent
         groups = candidates // size
         grouped, by = (x[:, : groups * size].unflatten(1, (groups, size)) for x in (right, scores))
         chosen = grouped.gather(2, by.argmax(2, keepdim=True))[..., 0]
-        found["candidates"].append(size)
+        curve["candidates"].append(size)
         for name, hits in {"ranked": chosen, "oracle": grouped.any(2)}.items():
             value = hits.double().mean().item()
-            found[name].append(value)
-            found[f"{name}, 95 %"].append(wilson(value * captions, captions))
-    return found
+            curve[name].append(value)
+            curve[f"{name}, 95 %"].append(wilson(value * captions, captions))
+    return curve
 
 
-def curves(found: Sequence[Sequence[dict[str, bool]]], scores: Tensor) -> dict[str, dict]:
+def curves(attributes: Sequence[Sequence[dict[str, bool]]], scores: Tensor) -> dict[str, dict]:
     """`against_candidates` for each attribute.
 
     Args:
-        found: what `Reader.attributes` gives for every caption and candidate.
+        attributes: what `Reader.attributes` gives for every caption and candidate.
         scores: [captions, candidates].
     """
     result = {}
     for name in ATTRIBUTES:
-        rows = [i for i, candidates in enumerate(found) if name in candidates[0]]
+        rows = [i for i, candidates in enumerate(attributes) if name in candidates[0]]
         if rows:
-            right = torch.tensor([[entry[name] for entry in found[i]] for i in rows])
+            right = torch.tensor([[row[name] for row in attributes[i]] for i in rows])
             result[name] = {"captions": len(rows)} | against_candidates(right, scores[rows])
     return result

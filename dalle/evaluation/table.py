@@ -38,48 +38,48 @@ def _prior(section: dict) -> list[str]:
 
 def _retrieval(section: dict) -> list[str]:
     lines = []
-    for name, found in section.items():
-        count = next(iter(found.values()))["top-1"]["of"]
-        rows = [[kind, *(_percent(x[top]) for top in ("top-1", "top-5"))] for kind, x in found.items()]
+    for name, entries in section.items():
+        count = next(iter(entries.values()))["top-1"]["of"]
+        rows = [[kind, *(_percent(x[top]) for top in ("top-1", "top-5"))] for kind, x in entries.items()]
         lines += _columns([f"CLIP among {count}, %, {name}", "top-1", "top-5"], rows)
     return lines
 
 
 def _ranks(section: dict) -> list[str]:
     lines = [f"rank of the caption's picture among {section['pictures']}, 16x16 pixels, %"]
-    for name, found in section.items():
+    for name, entries in section.items():
         if name == "pictures":
             continue
-        tops = [top for top in next(iter(found.values())) if top.startswith("top-")]
-        rows = [[kind, *(_percent(x[top]) for top in tops), f"{x['median rank']:g}"] for kind, x in found.items()]
-        count = next(iter(found.values()))[tops[0]]["of"]
+        tops = [top for top in next(iter(entries.values())) if top.startswith("top-")]
+        rows = [[kind, *(_percent(x[top]) for top in tops), f"{x['median rank']:g}"] for kind, x in entries.items()]
+        count = next(iter(entries.values()))[tops[0]]["of"]
         lines += _columns([f"{name}, {count} captions", *tops, "median"], rows)
     return lines
 
 
 def _shapes(section: dict) -> list[str]:
     lines = ["attributes of drawn shapes that are as the caption says, %"]
-    for name, found in section.items():
-        names = [attribute for attribute in ATTRIBUTES if attribute in next(iter(found.values()))]
+    for name, entries in section.items():
+        names = [attribute for attribute in ATTRIBUTES if attribute in next(iter(entries.values()))]
         rows = [[kind, *(_percent(x[attribute], interval=attribute == "joint") for attribute in names)]
-                for kind, x in found.items()]  # fmt: skip
-        count = next(iter(found.values()))["joint"]["of"]
+                for kind, x in entries.items()]  # fmt: skip
+        count = next(iter(entries.values()))["joint"]["of"]
         lines += _columns([f"{name}, {count} captions", *names], rows)
     return lines
 
 
 def _candidates(section: dict) -> list[str]:
     lines = ["joint accuracy of the best of N candidates, %"]
-    for name, found in section.items():
-        joint = found["joint"]
+    for name, entries in section.items():
+        joint = entries["joint"]
         rows = [[kind, *(f"{100 * value:.0f}" for value in joint[kind])] for kind in ("ranked", "oracle")]
         lines += _columns([f"{name}, {joint['captions']} captions", *map(str, joint["candidates"])], rows)
     return lines
 
 
-def _percent(found: dict, interval: bool = True) -> str:
-    low, high = found["95 %"]
-    return f"{100 * found['share']:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if interval else "")
+def _percent(entries: dict, interval: bool = True) -> str:
+    low, high = entries["95 %"]
+    return f"{100 * entries['share']:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if interval else "")
 
 
 def _columns(head: list[str], rows: Iterable[list[str]]) -> list[str]:

@@ -4,6 +4,7 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from dalle.data import Source
 from dalle.data.crops import Crop
+from dalle.errors import UserError
 
 IN_MEMORY = 4 << 30  # bytes of pictures that are kept decoded
 
@@ -44,42 +46,60 @@ def crop_generator(seed: int, step: int, index: int) -> np.random.Generator:
     return np.random.default_rng((seed, step, index, 1))  # 1: other numbers than those that choose the caption
 
 
-class Pictures:
+class Batch(NamedTuple):
+    """Pictures uint8 [B, 3, S, S], and where in the source they come from, int64 [B]."""
+
+    indices: Tensor
+    pictures: Tensor
+
+
+class PictureLoader:
     """The pictures of a source in batches, made one batch ahead in threads; as many as fit in memory stay decoded.
+
+    For a picture that cannot be read the next one in the source is taken, and the batch says so.
 
     crop: how a square is cut from a whole picture, anew in every step; without it the source's own squares come.
     """
 
-    def __init__(self, source: Source, batch_size: int, seed: int, crop: Crop | None = None):
+    def __init__(self, source: Source, batch_size: int, seed: int, crop: Crop | None = None) -> None:
         self.source, self.batch_size, self.seed, self.crop = source, batch_size, seed, crop
-        self.size = source[0].image.shape[-1]
-        self._decoded: dict[int, Tensor] = {}
+        self.size = self._read(0, whole=False)[1].shape[-1]
+        self._decoded: dict[int, tuple[int, Tensor]] = {}
         self._room, self._counting = IN_MEMORY, threading.Lock()
         self._ahead: tuple[int, Future] | None = None
         self._decoders, self._prefetcher = ThreadPoolExecutor(4), ThreadPoolExecutor(1)
 
-    def batch(self, step: int) -> Tensor:
-        """uint8 [batch_size, 3, S, S]."""
+    def batch(self, step: int) -> Batch:
+        """What step `step` sees; raises UserError if no picture can be read."""
         ready = self._ahead[1].result() if self._ahead and self._ahead[0] == step else self._load(step)
         self._ahead = step + 1, self._prefetcher.submit(self._load, step + 1)
         return ready
 
-    def _load(self, step: int) -> Tensor:
+    def _load(self, step: int) -> Batch:
         indices = batch_indices(len(self.source), self.batch_size, self.seed, step).tolist()
-        return torch.stack(list(self._decoders.map(partial(self._picture, step), indices)))
+        read, pictures = zip(*self._decoders.map(partial(self._picture, step), indices))
+        return Batch(torch.tensor(read), torch.stack(pictures))
 
-    def _picture(self, step: int, index: int) -> Tensor:
-        picture = self._decode(index)
+    def _picture(self, step: int, index: int) -> tuple[int, Tensor]:
+        read, picture = self._decode(index)
         if self.crop is None or picture.shape[1:] == (self.size, self.size):  # of which any crop is the picture itself
-            return picture
-        return self.crop(picture, self.size, crop_generator(self.seed, step, index))
+            return read, picture
+        return read, self.crop(picture, self.size, crop_generator(self.seed, step, index))
 
-    def _decode(self, index: int) -> Tensor:
+    def _decode(self, index: int) -> tuple[int, Tensor]:
         if index in self._decoded:
             return self._decoded[index]
-        picture = self.source.whole(index).image if self.crop else self.source[index].image
+        read, picture = self._read(index, whole=self.crop is not None)
         with self._counting:
             if index not in self._decoded and picture.numel() <= self._room:
-                self._decoded[index] = picture
+                self._decoded[index] = read, picture
                 self._room -= picture.numel()
-        return picture
+        return read, picture
+
+    def _read(self, index: int, whole: bool) -> tuple[int, Tensor]:
+        """The first picture from `index` on, around the end, that can be read, and its index."""
+        count = len(self.source)
+        for read, sample in self.source.readable(((index + i) % count for i in range(count)), whole=whole):
+            return read, sample.image
+        name, reason = self.source.skipped[-1]
+        raise UserError(f"none of the {count} pictures can be read (the last one, {name}: {reason}): replace them")

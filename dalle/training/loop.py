@@ -4,9 +4,10 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -16,9 +17,10 @@ from dalle import config as configs
 from dalle.errors import UserError
 from dalle.extras import extras
 from dalle.files import writable_directory
-from dalle.training import checkpoint
-from dalle.training.checkpoint import State
+from dalle.runtime import OnStep, Progress, choose_device
+from dalle.training import run_state
 from dalle.training.optimizer import average
+from dalle.training.run_state import State
 
 PER_SESSION = {"out", "font", "steps", "minutes", "threads", "device", "precision", "resume"} | {
     "sample_every", "save_every", "report_every", "tensorboard"
@@ -56,28 +58,12 @@ class TrainConfig:
     tensorboard: bool = False
     """Write curves for TensorBoard to `out`/curves."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         counts = "steps", "batch_size", "save_every", "report_every"
         configs.check(self, "be at least 1", **{name: getattr(self, name) >= 1 for name in counts})
         configs.check(self, "be at least 0", sample_every=self.sample_every >= 0)
         configs.check(self, "be positive", minutes=self.minutes is None or self.minutes > 0)
         configs.check(self, "be in [0, 2^31)", seed=0 <= self.seed < 2**31)
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far training is: what `on_step` receives."""
-
-    step: int
-    """Updates done."""
-    fraction: float
-    """Of the whole training, 0 to 1."""
-    metrics: dict[str, float]
-    """Losses in nats, means since the last report; after an evaluation, also its numbers, named "heldout ..."."""
-    pictures_per_second: float
-    """Since the last report."""
-    seconds_left: float
-    """Estimate."""
 
 
 @dataclass(frozen=True)
@@ -88,8 +74,8 @@ class Result:
     """Updates done, those before a resume included."""
     interrupted: bool
     """Stopped by Ctrl-C or SIGTERM; a checkpoint was written."""
-    metrics: dict[str, float]
-    """The last evaluation on held-out pictures; empty if none was made."""
+    evaluation: dict[str, float]
+    """The last one on held-out pictures; empty if none was made."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
     """Pictures that could not be used, as (name, reason)."""
 
@@ -117,9 +103,6 @@ class Task(Protocol):
         """Writes the model into the model directory; `done` says that training has come to its end."""
 
 
-OnStep = Callable[[Progress], None]
-
-
 def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | None = None) -> Result:
     """Trains until steps or minutes are used up or a signal comes, and leaves a checkpoint and the averaged model.
 
@@ -130,16 +113,16 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
     identity = identity | {k: v for k, v in configs.to_dict(config).items() if k not in PER_SESSION}
     state = State(task.model, average(task.model, task.average_decay), task.optimizer)
     if config.resume:
-        checkpoint.load(path, state, identity)
+        run_state.load(path, state, identity)
 
     def save() -> None:
         if not all(p.isfinite().all() for p in state.model.parameters()):
             raise UserError(f"the weights are no longer finite at step {state.step}: try a smaller --lr")
         task.write_model(state.average.module, _fraction(config, state) == 1)
-        checkpoint.save(path, state, identity)
+        run_state.save(path, state, identity)
 
     began = time.monotonic() - state.elapsed
-    report, metrics = _Reporter(config, on_step), {}
+    report, last = _Reporter(config, on_step), {}
     with _signals() as interrupted, report:
         while (fraction := _fraction(config, state)) < 1 and not interrupted():
             losses = _update(task, config, state, fraction)
@@ -147,17 +130,17 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
             state.elapsed = time.monotonic() - began
             fraction, evaluation = _fraction(config, state), {}
             if fraction == 1 or (config.sample_every and state.step % config.sample_every == 0):
-                metrics = evaluation = _evaluate(task, config, state)
+                last = evaluation = _evaluate(task, config, state)
             report(state, fraction, losses, evaluation)
             if state.step % config.save_every == 0 and fraction < 1:
                 save()
-        if not metrics and not interrupted():  # resumed with nothing left to do
-            metrics = _evaluate(task, config, state)
+        if not last and not interrupted():  # resumed with nothing left to do
+            last = _evaluate(task, config, state)
         save()
-        return Result(state.step, interrupted(), metrics)
+        return Result(state.step, interrupted(), last)
 
 
-def autocast(config: TrainConfig):
+def autocast(config: TrainConfig) -> AbstractContextManager:
     """The context in which the forward pass runs."""
     device = torch.device(config.device).type
     wanted = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
@@ -183,17 +166,6 @@ def prepare(config: TrainConfig, name: str) -> torch.device:
 def run_path(config: TrainConfig, name: str) -> Path:
     """The checkpoint of the training of `name` in a model directory."""
     return Path(config.out) / f"{name}.run.safetensors"
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name; a UserError if PyTorch cannot use it."""
-    try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type == "meta":
-        raise UserError("device 'meta' cannot be used: it holds shapes but no numbers")
-    return device
 
 
 def _computes_bfloat16(device: str) -> bool:
@@ -225,13 +197,13 @@ def _evaluate(task: Task, config: TrainConfig, state: State) -> dict[str, float]
     model = state.average.module.eval()
     with torch.inference_mode(), autocast(config):
         task.draw_samples(model, writable_directory(config.out / "samples") / f"{task.name}-{state.step:07}.png")
-        return {f"heldout {name}": value for name, value in task.evaluate(model).items()}
+        return task.evaluate(model)
 
 
 class _Reporter:
     """Gathers losses and calls `on_step` and TensorBoard with their means."""
 
-    def __init__(self, config: TrainConfig, on_step: OnStep | None):
+    def __init__(self, config: TrainConfig, on_step: OnStep | None) -> None:
         self.config, self.on_step = config, on_step
         self.since, self.losses = time.monotonic(), []
         self.curves = None
@@ -241,10 +213,10 @@ class _Reporter:
 
             self.curves = SummaryWriter(str(config.out / "curves"))
 
-    def __enter__(self):
+    def __enter__(self) -> "_Reporter":
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         if self.curves:
             self.curves.close()
 
@@ -253,17 +225,17 @@ class _Reporter:
         if fraction < 1 and not evaluation and state.step % self.config.report_every:
             return
         count, seconds = len(self.losses), max(time.monotonic() - self.since, 1e-9)
-        metrics = _means(self.losses) | evaluation
+        metrics = _means(self.losses)
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"the loss became {metrics['loss']} at step {state.step}: try a smaller --lr")
         self.since, self.losses = time.monotonic(), []
         if self.curves:
-            for name, value in metrics.items():
+            for name, value in [*metrics.items(), *((f"heldout {name}", x) for name, x in evaluation.items())]:
                 self.curves.add_scalar(name, value, state.step)
         if self.on_step:
             left = state.elapsed / fraction * (1 - fraction) if fraction else math.inf
             speed = count * self.config.batch_size / seconds
-            self.on_step(Progress(state.step, fraction, metrics, speed, left))
+            self.on_step(Progress(state.step, fraction, metrics, speed, left, evaluation))
 
 
 def _means(losses: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -277,11 +249,11 @@ def _signals() -> Iterator[Callable[[], bool]]:
     """Whether SIGINT or SIGTERM has come; a second one interrupts at once, as usual."""
     received = []
 
-    def remember(number, frame):
+    def remember(number: int, frame: FrameType | None) -> None:
         received.append(number)
         restore()
 
-    def restore():
+    def restore() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
 

@@ -1,28 +1,23 @@
 """Pictures to codes, once: what the prior is trained on (Ramesh et al. 2021, App. B: argmax, without noise)."""
 
-import hashlib
-import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from dalle import config as configs
-from dalle.config import read_json
 from dalle.data import Sample, Source, open_source, split
 from dalle.data.crops import prior_crop
-from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
-from dalle.files import read_tensors, replacing, writable_directory, write_tensors, write_text
-from dalle.model_files import fingerprint, load_dvae
+from dalle.files import replacing, writable_directory
+from dalle.models.checkpoint import load_dvae
+from dalle.models.dvae import DiscreteVAE
+from dalle.models.tokens import PARTS, Tokens, save_tokens
+from dalle.runtime import OnStep, Progress, choose_device
 from dalle.tokenizer import Tokenizer
-from dalle.training.loop import Progress, choose_device
-
-PARTS = ("train", "heldout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,33 +42,16 @@ class TokenizeConfig:
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         configs.check(self, "be at least 1", batch_size=self.batch_size >= 1, crops=self.crops >= 1)
         configs.check(self, "be at least 256, one for each byte", text_vocab=self.text_vocab >= 256)
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Codes and captions of one part of the data: picture i has `codes[i]`, `captions[i]` and the name `keys[i]`.
-
-    A picture of which several squares were cut counts as several.
-    """
-
-    codes: Tensor
-    """int64 [n, rows, columns]."""
-    captions: list[list[str]]
-    """At least one for each picture."""
-    keys: list[str]
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Pictures left out, as (name, reason)."""
-
-
-def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | None = None) -> dict[str, Tokens]:
+def tokenize(config: TokenizeConfig, *, on_step: OnStep | None = None) -> dict[str, Tokens]:
     """Writes and returns the tokens of both parts, "train" and "heldout". Raises UserError."""
     out = writable_directory(config.out)
     dvae = load_dvae(out)
     source = open_source(config.data, dvae.config.image_size, font=config.font)
-    mark = fingerprint(dvae.encoder)
     tokenizer = Tokenizer.train(split(source, "train").captions(), config.text_vocab)
     _check_readers(out, tokenizer)
     dvae.to(choose_device(config.device))
@@ -92,30 +70,8 @@ def tokenize(config: TokenizeConfig, *, on_step: Callable[[Progress], None] | No
 
     with replacing(out / "tokenizer.json") as temporary:
         tokenizer.save(temporary)
-    listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
-    text = json.dumps(listing, ensure_ascii=False)
-    metadata = {"dvae": mark, "captions": digest(text), "data": config.data}
-    write_text(out / "captions.json", text)
-    # Codes are stored in 16 bits, which takes a quarter of the space; vocabularies are far below 32,768.
-    narrow = torch.int16 if dvae.config.vocab <= 2**15 else torch.int32
-    write_tensors(out / "codes.safetensors", {part: parts[part].codes.to(narrow) for part in PARTS}, metadata)
+    save_tokens(out, dvae, parts, config.data)
     return parts
-
-
-def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
-    """What `tokenize` wrote. Raises UserError if it is missing, damaged, or was made with another dVAE."""
-    codes_path, captions_path = Path(directory) / "codes.safetensors", Path(directory) / "captions.json"
-    if not codes_path.exists():
-        raise UserError(f"{directory} holds no codes ({codes_path.name} is missing): run `dalle tokenize` first")
-    codes, metadata = read_tensors(codes_path)
-    if metadata.get("dvae") != fingerprint(dvae.encoder):
-        raise UserError(f"{codes_path} was made with another dVAE than the one beside it: run `dalle tokenize` again")
-    listing = read_json(captions_path)
-    if metadata.get("captions") != digest(captions_path.read_text(encoding="utf-8")):
-        raise UserError(f"{captions_path} does not belong to {codes_path.name}: run `dalle tokenize` again")
-    if any(isinstance(captions, str) for part in PARTS for captions in listing[part]["captions"]):
-        raise UserError(f"{captions_path} is of an earlier version: run `dalle tokenize` again")
-    return {part: Tokens(codes[part].long(), **listing[part]) for part in PARTS}
 
 
 def _check_readers(directory: Path, tokenizer: Tokenizer) -> None:
@@ -138,7 +94,8 @@ def _tokenize_part(
     captions, keys = [], []
     for first in range(0, len(source), batch_size):
         last = min(first + batch_size, len(source))
-        samples = [sample for i in range(first, last) for sample in _squares(source, i, crops, dvae.config.image_size)]
+        read = source.readable(range(first, last), whole=crops > 1)
+        samples = [square for i, sample in read for square in _squares(sample, i, crops, dvae.config.image_size)]
         if not samples:
             continue
         batches = torch.stack([sample.image for sample in samples]).split(batch_size)
@@ -149,16 +106,9 @@ def _tokenize_part(
     return Tokens(torch.cat(codes), captions, keys, source.skipped)
 
 
-def _squares(source: Source, index: int, crops: int, size: int) -> list[Sample]:
-    """The squares of a picture; none if it cannot be read."""
-    sample = source[index] if crops == 1 else source.whole(index)
-    if sample.key != source.key(index):  # a source gives another picture for an unreadable one, which would come twice
-        return []
+def _squares(sample: Sample, index: int, crops: int, size: int) -> list[Sample]:
+    """The squares of picture `index`, which is whole where there is more than one to cut."""
     if crops == 1:
         return [sample]
     generators = [np.random.default_rng((n, index)) for n in range(crops if max(sample.image.shape) > size else 1)]
     return [sample._replace(image=prior_crop(sample.image, size, rng)) for rng in generators]
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -10,18 +10,20 @@ from torch import Tensor, nn
 
 from dalle import config as configs
 from dalle import images
-from dalle.clip import CLIP, CLIPConfig, outranked
 from dalle.data import Sample, Source, open_source, split
 from dalle.data.source import Subset
-from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
-from dalle.model_files import fingerprint, load_dvae, save_part
+from dalle.metrics import outranked
+from dalle.models.checkpoint import fingerprint, load_dvae, save_part
+from dalle.models.clip import CLIP, CLIPConfig
+from dalle.models.dvae import DiscreteVAE
+from dalle.models.tokens import digest
+from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
-from dalle.training.feed import Pictures, batch_indices, choose_caption
-from dalle.training.loop import OnStep, Result, TrainConfig, prepare, train
+from dalle.training.feed import PictureLoader, choose_caption
+from dalle.training.loop import Result, TrainConfig, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
-from dalle.training.tokens import digest
 
 HELD_OUT = 256  # captioned pictures an evaluation looks at
 SHOWN, BEST = 8, 6  # captions and pictures of each in a sample grid
@@ -52,7 +54,7 @@ class TrainCLIPConfig(TrainConfig):
     weight_decay: float = 0.2
     """Of AdamW, as published."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         configs.check(self, "be at least 2, for captions to tell apart", batch_size=self.batch_size >= 2)
         configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
@@ -67,18 +69,18 @@ class CLIPTask:
     max_grad_norm = 1.0
     average_decay = 0.999
 
-    def __init__(self, config: TrainCLIPConfig):
+    def __init__(self, config: TrainCLIPConfig) -> None:
         self.config, self.device = config, prepare(config, self.name)
         self.dvae = load_dvae(config.out).to(self.device)
         self.tokenizer = _load_tokenizer(config.out)
-        size = self.dvae.config.image_size
+        side = self.dvae.config.image_size
         wanted = config.model or CLIPConfig.preset(config.preset)
-        self.size = replace(wanted, image_size=size, text_vocab=self.tokenizer.vocab_size)
-        source = open_source(config.data, size, font=config.font)
+        size = replace(wanted, image_size=side, text_vocab=self.tokenizer.vocab_size)
+        source = open_source(config.data, side, font=config.font)
         self.training, held_out = (WithCopies(split(source, part), self.dvae) for part in ("train", "heldout"))
-        self.pictures = Pictures(self.training, config.batch_size, config.seed)
-        self.held_out = _readable(held_out, HELD_OUT)
-        self.model = CLIP(self.size).to(self.device, memory_format=torch.channels_last)
+        self.pictures = PictureLoader(self.training, config.batch_size, config.seed)
+        self.held_out = _first(held_out, HELD_OUT)
+        self.model = CLIP(size).to(self.device, memory_format=torch.channels_last)
         self.optimizer = adamw(self.model, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def learning_rate(self, step: int, fraction: float) -> float:
@@ -87,14 +89,14 @@ class CLIPTask:
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         """Every picture of the batch is shown as it is or as the dVAE gives it back, a little aside."""
         config, rng = self.config, np.random.default_rng((self.config.seed, step))
-        wanted = batch_indices(len(self.training), config.batch_size, config.seed, step)
-        pictures, copies = self.pictures.batch(step).chunk(2, dim=1)
-        as_copy = torch.from_numpy(rng.random(len(wanted)) < 0.5)
+        batch = self.pictures.batch(step)
+        pictures, copies = batch.pictures.chunk(2, dim=1)
+        as_copy = torch.from_numpy(rng.random(len(pictures)) < 0.5)
         shown = shift(torch.where(as_copy[:, None, None, None], copies, pictures), rng)
-        indices = self.training.present(wanted.tolist())
-        captions = [choose_caption(self.training.captions_of(i), config.seed, step, i) for i in indices]
-        keys = torch.tensor(indices, device=self.device)
-        return self.model.loss(shown.to(self.device), self.pack(captions), keys)
+        captions = [
+            choose_caption(self.training.captions_of(i), config.seed, step, i) for i in batch.indices.tolist()
+        ]
+        return self.model.loss(shown.to(self.device), self.pack(captions), batch.indices.to(self.device))
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Retrieval among held-out pictures that went through the dVAE.
@@ -105,21 +107,21 @@ class CLIPTask:
         if not self.held_out:
             return {}
         captions = [sample.caption for sample in self.held_out]
-        fits = scores(model, [sample.image[3:] for sample in self.held_out], self.pack(captions))
+        fits = model.similarities(torch.stack([sample.image[3:] for sample in self.held_out]), self.pack(captions))
         same = torch.tensor([[a == b for b in captions] for a in captions])
-        return {f"caption@{k}": found(fits, same, k) for k in (1, 5)} | {
-            f"picture@{k}": found(fits.t(), same, k) for k in (1, 5)
+        return {f"caption@{k}": recall(fits, same, k) for k in (1, 5)} | {
+            f"picture@{k}": recall(fits.t(), same, k) for k in (1, 5)
         }
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """For a few captions, held-out ones if there are any: the true picture, then those that fit best."""
-        samples = self.held_out or _readable(self.training, HELD_OUT)
+        samples = self.held_out or _first(self.training, HELD_OUT)
         pictures, captions = [sample.image[3:] for sample in samples], [sample.caption for sample in samples]
         chosen = torch.linspace(0, len(samples) - 1, min(SHOWN, len(samples))).long()
         text = self.pack([captions[i] for i in chosen])
-        best = scores(model, pictures, text).topk(min(BEST, len(samples)), dim=0).indices.t()
+        best = model.similarities(torch.stack(pictures), text).topk(min(BEST, len(samples)), dim=0).indices.t()
         rows = [[pictures[i], *(pictures[j] for j in row)] for i, row in zip(chosen, best, strict=True)]
-        scale = max(1, 64 // self.size.image_size)
+        scale = max(1, 64 // self.dvae.config.image_size)
         images.save(images.grid(rows, [captions[i] for i in chosen], scale), path)
 
     def write_model(self, model: nn.Module, done: bool) -> None:
@@ -133,7 +135,7 @@ class CLIPTask:
 class WithCopies(Subset):
     """A source whose pictures are uint8 [6, S, S]: the picture, and below it what the dVAE makes of it."""
 
-    def __init__(self, source: Source, dvae: DiscreteVAE):
+    def __init__(self, source: Source, dvae: DiscreteVAE) -> None:
         super().__init__(source, range(len(source)))
         self.dvae, self.device = dvae, next(dvae.parameters()).device
 
@@ -142,12 +144,6 @@ class WithCopies(Subset):
         sample = super().load(index)
         copy = images.to_uint8(self.dvae.reconstruct(sample.image[None].to(self.device))[0])
         return sample._replace(image=torch.cat([sample.image, copy.cpu()]))
-
-    def present(self, indices: list[int]) -> list[int]:
-        """Where the pictures come from that `self[i]` gave for each index: the next readable one, if need be."""
-        skipped = {key for key, _ in self.skipped}
-        count = len(self)
-        return [next(j % count for j in range(i, i + count) if self.key(j % count) not in skipped) for i in indices]
 
 
 def shift(pictures: Tensor, rng: np.random.Generator) -> Tensor:
@@ -160,22 +156,14 @@ def shift(pictures: Tensor, rng: np.random.Generator) -> Tensor:
     return pictures[which, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def scores(model: CLIP, pictures: list[Tensor], text: Tensor) -> Tensor:
-    """How well pictures, [3, S, S] each, fit captions, [B, text_len]: cosines, float32 [pictures, B], on the CPU."""
-    batches = torch.stack(pictures).split(64)
-    seen = torch.cat([model.encode_images(batch.to(text.device)).cpu() for batch in batches])
-    read = torch.cat([model.encode_text(batch).cpu() for batch in text.split(64)])
-    return seen @ read.t()
-
-
-def found(fits: Tensor, same: Tensor, k: int) -> float:
+def recall(fits: Tensor, same: Tensor, k: int) -> float:
     """The share of rows of `fits` with a right column, `same`, among the k largest."""
     return (outranked(fits, same) < k).float().mean().item()
 
 
-def _readable(source: Source, count: int) -> list[Sample]:
-    """The first `count` samples, without those that another one stands in for."""
-    return [sample for i in range(min(count, len(source))) if (sample := source[i]).key == source.key(i)]
+def _first(source: Source, count: int) -> list[Sample]:
+    """The first `count` samples, less the unreadable ones."""
+    return [sample for _, sample in source.readable(range(min(count, len(source))))]
 
 
 def _load_tokenizer(directory: Path) -> Tokenizer:

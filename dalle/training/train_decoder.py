@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from dalle import config as configs
-from dalle.dvae import DiscreteVAE, logit_laplace_nll
-from dalle.model_files import fingerprint, load_dvae
-from dalle.training.loop import OnStep, Result, TrainConfig, train
+from dalle.models.checkpoint import fingerprint, load_dvae
+from dalle.models.dvae import DiscreteVAE, logit_laplace_nll
+from dalle.runtime import OnStep
+from dalle.training.loop import Result, TrainConfig, train
 from dalle.training.train_dvae import DVAETask
 
 
@@ -36,7 +37,7 @@ class TrainDecoderConfig(TrainConfig):
     lr: float = 2e-3
     """Learning rate at the start; falls by a cosine to 1/80 of it."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
 
@@ -59,7 +60,7 @@ class DecoderTask(DVAETask):
         return model
 
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
-        pictures = self.pictures.batch(step).to(self.device, non_blocking=True)
+        pictures = self.pictures.batch(step).pictures.to(self.device, non_blocking=True)
         with torch.no_grad():
             codes = self.model.codes(pictures)
         nll = logit_laplace_nll(self.model.targets(pictures), self.model.decoder.from_codes(codes).float()).mean()

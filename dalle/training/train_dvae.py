@@ -12,11 +12,13 @@ from dalle import config as configs
 from dalle import images
 from dalle.data import open_source, split
 from dalle.data.crops import dvae_crop
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig, codebook_usage, logit_laplace_nll, psnr, to_range
 from dalle.errors import UserError
-from dalle.model_files import save_part
-from dalle.training.feed import Pictures, step_seed
-from dalle.training.loop import OnStep, Result, TrainConfig, prepare, run_path, train
+from dalle.metrics import codebook_usage, psnr
+from dalle.models.checkpoint import save_part
+from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig, logit_laplace_nll, to_range
+from dalle.runtime import OnStep
+from dalle.training.feed import PictureLoader, step_seed
+from dalle.training.loop import Result, TrainConfig, prepare, run_path, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine
 
@@ -51,7 +53,7 @@ class TrainDVAEConfig(TrainConfig):
     tau_fall: float = 0.75
     """Fraction of the training over which the temperature falls."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf, tau_end=0 < self.tau_end < math.inf)
         configs.check(self, "be at least 0 and finite", beta=self.beta is None or 0 <= self.beta < math.inf)
@@ -66,16 +68,15 @@ class DVAETask:
     average_decay = 0.999
     max_grad_norm = math.inf
 
-    def __init__(self, config: TrainDVAEConfig):
+    def __init__(self, config: TrainDVAEConfig) -> None:
         self.config, self.device = config, prepare(config, self.name)
         self.model = self.start().to(self.device, memory_format=torch.channels_last)
-        self.size = self.model.config
-        source = open_source(config.data, self.size.image_size, font=config.font)
+        source = open_source(config.data, self.model.config.image_size, font=config.font)
         training, held_out = split(source, "train"), split(source, "heldout")
         self.skipped = source.skipped
         crop = dvae_crop if config.crops == "published" else None
-        self.pictures = Pictures(training, config.batch_size, config.seed, crop)
-        self.held_out = [held_out[i].image for i in range(min(HELD_OUT, len(held_out)))]
+        self.pictures = PictureLoader(training, config.batch_size, config.seed, crop)
+        self.held_out = [sample.image for _, sample in held_out.readable(range(min(HELD_OUT, len(held_out))))]
         self.count = len(training)
         self.optimizer = adamw(self.model, betas=(0.9, 0.999), weight_decay=1e-4)
 
@@ -87,9 +88,9 @@ class DVAETask:
 
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         config = self.config
-        beta = 6.6 * self.size.downsampling / 8 if config.beta is None else config.beta
+        beta = 6.6 * self.model.config.downsampling / 8 if config.beta is None else config.beta
         return self.model.loss(
-            self.pictures.batch(step).to(self.device, non_blocking=True),
+            self.pictures.batch(step).pictures.to(self.device, non_blocking=True),
             tau=cosine(1.0, config.tau_end, fraction / config.tau_fall),
             beta=cosine(0.0, beta, fraction / config.beta_warmup) if config.beta_warmup else beta,
             seed=step_seed(config.seed, step),
@@ -100,10 +101,10 @@ class DVAETask:
 
     def draw_samples(self, model: nn.Module, path: Path) -> None:
         """Pairs of rows: pictures, and below them what is left of them after the codes."""
-        shown = self.held_out[:24] or list(self.pictures.batch(0)[:24])
+        shown = self.held_out[:24] or list(self.pictures.batch(0).pictures[:24])
         copies = model.reconstruct(torch.stack(shown).to(self.device)).cpu()
         rows = [row for i in range(0, len(shown), 8) for row in (shown[i : i + 8], list(copies[i : i + 8]))]
-        images.save(images.grid(rows, scale=max(1, 64 // self.size.image_size)), path)
+        images.save(images.grid(rows, scale=max(1, 64 // self.model.config.image_size)), path)
 
     def write_model(self, model: nn.Module, done: bool) -> None:
         save_part(self.config.out, "dvae", model)
@@ -124,7 +125,7 @@ def evaluate(model: DiscreteVAE, pictures: list[Tensor]) -> dict[str, float]:
     return {
         "nll": torch.cat(nll).mean().item(),
         "psnr": psnr(torch.stack(pictures) / 255, torch.cat(copies)),
-        "codes used": float(used),
+        "codes used": used,
         "code perplexity": perplexity,
     }
 

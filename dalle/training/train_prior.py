@@ -10,14 +10,16 @@ from torch import Tensor, nn
 
 from dalle import config as configs
 from dalle import images
-from dalle.model_files import fingerprint, load_dvae, save_part
-from dalle.prior import Prior, PriorConfig
+from dalle.generation.sampler import generate_codes
+from dalle.models.checkpoint import fingerprint, load_dvae, save_part
+from dalle.models.prior import Prior, PriorConfig
+from dalle.models.tokens import Tokens, digest, load_tokens
+from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
 from dalle.training.feed import batch_indices, choose_caption, step_seed
-from dalle.training.loop import OnStep, Result, TrainConfig, prepare, train
+from dalle.training.loop import Result, TrainConfig, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
-from dalle.training.tokens import Tokens, digest, load_tokens
 
 HELD_OUT = 256  # captioned pictures an evaluation looks at
 SHOWN, CANDIDATES = 8, 6  # captions and pictures of each in a sample grid
@@ -41,7 +43,7 @@ class TrainPriorConfig(TrainConfig):
     bpe_dropout: float = 0.1
     """Probability with which a merge of the tokenizer is passed over in training."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
         configs.check(self, "be at least 0", warmup=self.warmup >= 0)
@@ -55,7 +57,7 @@ class PriorTask:
     name = "prior"
     max_grad_norm = 4.0
 
-    def __init__(self, config: TrainPriorConfig):
+    def __init__(self, config: TrainPriorConfig) -> None:
         self.config, self.device = config, prepare(config, self.name)
         self.average_decay = config.average_decay
         self.dvae = load_dvae(config.out).to(self.device)
@@ -63,13 +65,13 @@ class PriorTask:
         self.training, self.held_out = tokens["train"], tokens["heldout"]
         wanted = config.model or PriorConfig.preset(config.preset)
         self.tokenizer = Tokenizer.load(config.out / "tokenizer.json")
-        self.size = replace(
+        size = replace(
             wanted,
             grid=tuple(self.training.codes.shape[1:]),
             image_vocab=self.dvae.config.vocab,
             text_vocab=self.tokenizer.vocab_size,
         )
-        self.model = Prior(self.size).to(self.device)
+        self.model = Prior(size).to(self.device)
         self.optimizer = adamw(self.model, betas=(0.9, 0.96), weight_decay=4.5e-2)
 
     def learning_rate(self, step: int, fraction: float) -> float:
@@ -108,7 +110,7 @@ class PriorTask:
         captions = [part.captions[i][0] for i in chosen]
         text = self.pack([self.tokenizer.encode(caption) for caption in captions])
         seeds = torch.arange(len(captions) * CANDIDATES, device=self.device)
-        drawn = model.generate(text, candidates=CANDIDATES, seeds=seeds).unflatten(0, (-1, CANDIDATES))
+        drawn = generate_codes(model, text, candidates=CANDIDATES, seeds=seeds).unflatten(0, (-1, CANDIDATES))
         codes = torch.cat([part.codes[chosen][:, None].to(self.device), drawn], 1)
         pictures = self.dvae.decode(codes.flatten(0, 1)).cpu().unflatten(0, (-1, 1 + CANDIDATES))
         scale = max(1, 64 // self.dvae.config.image_size)

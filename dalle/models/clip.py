@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 import dalle_kernels as dk
 from dalle import config as configs
-from dalle.dvae import ENCODER_KERNELS, groups
 from dalle.errors import UserError
-from dalle.prior import Layer, fit_text
+from dalle.models.blocks import ENCODER_KERNELS, TransformerBlock, bottleneck_groups, reset_transformer
+from dalle.models.text import fit_text
 
 FIRST_SCALE, LARGEST_SCALE = 1 / 0.07, 100.0  # of the cosines; the scale is learned (Radford et al. 2021, section 2.5)
+BATCH = 64  # pictures or captions that `similarities` encodes at once
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class CLIPConfig:
     embedding_dim: int = 128
     """Dimensions in which pictures and captions are compared."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         sizes = self.image_size, self.text_vocab, self.text_width, self.text_layers, self.text_heads
         if min(*sizes, self.blocks, self.embedding_dim) < 1 or not self.widths or self.text_len < 2:
             raise UserError(f"every size of a CLIP must be at least 1, and text_len at least 2, not {self}")
@@ -58,6 +59,9 @@ class CLIPConfig:
             raise UserError(f"widths must be multiples of 4 (blocks narrow to a quarter), not {bad[0]}")
         if self.text_width % self.text_heads:
             raise UserError(f"text_width {self.text_width} is not a multiple of text_heads {self.text_heads}")
+        if self.text_width > 128 * self.text_heads:
+            raise UserError(f"text_heads must be at least {-(-self.text_width // 128)}, not {self.text_heads}: "
+                            f"a head has at most 128 of the {self.text_width} channels")
 
     @property
     def downsampling(self) -> int:
@@ -84,11 +88,11 @@ PRESETS = {
 class ImageEncoder(nn.Module):
     """Pictures mapped to [-1, 1], [B, 3, S, S], to [B, embedding_dim]; the dVAE's residual blocks, then the mean."""
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         widths = config.widths
         self.input = nn.Conv2d(3, widths[0], 4, stride=2, padding=1)
-        self.groups = groups([widths[0], *widths], config.blocks, ENCODER_KERNELS)
+        self.groups = bottleneck_groups([widths[0], *widths], config.blocks, ENCODER_KERNELS)
         self.norm = nn.LayerNorm(widths[-1])
         self.output = nn.Linear(widths[-1], config.embedding_dim, bias=False)
 
@@ -102,7 +106,7 @@ class ImageEncoder(nn.Module):
 class TextEncoder(nn.Module):
     """Text, int64 [B, text_len], to [B, embedding_dim]: a causal transformer, read where the text ends."""
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.end_id = config.end_id
         self.embedding = nn.Embedding(config.text_vocab + 1, config.text_width)
@@ -110,7 +114,7 @@ class TextEncoder(nn.Module):
         # The pattern's grid must hold something; no sequence is long enough to reach it.
         pattern = dk.AttentionPattern.causal(text_len=config.text_len, grid=(1, 1))
         self.layers = nn.ModuleList(
-            Layer(config.text_width, config.text_heads, pattern) for _ in range(config.text_layers)
+            TransformerBlock(config.text_width, config.text_heads, pattern) for _ in range(config.text_layers)
         )
         self.norm = nn.LayerNorm(config.text_width)
         self.output = nn.Linear(config.text_width, config.embedding_dim, bias=False)
@@ -137,7 +141,7 @@ class CLIP(nn.Module):
     dot product of their embeddings, which have length 1, says how well a picture fits a caption: -1 to 1.
     """
 
-    def __init__(self, config: CLIPConfig):
+    def __init__(self, config: CLIPConfig) -> None:
         super().__init__()
         self.config = config
         self.image = ImageEncoder(config)
@@ -154,9 +158,7 @@ class CLIP(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
                 nn.init.zeros_(module.bias)
-        for layer in self.text.layers:
-            for linear in (layer.attention_out, layer.mlp_out):
-                nn.init.normal_(linear.weight, std=0.02 / (2 * len(self.text.layers)) ** 0.5)
+        reset_transformer(self.text.layers)
         for linear in (self.image.output, self.text.output):
             nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
 
@@ -189,6 +191,17 @@ class CLIP(nn.Module):
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         return self.image((2 * pixels - 1).contiguous(memory_format=torch.channels_last))
 
+    def similarities(self, images: Tensor, text: Tensor) -> Tensor:
+        """How well each picture fits each caption: cosines, float32 [n, m], on the CPU.
+
+        Args:
+            images: pictures [n, 3, S, S] on any device.
+            text: captions, int64 [m, text_len], from `pack_text`.
+        """
+        seen = torch.cat([self.encode_images(batch.to(text.device)).cpu() for batch in images.split(BATCH)])
+        read = torch.cat([self.encode_text(batch).cpu() for batch in text.split(BATCH)])
+        return seen @ read.t()
+
     def loss(self, images: Tensor, text: Tensor, keys: Tensor | None = None) -> dict[str, Tensor]:
         """Symmetric cross-entropy: which caption of the batch belongs to a picture, and which picture to a caption.
 
@@ -218,12 +231,3 @@ class CLIP(nn.Module):
         loss = (F.cross_entropy(scores, targets) + F.cross_entropy(scores.t(), targets)) / 2
         right = torch.stack([scores.argmax(dim) == targets for dim in (0, 1)])
         return {"loss": loss, "accuracy": right.float().mean(), "scale": scale.detach()}
-
-
-def outranked(scores: Tensor, same: Tensor) -> Tensor:
-    """How many wrong columns come before the best right one in every row: `scores` [n, m], `same` bool, to int64 [n].
-
-    Ties count against the right one: it takes no CLIP to rank equal pictures.
-    """
-    best = scores.masked_fill(~same, -math.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~same).sum(1)

@@ -3,13 +3,14 @@
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 from dalle.errors import UserError
 
-SHIPPED = Path(__file__).parent / "shipped"
+SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
-def model_directory(model: str | os.PathLike | None = None, **download) -> Path:
+def model_directory(model: str | os.PathLike | None = None, **download: Any) -> Path:
     """The directory of a model; one on the Hub is downloaded first.
 
     Args:
@@ -40,7 +41,7 @@ def _shipped() -> Path:
     return SHIPPED
 
 
-def _download(model: str, **download) -> Path:
+def _download(model: str, **download: Any) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +12,8 @@ from torch import Tensor, nn
 import dalle_kernels as dk
 from dalle import config as configs
 from dalle.errors import UserError
+from dalle.models.blocks import DECODER_KERNELS, ENCODER_KERNELS, bottleneck_groups
 
-ENCODER_KERNELS = (3, 3, 3, 1)  # small receptive fields next to the relaxation generalise better (App. A.1)
-DECODER_KERNELS = (1, 3, 3, 3)
 PIXEL_EPS = 0.1  # pixels are mapped to (eps, 1 - eps), where logit-Laplace is well behaved (App. A.3)
 
 
@@ -40,7 +38,7 @@ class DiscreteVAEConfig:
     codebook_std: float | None = None
     """Standard deviation of the initial embeddings, by default 1/sqrt(vocab) as published; 1.0 finds colours sooner."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         decoder_widths, decoder_blocks = self.decoder_size
         if min(self.image_size, self.vocab, self.blocks, decoder_blocks, self.codebook_dim) < 1 or not self.widths:
             raise UserError(f"every size of a dVAE must be at least 1, not {self}")
@@ -89,41 +87,13 @@ PRESETS = {
 }
 
 
-class Block(nn.Module):
-    """Bottleneck residual block, `id(x) + gain * res(x)`; a ReLU before each convolution, and no normalisation."""
-
-    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float):
-        super().__init__()
-        self.gain = gain
-        self.id_path = nn.Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
-        widths = (n_in, n_out // 4, n_out // 4, n_out // 4, n_out)
-        self.res_path = nn.ModuleList(
-            nn.Conv2d(a, b, k, padding=k // 2) for (a, b), k in zip(pairwise(widths), kernels, strict=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        first, *rest = self.res_path
-        y = first(F.relu(x))
-        for conv in rest:
-            y = conv(F.relu_(y))
-        return torch.add(self.id_path(x), y, alpha=self.gain)
-
-
-def groups(widths: list[int], blocks: int, kernels: tuple[int, ...]) -> nn.ModuleList:
-    """One group of `blocks` residual blocks for each step from a width to the next."""
-    gain = 1 / (blocks * (len(widths) - 1)) ** 2
-    return nn.ModuleList(
-        nn.Sequential(*(Block(b if i else a, b, kernels, gain) for i in range(blocks))) for a, b in pairwise(widths)
-    )
-
-
 class Encoder(nn.Module):
     """Pictures mapped to (eps, 1 - eps), [B, 3, S, S], to float32 logits over the codes, [B, vocab, S/f, S/f]."""
 
-    def __init__(self, config: DiscreteVAEConfig):
+    def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
         self.input = nn.Conv2d(3, config.widths[0], 7, padding=3)
-        self.groups = groups([config.widths[0], *config.widths], config.blocks, ENCODER_KERNELS)
+        self.groups = bottleneck_groups([config.widths[0], *config.widths], config.blocks, ENCODER_KERNELS)
         self.output = nn.Conv2d(config.widths[-1], config.vocab, 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -137,11 +107,11 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Codes to the parameters of the likelihood, [B, 6, S, S]: three channels of mu, then three of ln b."""
 
-    def __init__(self, config: DiscreteVAEConfig):
+    def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
         widths, blocks = config.decoder_size
         self.input = nn.Conv2d(config.vocab, config.codebook_dim, 1)
-        self.groups = groups([config.codebook_dim, *reversed(widths)], blocks, DECODER_KERNELS)
+        self.groups = bottleneck_groups([config.codebook_dim, *reversed(widths)], blocks, DECODER_KERNELS)
         self.output = nn.Conv2d(widths[0], 6, 1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -168,7 +138,7 @@ class DiscreteVAE(nn.Module):
     Pictures of another side than `config.image_size` work as long as it is a multiple of `config.downsampling`.
     """
 
-    def __init__(self, config: DiscreteVAEConfig):
+    def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
         self.config = config
         self.encoder = Encoder(config)
@@ -253,17 +223,3 @@ def logit_laplace_nll(x: Tensor, stats: Tensor) -> Tensor:
     """
     mu, ln_b = stats.chunk(2, dim=1)
     return (torch.logit(x) - mu).abs() * torch.exp(-ln_b) + ln_b + torch.log(2 * x * (1 - x))
-
-
-def codebook_usage(codes: Tensor, vocab: int) -> tuple[int, float]:
-    """How many codes occur in `codes` (any shape, int64), and the perplexity of their frequencies."""
-    counts = torch.bincount(codes.flatten(), minlength=vocab)
-    frequencies = counts[counts > 0] / counts.sum()
-    entropy = -(frequencies * frequencies.log()).sum().item()
-    return len(frequencies), math.exp(entropy)
-
-
-def psnr(images: Tensor, reconstructions: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1], from the error over the whole batch."""
-    mse = (images.float() - reconstructions.float()).square().mean().item()
-    return math.inf if mse == 0 else -10 * math.log10(mse)

@@ -1,16 +1,16 @@
-"""The files of a model directory: a configuration as JSON and weights as safetensors for each part."""
+"""The parts of a model in its directory: a configuration as JSON and weights as safetensors for each."""
 
 import hashlib
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from dalle import config as configs
-from dalle.clip import CLIP, CLIPConfig
-from dalle.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.errors import UserError
-from dalle.files import load_weights, read_tensors, write_json, write_tensors
-from dalle.prior import Prior, PriorConfig
+from dalle.files import read_tensors, write_json, write_tensors
+from dalle.models.clip import CLIP, CLIPConfig
+from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
+from dalle.models.prior import Prior, PriorConfig
 
 
 def save_part(directory: Path, name: str, model: nn.Module) -> None:
@@ -32,6 +32,17 @@ def load_prior(directory: Path) -> Prior:
 def load_clip(directory: Path) -> CLIP:
     """The CLIP of a model directory, on the CPU; a UserError if there is none or it is damaged."""
     return _load_part(directory, "clip", CLIP, CLIPConfig)
+
+
+def load_weights(module: nn.Module, tensors: dict[str, Tensor], origin: str) -> None:
+    """Fills `module`; a UserError that names `origin` and the first misfit if the names or shapes differ."""
+    wanted = module.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        here = list(wanted[name].shape) if name in wanted else "absent"
+        there = list(tensors[name].shape) if name in tensors else "absent"
+        if here != there:
+            raise UserError(f"{origin} belongs to another configuration: {name} is {there} there and {here} here")
+    module.load_state_dict(tensors)
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import ModelHubMixin
@@ -15,13 +16,15 @@ from torch import Tensor
 import dalle_kernels as dk
 from dalle import config as configs
 from dalle import images
-from dalle.clip import CLIP
-from dalle.dvae import DiscreteVAE
 from dalle.errors import UserError
 from dalle.files import replacing, writable_directory, write_text
-from dalle.model_directory import model_directory
-from dalle.model_files import load_clip, load_dvae, load_prior, save_part
-from dalle.prior import Prior
+from dalle.generation.sampler import generate_codes, sequence_bytes
+from dalle.models.checkpoint import load_clip, load_dvae, load_prior, save_part
+from dalle.models.clip import CLIP
+from dalle.models.dvae import DiscreteVAE
+from dalle.models.hub import model_directory
+from dalle.models.prior import Prior
+from dalle.runtime import free_memory
 from dalle.tokenizer import Tokenizer
 
 MOST_AT_ONCE = 512  # pictures; more of them gain no speed
@@ -45,14 +48,12 @@ drawings[0].image.save("best.png")
 
 @dataclass(frozen=True, kw_only=True)
 class DrawOptions:
-    """How pictures are drawn: the options of `Pipeline.generate` and `Pipeline.complete`."""
+    """How pictures are drawn: what `Pipeline.generate` and `Pipeline.complete` take besides the seed."""
 
     candidates: int = 1
     """Pictures for every caption."""
     top: int | None = None
     """How many of the candidates to keep, those that the CLIP finds to fit the caption best; by default all."""
-    seed: int | None = None
-    """Of the first candidate; the others have the numbers that follow. By default another one every time."""
     temperature: float = 1.0
     """Below 1 the likely is made likelier, above 1 less so."""
     top_k: int | None = None
@@ -64,19 +65,18 @@ class DrawOptions:
     batch_size: int | None = None
     """Pictures at a time, with no influence on what is drawn; by default as many as fit into memory, at most 512."""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         batch_size = 1 if self.batch_size is None else self.batch_size
         configs.check(self, "be at least 1", candidates=self.candidates >= 1, batch_size=batch_size >= 1)
         top = self.candidates if self.top is None else self.top
         configs.check(self, f"be in [1, {self.candidates}], the candidates", top=1 <= top <= self.candidates)
-        configs.check(self, "be in [0, 2^62)", seed=self.seed is None or 0 <= self.seed < 2**62)
         try:  # what `sample_tokens` says about a single row, before the work
             dk.sample_tokens(torch.zeros(1, 1), seed=0, **self.sampling)
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
     @property
-    def sampling(self) -> dict:
+    def sampling(self) -> dict[str, Any]:
         """What is passed on to `dalle_kernels.sample_tokens`."""
         return dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
@@ -104,7 +104,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
     >>> drawings[0].image.save("heart.png")
     """
 
-    def __init__(self, dvae: DiscreteVAE, prior: Prior, tokenizer: Tokenizer, clip: CLIP | None = None):
+    def __init__(self, dvae: DiscreteVAE, prior: Prior, tokenizer: Tokenizer, clip: CLIP | None = None) -> None:
         self._hub_mixin_config = None  # there is no config.json: every part has its own
         side = dvae.config.grid
         if prior.config.grid != (side, side) or prior.config.image_vocab != dvae.config.vocab:
@@ -125,7 +125,9 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             clip.eval()
 
     @classmethod
-    def from_pretrained(cls, model: str | os.PathLike | None = None, *, device: str = "cpu", **download) -> Pipeline:
+    def from_pretrained(
+        cls, model: str | os.PathLike | None = None, *, device: str = "cpu", **download: Any
+    ) -> Pipeline:
         """Loads a model.
 
         Args:
@@ -140,14 +142,16 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         return cls._from_pretrained(model_id=model, device=device, **download)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str | os.PathLike | None, device: str = "cpu", **download) -> Pipeline:
+    def _from_pretrained(cls, *, model_id: str | os.PathLike | None, device: str = "cpu", **download: Any) -> Pipeline:
         directory = model_directory(model_id, **download)
         dvae, prior = load_dvae(directory), load_prior(directory)
         tokenizer = Tokenizer.load(directory / "tokenizer.json")
         clip = load_clip(directory) if (directory / "clip.json").exists() else None
         return cls(dvae, prior, tokenizer, clip).to(device)
 
-    def save_pretrained(self, directory: str | os.PathLike, *, model_card_kwargs: dict | None = None, **push):
+    def save_pretrained(
+        self, directory: str | os.PathLike, *, model_card_kwargs: dict[str, Any] | None = None, **push: Any
+    ) -> str | None:
         """Writes every part's .json and .safetensors, tokenizer.json and a README.md if there is none, each atomically.
 
         `push_to_hub`, which is `huggingface_hub`'s, uploads the same files. The other arguments are those of
@@ -178,22 +182,58 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
 
     @property
     def device(self) -> torch.device:
+        """Where the models are."""
         return next(self.prior.parameters()).device
 
-    def generate(self, prompts: str | Sequence[str], **options) -> list[list[Drawing]]:
+    def generate(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        candidates: int = 1,
+        top: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        truncate: bool = False,
+        batch_size: int | None = None,
+    ) -> list[list[Drawing]]:
         """Draws pictures for every prompt: the best first if the model has a CLIP, and else in the order of the seeds.
 
         Args:
             prompts: one caption or several.
-            options: candidates, top, seed, temperature, top_k, top_p, truncate, batch_size: see `DrawOptions`.
+            candidates: pictures for every caption.
+            top: how many of the candidates to keep, those that the CLIP finds to fit the caption best; by default all.
+            seed: of a caption's first candidate, in [0, 2^62); the others have the numbers that follow. One for all
+                captions, or a sequence with one for each, which draws what separate calls would. By default another
+                one every time, the same for all captions.
+            temperature: below 1 the likely is made likelier, above 1 less so.
+            top_k: draw every code from the k most likely ones only.
+            top_p: draw every code from the fewest codes that have this probability together.
+            truncate: cut captions that are too long for the model instead of refusing them.
+            batch_size: pictures at a time, with no influence on what is drawn; by default as many as fit into memory,
+                at most 512.
 
         Returns:
             A list for every prompt.
+
+        Raises:
+            UserError: there is no caption, an option is out of range, the seeds are not as many as the captions, a
+                caption is too long, or `top` asks for a ranking that the model, without a CLIP, cannot make.
         """
+        options = DrawOptions(
+            candidates=candidates,
+            top=top,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            truncate=truncate,
+            batch_size=batch_size,
+        )
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise UserError("there is no caption to draw: give at least one")
-        return self._draw(prompts, DrawOptions(**options))
+        return self._draw(prompts, first_seeds(seed, len(prompts)), options)
 
     def complete(
         self,
@@ -202,7 +242,14 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         prompt: str,
         rows: int | None = None,
         mask: Tensor | None = None,
-        **options,
+        candidates: int = 1,
+        top: int | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        truncate: bool = False,
+        batch_size: int | None = None,
     ) -> list[Drawing]:
         """Draws a part of a picture anew. What is kept conditions what is drawn after it, in reading order.
 
@@ -212,13 +259,25 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             rows: how many rows of codes to keep, from the top.
             mask: in place of `rows`, the codes to draw anew, bool [rows, columns]; the last, at the bottom right, must
                 be among them.
-            options: as of `generate`.
+            candidates, top, seed, temperature, top_k, top_p, truncate, batch_size: as of `generate`.
 
         Returns:
             The drawings, ordered as those of `generate`.
+
+        Raises:
+            UserError: as `generate`, or the picture, `rows` or `mask` does not fit the model.
         """
-        options, region = DrawOptions(**options), self.region(rows, mask)
-        return self._draw([prompt], options, self.codes(picture), region)[0]
+        options = DrawOptions(
+            candidates=candidates,
+            top=top,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            truncate=truncate,
+            batch_size=batch_size,
+        )
+        region = self.region(rows, mask)
+        return self._draw([prompt], first_seeds(seed, 1), options, self.codes(picture), region)[0]
 
     def region(self, rows: int | None = None, mask: Tensor | None = None) -> Tensor:
         """The codes that `complete` draws anew when it is told `rows` or `mask`, bool [rows, columns]."""
@@ -265,8 +324,14 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         return torch.cat([images.to_uint8(part).cpu() for part in parts])
 
     def _draw(
-        self, prompts: list[str], options: DrawOptions, given: Tensor | None = None, redraw: Tensor | None = None
+        self,
+        prompts: list[str],
+        first: list[int],
+        options: DrawOptions,
+        given: Tensor | None = None,
+        redraw: Tensor | None = None,
     ) -> list[list[Drawing]]:
+        """Draws for every prompt with the seeds from its `first` on."""
         top = options.candidates if options.top is None else options.top
         if top < options.candidates:
             self._clip()
@@ -274,32 +339,32 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         text = self.prior.pack_text(ids, options.truncate)
         if self.clip is not None:
             self.clip.pack_text(ids, options.truncate)  # a caption it cannot read is refused before the work
-        first = int(torch.randint(2**31, ())) if options.seed is None else options.seed
-        seeds = torch.arange(first, first + options.candidates)
+        seeds = torch.tensor(first)[:, None] + torch.arange(options.candidates)
         codes = self._codes(text, seeds, options, given, redraw)
-        return [self._best(*of_prompt, seeds, top, options.truncate) for of_prompt in zip(prompts, codes, strict=True)]
+        return [self._best(*row, top, options.truncate) for row in zip(prompts, codes, seeds, strict=True)]
 
     def _codes(
         self, text: Tensor, seeds: Tensor, options: DrawOptions, given: Tensor | None, redraw: Tensor | None
     ) -> Tensor:
-        """Codes of a picture for every prompt and seed, int64 [P, C, rows, columns] on the CPU, drawn pass by pass."""
+        """Codes of a picture for each of the seeds [P, C], int64 [P, C, rows, columns] on the CPU, pass by pass."""
         batch_size = options.batch_size or self._fitting(options.candidates)
-        prompts_at_once = max(1, batch_size // len(seeds))
-        found = []
-        for rows in text.split(prompts_at_once):
+        prompts_at_once = max(1, batch_size // options.candidates)
+        drawn = []
+        for rows, row_seeds in zip(text.split(prompts_at_once), seeds.split(prompts_at_once), strict=True):
             parts = []
-            for part in seeds.split(batch_size):
-                codes = self.prior.generate(
+            for part in row_seeds.split(batch_size, dim=1):
+                codes = generate_codes(
+                    self.prior,
                     rows,
-                    candidates=len(part),
-                    seeds=part.repeat(len(rows)).to(self.device),
+                    candidates=part.shape[1],
+                    seeds=part.flatten().to(self.device),
                     given=None if given is None else given.expand(len(rows), *given.shape),
                     redraw=redraw,
                     **options.sampling,
                 )
-                parts.append(codes.cpu().unflatten(0, (len(rows), len(part))))
-            found.append(torch.cat(parts, 1))
-        return torch.cat(found)
+                parts.append(codes.cpu().unflatten(0, tuple(part.shape)))
+            drawn.append(torch.cat(parts, 1))
+        return torch.cat(drawn)
 
     def _best(self, prompt: str, codes: Tensor, seeds: Tensor, top: int, truncate: bool) -> list[Drawing]:
         """The `top` drawings that fit the prompt best, or all in the order of their seeds."""
@@ -328,20 +393,20 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
 
     def _fitting(self, candidates: int) -> int:
         """How many pictures to draw at once: as many as half the free memory holds, at most MOST_AT_ONCE."""
-        fit = free_memory(self.device) // 2 // self.prior.sequence_bytes(candidates)
+        fit = free_memory(self.device) // 2 // sequence_bytes(self.prior, candidates)
         return max(1, min(fit, MOST_AT_ONCE))
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch holds it for us
-        return torch.cuda.mem_get_info(device)[0] + idle
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux: a part of what is built in
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+def first_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
+    """The seed of the first candidate of each of `count` captions; None draws one for all."""
+    if seed is None:
+        seed = int(torch.randint(2**31, ()))
+    seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
+    if len(seeds) != count:
+        raise UserError(f"there are {len(seeds)} seeds for {count} captions: give one for each, or one for all")
+    if bad := [s for s in seeds if not 0 <= s < 2**62]:
+        raise UserError(f"seed must be in [0, 2^62), not {bad[0]}")
+    return seeds
 
 
 def _check_text_vocab(name: str, model: Prior | CLIP, tokenizer: Tokenizer) -> None:

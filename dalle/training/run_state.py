@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from dalle.errors import UserError
-from dalle.files import load_weights, read_tensors, write_tensors
+from dalle.files import read_tensors, write_tensors
+from dalle.models.checkpoint import load_weights
 
 FORMAT = "dalle training run 1"
 

@@ -1,7 +1,7 @@
 """Does it learn? Trains a tiny model on drawn shapes for some minutes on two CPU cores, and measures what it draws, for
 combinations of colour and shape that it was never shown too.
 
-    python benchmarks/learn_shapes.py --minutes 10 --out runs/learn_shapes
+    python recipes/learn_shapes.py --minutes 10 --out runs/learn_shapes
 
 All parts are trained on seen combinations only. What is measured is said in `dalle.evaluation`; the exact parser also
 reads the real pictures and what the dVAE leaves of them: the former bounds what it can tell, the latter what any prior
@@ -20,14 +20,14 @@ import tyro
 from dalle import config as configs
 from dalle.cli.evaluate import track
 from dalle.cli.progress import shown
-from dalle.dvae import DiscreteVAEConfig
 from dalle.errors import UserError
 from dalle.evaluation.evaluate import EvaluateConfig, evaluate
 from dalle.evaluation.plots import plot
 from dalle.evaluation.table import table
 from dalle.extras import MissingExtra
 from dalle.files import writable_directory, write_text
-from dalle.prior import PriorConfig
+from dalle.models.dvae import DiscreteVAEConfig
+from dalle.models.prior import PriorConfig
 from dalle.training.loop import Result, TrainConfig, run_path
 from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_clip import TrainCLIPConfig, train_clip
