@@ -2,6 +2,7 @@
 // costs nothing and only Q and O are transposed.
 #pragma once
 #include "common/plan.h"
+#include "cpu/softmax.h"
 #include "cpu/sparse_attention.h"
 #include "cpu/vec.h"
 
@@ -10,9 +11,7 @@ namespace dk::DK_ISA {
 constexpr int ROWS = TILE_ROWS;
 constexpr int PAIR = 2 * LANES;                    // queries per register block
 constexpr int BLOCK = LANES == 16 ? 8 : 4;         // keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
-constexpr int CHUNK = 128;                         // keys between two softmax rescalings
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-constexpr float LOWEST = -3.0e38f;                 // a maximum over nothing; finite, so that differences stay numbers
+constexpr int CHUNK_KEYS = 128;                    // keys per update of the softmax
 
 // Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.
 template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
@@ -62,15 +61,15 @@ template <int DP> constexpr int SPAN = DP < 64 ? DP : 64;
 
 // out[j][32] = factor * sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`
 template <int DP> DK_INLINE void products(const float* a, const float* const* keys, float factor, float* out) {
-  constexpr int KEYS = BLOCK / 2;
+  constexpr int AT_ONCE = BLOCK / 2;
   for (int r = 0; r < ROWS; r += PAIR)
-    for (int j = 0; j < GROUP_COLUMNS; j += KEYS)
+    for (int j = 0; j < GROUP_COLUMNS; j += AT_ONCE)
       for (int from = 0; from < DP; from += SPAN<DP>) {
-        Vec even[KEYS][2] = {}, odd[KEYS][2] = {};
+        Vec even[AT_ONCE][2] = {}, odd[AT_ONCE][2] = {};
         for (int d = from; d < from + SPAN<DP>; d += 2) {
           const float* x = a + d * ROWS + r;
           const Vec even0 = load(x), even1 = load(x + LANES), odd0 = load(x + ROWS), odd1 = load(x + ROWS + LANES);
-          DK_UNROLL for (int i = 0; i < KEYS; ++i) {
+          DK_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
             const float key0 = keys[j + i][d], key1 = keys[j + i][d + 1];
             even[i][0] += even0 * key0;
             even[i][1] += even1 * key0;
@@ -78,7 +77,7 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
             odd[i][1] += odd1 * key1;
           }
         }
-        DK_UNROLL for (int i = 0; i < KEYS; ++i)
+        DK_UNROLL for (int i = 0; i < AT_ONCE; ++i)
           DK_UNROLL for (int half = 0; half < 2; ++half) {
             float* o = out + (j + i) * ROWS + r + half * LANES;
             Vec sum = even[i][half] + odd[i][half];
@@ -118,17 +117,12 @@ template <int DP> DK_INLINE void accumulate(const float* w, const float* const* 
     }
 }
 
-// K or V of one head as rows of DP floats: the tensor itself where it is float and needs no padding, else a converted copy.
+// Rows of DP floats
 struct FloatRows {
   const float* base;
   int64_t stride;
   const float* row(int32_t token) const { return base + token * stride; }
 };
-template <class T, int DP> DK_INLINE FloatRows float_rows(const T* base, int64_t stride, int64_t n, int head_dim, float* copy) {
-  if (sizeof(T) == sizeof(float) && head_dim == DP) return {reinterpret_cast<const float*>(base), stride};
-  for (int64_t i = 0; i < n; ++i) fetch_row<T, DP>(base, stride, i, head_dim, copy + i * DP);
-  return {copy, DP};
-}
 
 // The matrix of one (batch, head)
 template <class T> DK_INLINE const T* matrix_of(const void* p, const Strides& s, int64_t heads, int64_t bh) {
@@ -138,7 +132,8 @@ template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t hea
   return static_cast<T*>(p) + bh / heads * s.batch + bh % heads * s.head;
 }
 
-// K and V of one (batch, head), likewise; `copy` has `floats` floats, filled by `prepare` in parts.
+// K and V of one (batch, head) as rows of DP floats: the tensors themselves where they are float and need no padding, else a converted copy of `floats` floats,
+// filled by `prepare` in parts.
 template <class T, int DP> struct FloatHead {
   static bool in_place(const SparseAttentionArgs& a) { return sizeof(T) == sizeof(float) && a.head_dim == DP; }
   static int64_t floats(const SparseAttentionArgs& a) { return in_place(a) ? 0 : 2 * a.n * DP; }
@@ -182,22 +177,31 @@ template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t t
   for_each_group(plan, plan.begin(tile), plan.begin(tile + 1), visit);
 }
 
-// What the forward pass leaves of a work item: its sums of weighted values, in the kernel's own layout, and the softmax statistics of its queries.
-template <int DP> struct Partial {
-  alignas(64) float o[DP * ROWS], max[ROWS], sum[ROWS];
-};
+// Online-softmax state of a tile's queries over some of their keys. The unnormalised output lies in the kernel's own layout.
+template <int DP> struct TileState {
+  alignas(64) float out[DP * ROWS], maximum[ROWS], sum[ROWS];
 
-// Adds the statistics of `from` to those of `to`. Scores are in units of `unit`; the sums of values are to be added as to * keep + from * add.
-template <int DP> DK_INLINE void join_statistics(Partial<DP>& to, const Partial<DP>& from, float unit, float* keep, float* add) {
-  for (int r = 0; r < ROWS; r += LANES) {
-    const Vec most = max(load(to.max + r), load(from.max + r));
-    const Vec kept = exp((load(to.max + r) - most) * unit), added = exp((load(from.max + r) - most) * unit);
-    store(to.max + r, most);
-    store(to.sum + r, load(to.sum + r) * kept + load(from.sum + r) * added);
-    store(keep + r, kept);
-    store(add + r, added);
+  // of the LANES queries from r on
+  DK_INLINE SoftmaxState<> at(int r) const { return {load(maximum + r), load(sum + r)}; }
+  DK_INLINE void put(int r, const SoftmaxState<>& state) {
+    store(maximum + r, state.maximum);
+    store(sum + r, state.sum);
   }
-}
+  DK_INLINE void clear_softmax() {
+    for (int r = 0; r < ROWS; r += LANES) put(r, {});
+  }
+  // The outputs are to be merged as out * alpha + other.out * beta. Scores are in units of `unit`.
+  DK_INLINE void merge_softmax(const TileState& other, float unit, float* alpha, float* beta) {
+    for (int r = 0; r < ROWS; r += LANES) {
+      SoftmaxState<> state = at(r);
+      const auto factors = state.merge(other.at(r), Exp{unit});
+      put(r, state);
+      store(alpha + r, factors.own);
+      store(beta + r, factors.other);
+    }
+  }
+  float log_sum_exp(int r, float unit) const { return static_cast<float>(maximum[r] * unit + __builtin_log(sum[r])); }
+};
 
 // Picks the kernel instance for an element type and the smallest padded head dim.
 template <template <class, int> class Instance, class... A> DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {

@@ -22,7 +22,7 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
-constexpr float INF = __builtin_inff();
+constexpr float INF = __builtin_inff(), LOG2E = 1.44269504f;
 
 DK_INLINE Vec load(const float* p) {
   Vec v;

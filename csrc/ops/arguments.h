@@ -1,5 +1,6 @@
 // Tensors as the arguments that the kernels of every device take. What a tensor must be was checked before.
 #pragma once
+#include "common/decode_attention.h"
 #include "common/gumbel_softmax.h"
 #include "common/sample_tokens.h"
 #include "common/sparse_attention.h"
@@ -17,6 +18,24 @@ inline SparseAttentionArgs sparse_attention_args(const Tensor& q, const Tensor& 
   a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v), a.out_strides = strides_of(out);
   a.batch = q.size(0), a.heads = q.size(1), a.n = q.size(2), a.head_dim = q.size(3);
   a.plan = static_cast<const int32_t*>(plan.data_ptr());
+  a.scale = static_cast<float>(scale);
+  a.dtype = dtype_of(q);
+  return a;
+}
+
+inline SequenceStrides sequence_strides_of(const Tensor& t) { return {t.stride(0), t.stride(1)}; }
+
+inline DecodeAttentionArgs decode_attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& image_k,
+                                                 const Tensor& image_v, const Tensor& out, const Tensor& schedule, const Tensor& step, double scale) {
+  STD_TORCH_CHECK(image_k.stride(0) == image_v.stride(0) && image_k.stride(1) == image_v.stride(1), "keys and values must be stored alike");
+  DecodeAttentionArgs a;
+  a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
+  a.prefix_k = prefix_k.data_ptr(), a.prefix_v = prefix_v.data_ptr(), a.image_k = image_k.data_ptr(), a.image_v = image_v.data_ptr();
+  a.q_strides = sequence_strides_of(q), a.k_strides = sequence_strides_of(k), a.v_strides = sequence_strides_of(v);
+  a.image_strides = sequence_strides_of(image_k);
+  a.prompts = prefix_k.size(0), a.candidates = q.size(0) / a.prompts, a.heads = q.size(1), a.head_dim = q.size(2);
+  a.schedule = static_cast<const int32_t*>(schedule.data_ptr());
+  a.step = static_cast<const int64_t*>(step.data_ptr());
   a.scale = static_cast<float>(scale);
   a.dtype = dtype_of(q);
   return a;
