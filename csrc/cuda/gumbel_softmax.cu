@@ -20,7 +20,7 @@ struct Best {
   float best = -dev::inf();
   uint32_t at = 0;
 
-  template <class T> DK_DEVICE void absorb(const float (&x)[BATCH][4], int i, const Strip& s, const Batch<T>& batch) {
+  template <class T> DK_DEVICE void update(const float (&x)[BATCH][4], int i, const Strip& s, const Batch<T>& batch) {
     DK_UNROLL
     for (int r = 0; r < BATCH; ++r) {
       const float value = x[r][i] == x[r][i] ? x[r][i] : dev::inf();
@@ -67,12 +67,12 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       batch.load(a.logits, -dev::inf(), x);
       DK_UNROLL
       for (int i = 0; i < 4; ++i)
-        if constexpr (KL) plain[i].absorb(x, i);
+        if constexpr (KL) plain[i].update(x, i);
       batch.add_noise(key, x);
       DK_UNROLL
       for (int i = 0; i < 4; ++i) {
-        if constexpr (HARD) best[i].absorb(x, i, s, batch);
-        else noisy[i].absorb(x, i, scale);
+        if constexpr (HARD) best[i].update(x, i, s, batch);
+        else noisy[i].update(x, i, scale);
       }
       if constexpr (RESIDENT) kept.store(s, chunk, round, x);
     }

@@ -19,7 +19,7 @@ struct Dot {
   static constexpr int WORDS = 1;
   float sum = 0.0f;
 
-  DK_DEVICE void absorb(const float (&y)[BATCH][4], const float (&grad)[BATCH][4], int i) {
+  DK_DEVICE void update(const float (&y)[BATCH][4], const float (&grad)[BATCH][4], int i) {
     float chunk = 0.0f;
     DK_UNROLL
     for (int r = 0; r < BATCH; ++r) chunk = dev::fma(y[r][i], grad[r][i], chunk);
@@ -89,8 +89,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       read(Batch<T>(s, chunk, round), first, grad);
       DK_UNROLL
       for (int i = 0; i < 4; ++i) {
-        if constexpr (HARD) statistics[i].absorb(first, grad, i, scale);
-        else statistics[i].absorb(first, grad, i);
+        if constexpr (HARD) statistics[i].update(first, grad, i, scale);
+        else statistics[i].update(first, grad, i);
       }
       if constexpr (RESIDENT) kept_first.store(s, chunk, round, first), kept_grad.store(s, chunk, round, grad);
     }

@@ -10,6 +10,7 @@
 #include "common/gumbel_softmax.h"
 #include "cuda/element.h"
 #include "cuda/philox.h"
+#include "cuda/softmax.h"
 
 namespace dk::sweep {
 
@@ -20,7 +21,6 @@ constexpr int MAX_LOG_WIDTH = 5;              // of a strip, in positions
 constexpr int SECTOR = 32;                    // bytes that memory moves at least
 constexpr int MAX_CHUNKS = 8;                 // the blocks of a portable cluster
 constexpr int64_t CHUNK_BYTES = 64 * 1024;    // to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
-constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
 constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- how the work is cut
@@ -108,7 +108,7 @@ template <class T> struct Batch {
   DK_DEVICE uint32_t class_of(int r) const { return first_class + r * classes_per_round; }
   // Elements that exist; they come first. (Beyond 2^31 classes there are only some that do not exist.)
   DK_DEVICE int count(int r) const {
-    const int left = static_cast<int>(classes - class_of(r)), elements = (left < 0 ? 0 : left < 4 ? left : 4) << log_width;
+    const int remaining = static_cast<int>(classes - class_of(r)), elements = (remaining < 0 ? 0 : remaining < 4 ? remaining : 4) << log_width;
     return elements < quad ? elements : quad;
   }
 
@@ -177,37 +177,33 @@ template <class T> struct Kept {
   }
 };
 
-// -- running statistics of one element of a lane's quads, a short chain of the long sums. Roundings are written out where the compiler could choose to fuse,
-// and might not in all kernels.
+// -- online-softmax states of one element of a lane's quads, a short chain of the long sums. `scale` is log2(e) / tau.
 
-// exp(x - max) where the product is with log2(e) / tau: 1 for the maximum itself
-DK_DEVICE float weight(float x, float max, float scale) { return dev::exp2_approx(dev::mul_rn(x - max, scale)); }
 DK_DEVICE float not_below_far(float d) { return d < FAR ? FAR : d; }   // NaN stays
 
-DK_DEVICE float new_max(float max, const float (&x)[BATCH][4], int i) {
+DK_DEVICE float running_maximum(float maximum, const float (&x)[BATCH][4], int i) {
   DK_UNROLL
-  for (int r = 0; r < BATCH; ++r) max = dev::max(max, x[r][i]);
-  return max;
+  for (int r = 0; r < BATCH; ++r) maximum = dev::max(maximum, x[r][i]);
+  return maximum;
 }
 
-// Maximum, and sum of exp(scale * (x - maximum)). NaN and +inf turn the sum into NaN.
+// Running maximum, and running sum of exp(scale * (x - maximum)). NaN and +inf turn the sum into NaN.
 struct Softmax {
   static constexpr int WORDS = 2;
-  float max = LOWEST, sum = 0.0f;
+  SoftmaxState state;
 
-  DK_DEVICE void absorb(const float (&x)[BATCH][4], int i, float scale) {
-    const float now = new_max(max, x, i);
-    float chunk = 0.0f;
+  DK_DEVICE void update(const float (&x)[BATCH][4], int i, float scale) {
+    const float now = running_maximum(state.maximum, x, i);
+    float batch = 0.0f;
     DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) chunk += weight(x[r][i], now, scale);
-    sum = dev::fma(sum, weight(max, now, scale), chunk);
-    max = now;
+    for (int r = 0; r < BATCH; ++r) batch += weight(x[r][i], now, scale);
+    state.update(now, batch, scale);
   }
-  DK_DEVICE void put(float* v) const { v[0] = max, v[1] = sum; }
+  DK_DEVICE void put(float* v) const { v[0] = state.maximum, v[1] = state.sum; }
   static DK_DEVICE void merge(float* a, const float* b, float scale) {
-    const float max = dev::max(a[0], b[0]);
-    a[1] = dev::add_rn(dev::mul_rn(a[1], weight(a[0], max, scale)), dev::mul_rn(b[1], weight(b[0], max, scale)));
-    a[0] = max;
+    const float now = dev::max(a[0], b[0]);
+    a[1] = dev::add_rn(dev::mul_rn(a[1], weight(a[0], now, scale)), dev::mul_rn(b[1], weight(b[0], now, scale)));
+    a[0] = now;
   }
 };
 
@@ -217,47 +213,47 @@ struct WeightedSoftmax {
   Softmax softmax;
   float weighted = 0.0f;
 
-  DK_DEVICE void absorb(const float (&x)[BATCH][4], const float (&v)[BATCH][4], int i, float scale) {
-    const float now = new_max(softmax.max, x, i);
-    float chunk = 0.0f;
+  DK_DEVICE void update(const float (&x)[BATCH][4], const float (&v)[BATCH][4], int i, float scale) {
+    const float old = softmax.state.maximum, now = running_maximum(old, x, i);
+    float batch = 0.0f;
     DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) chunk = dev::fma(weight(x[r][i], now, scale), v[r][i], chunk);
-    weighted = dev::fma(weighted, weight(softmax.max, now, scale), chunk);
-    softmax.absorb(x, i, scale);
+    for (int r = 0; r < BATCH; ++r) batch = dev::fma(weight(x[r][i], now, scale), v[r][i], batch);
+    weighted = dev::fma(weighted, weight(old, now, scale), batch);
+    softmax.update(x, i, scale);
   }
   DK_DEVICE void put(float* v) const { softmax.put(v), v[2] = weighted; }
   static DK_DEVICE void merge(float* a, const float* b, float scale) {
-    const float max = dev::max(a[0], b[0]);
-    a[2] = dev::add_rn(dev::mul_rn(a[2], weight(a[0], max, scale)), dev::mul_rn(b[2], weight(b[0], max, scale)));
+    const float now = dev::max(a[0], b[0]);
+    a[2] = dev::add_rn(dev::mul_rn(a[2], weight(a[0], now, scale)), dev::mul_rn(b[2], weight(b[0], now, scale)));
     Softmax::merge(a, b, scale);
   }
 };
 
-// Maximum, sum of exp(x - maximum), and sum of exp(x - maximum) * (x - maximum).
+// Running maximum, running sum of exp(x - maximum), and of exp(x - maximum) * (x - maximum).
 struct Entropy {
   static constexpr int WORDS = 3;
-  float max = LOWEST, sum = 0.0f, weighted = 0.0f;
+  SoftmaxState state;
+  float weighted = 0.0f;
 
-  DK_DEVICE void absorb(const float (&x)[BATCH][4], int i) {
-    const float now = new_max(max, x, i), shift = not_below_far(max - now), keep = weight(shift, 0.0f, LOG2E);
-    float chunk = 0.0f, chunk_weighted = 0.0f;
+  DK_DEVICE void update(const float (&x)[BATCH][4], int i) {
+    const float now = running_maximum(state.maximum, x, i), shift = not_below_far(state.maximum - now), alpha = weight(shift, 0.0f, LOG2E);
+    float batch = 0.0f, batch_weighted = 0.0f;
     DK_UNROLL
     for (int r = 0; r < BATCH; ++r) {
       const float d = not_below_far(x[r][i] - now), w = weight(d, 0.0f, LOG2E);
-      chunk += w;
-      chunk_weighted = dev::fma(w, d, chunk_weighted);
+      batch += w;
+      batch_weighted = dev::fma(w, d, batch_weighted);
     }
-    weighted = dev::fma(dev::fma(sum, shift, weighted), keep, chunk_weighted);
-    sum = dev::fma(sum, keep, chunk);
-    max = now;
+    weighted = dev::fma(dev::fma(state.sum, shift, weighted), alpha, batch_weighted);
+    state = {now, dev::fma(state.sum, alpha, batch)};
   }
-  DK_DEVICE void put(float* v) const { v[0] = max, v[1] = sum, v[2] = weighted; }
+  DK_DEVICE void put(float* v) const { v[0] = state.maximum, v[1] = state.sum, v[2] = weighted; }
   static DK_DEVICE void merge(float* a, const float* b) {
-    const float max = dev::max(a[0], b[0]), da = not_below_far(a[0] - max), db = not_below_far(b[0] - max);
-    const float ka = weight(da, 0.0f, LOG2E), kb = weight(db, 0.0f, LOG2E);
-    a[2] = dev::add_rn(dev::mul_rn(ka, dev::fma(a[1], da, a[2])), dev::mul_rn(kb, dev::fma(b[1], db, b[2])));
-    a[1] = dev::add_rn(dev::mul_rn(ka, a[1]), dev::mul_rn(kb, b[1]));
-    a[0] = max;
+    const float now = dev::max(a[0], b[0]), shift_a = not_below_far(a[0] - now), shift_b = not_below_far(b[0] - now);
+    const float alpha = weight(shift_a, 0.0f, LOG2E), beta = weight(shift_b, 0.0f, LOG2E);
+    a[2] = dev::add_rn(dev::mul_rn(alpha, dev::fma(a[1], shift_a, a[2])), dev::mul_rn(beta, dev::fma(b[1], shift_b, b[2])));
+    a[1] = dev::add_rn(dev::mul_rn(alpha, a[1]), dev::mul_rn(beta, b[1]));
+    a[0] = now;
   }
 };
 

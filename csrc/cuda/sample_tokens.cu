@@ -81,15 +81,15 @@ template <class T, bool CACHED> struct Row {
   int quads;
 
   DK_DEVICE void read(int quad, uint32_t (&key)[4]) const {
-    const int64_t first = 4 * static_cast<int64_t>(quad), left = p.args.vocabulary - first;
-    if (p.aligned && left >= 4) {
+    const int64_t first = 4 * static_cast<int64_t>(quad), remaining = p.args.vocabulary - first;
+    if (p.aligned && remaining >= 4) {
       float x[4];
       load_quad(T{}, logits + first, x);
       DK_UNROLL
       for (int i = 0; i < 4; ++i) key[i] = key_of(x[i]);
     } else {
       DK_UNROLL
-      for (int i = 0; i < 4; ++i) key[i] = i < left ? key_of(Element<T>::widen(dev::ldg(logits + first + i))) : PADDING;
+      for (int i = 0; i < 4; ++i) key[i] = i < remaining ? key_of(Element<T>::widen(dev::ldg(logits + first + i))) : PADDING;
     }
   }
   DK_DEVICE void keys(int quad, uint32_t (&key)[4]) const {

@@ -7,7 +7,6 @@
 #include <limits>
 
 #include "cuda/element.h"
-#include "cuda/philox.h"
 #include "cuda/plan.h"
 #include "cuda/tile.h"
 
@@ -26,10 +25,10 @@ struct ForwardParams {
   uint32_t negate;           // the sign bits that a negative scale flips
 };
 
-// What a block works on.
-struct Work {
+// What a block works on. Blocks of one item run side by side.
+struct WorkByItem {
   int64_t item, bh, b, h;
-  DK_DEVICE explicit Work(const SparseAttentionArgs& a) {
+  DK_DEVICE explicit WorkByItem(const SparseAttentionArgs& a) {
     const uint32_t block = static_cast<uint32_t>(dev::bid_x()), heads = static_cast<uint32_t>(a.heads), pairs = static_cast<uint32_t>(a.batch) * heads;
     item = block / pairs, bh = block % pairs, b = static_cast<uint32_t>(bh) / heads, h = static_cast<uint32_t>(bh) % heads;
   }
@@ -50,7 +49,7 @@ template <int D> struct Partial {
 // (The logarithm takes any bits for a number: sum - sum is NaN where the sum is.)
 DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) { return dev::fma(max, p.scale, natural_log(sum)) + dev::sub_rn(sum, sum); }
 
-// The maximum of a row so far as something to subtract: where the row has seen nothing it is -inf, and -inf - 0 serves as well.
+// The running maximum, or 0 while it is still -inf, so that inf - inf cannot arise.
 DK_DEVICE float finite(float max) { return max == -dev::inf() ? 0.0f : max; }
 
 // Copies the mask of a group along with its keys; -1 has none.
@@ -70,7 +69,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
   constexpr int PARTS = COLUMNS / 16;
   const int warp = dev::tid() / 32, lane = dev::tid() % 32, g = lane / 4, t = lane % 4;
   const int head_dim = static_cast<int>(p.a.head_dim);
-  const Work work(p.a);
+  const WorkByItem work(p.a);
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::Item item = plan.item(work.item);
   const uint16_t *k = work.head<uint16_t>(p.a.k, p.a.k_strides), *v = work.head<uint16_t>(p.a.v, p.a.v_strides);
@@ -139,7 +138,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
       }
     }
 
-    float less[2];   // what is subtracted from scaled scores
+    float safe_maximum[2];   // scaled
     DK_UNROLL for (int r = 0; r < 2; ++r) {
       float most = -dev::inf();
       DK_UNROLL for (int n = 0; n < 2 * PARTS; ++n) most = dev::max(most, dev::max(s[n][2 * r], s[n][2 * r + 1]));
@@ -147,16 +146,16 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
       most = dev::max(most, dev::shfl_xor(most, 2));
       const float old = max[r];
       max[r] = dev::max(old, most);
-      less[r] = finite(max[r]) * p.scale_log2;
-      const float keep = dev::exp2_approx(dev::fma(old, p.scale_log2, -less[r]));
-      sum[r] *= keep;
-      DK_UNROLL for (int n = 0; n < D / 8; ++n) acc[n][2 * r] *= keep, acc[n][2 * r + 1] *= keep;
+      safe_maximum[r] = finite(max[r]) * p.scale_log2;
+      const float alpha = dev::exp2_approx(dev::fma(old, p.scale_log2, -safe_maximum[r]));
+      sum[r] *= alpha;
+      DK_UNROLL for (int n = 0; n < D / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
     }
     DK_UNROLL for (int part = 0; part < PARTS; ++part) {
       if (!(live >> part & 1)) continue;
       DK_UNROLL for (int n = 2 * part; n < 2 * part + 2; ++n) {
         DK_UNROLL for (int i = 0; i < 4; ++i) {
-          s[n][i] = dev::exp2_approx(dev::fma(s[n][i], p.scale_log2, -less[i / 2]));
+          s[n][i] = dev::exp2_approx(dev::fma(s[n][i], p.scale_log2, -safe_maximum[i / 2]));
           sum[i / 2] += s[n][i];
         }
       }
@@ -206,25 +205,20 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
 template <int D> struct FloatForward {
   static constexpr int BLOCKS = D == 128 ? 1 : 3;
   static constexpr uint32_t ROW = (D + 4) * 4, WEIGHT_ROW = (COLUMNS + 4) * 4;   // bytes; moved by a chunk, so that rows of one chunk lie in different banks
-  static constexpr uint32_t KEYS = TILE_ROWS * ROW, VALUES = KEYS + COLUMNS * ROW, WEIGHTS = VALUES + COLUMNS * ROW, MASK = WEIGHTS + TILE_ROWS * WEIGHT_ROW,
-                            SMEM = MASK + MASK_BYTES;
+  static constexpr uint32_t KEYS_AT = TILE_ROWS * ROW, VALUES_AT = KEYS_AT + COLUMNS * ROW, WEIGHTS_AT = VALUES_AT + COLUMNS * ROW,
+                            MASK_AT = WEIGHTS_AT + TILE_ROWS * WEIGHT_ROW, SMEM = MASK_AT + MASK_BYTES;
 };
-
-DK_DEVICE void lds_floats(uint32_t at, float (&x)[4]) {
-  const dev::u32x4 v = dev::lds16(at);
-  x[0] = dev::as_float(v.x), x[1] = dev::as_float(v.y), x[2] = dev::as_float(v.z), x[3] = dev::as_float(v.w);
-}
 
 template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float_forward(DK_PARAM ForwardParams p) {
   using C = FloatForward<D>;
   using Share = RowShare<2 * D, COLUMNS, THREADS>;   // (a chunk is four floats)
   const int warp = dev::tid() / 32, place = dev::tid() % 8, row = dev::tid() / 8 * 4;   // a warp has 16 rows
   const int head_dim = static_cast<int>(p.a.head_dim);
-  const Work work(p.a);
+  const WorkByItem work(p.a);
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::Item item = plan.item(work.item);
   const float *k = work.head<float>(p.a.k, p.a.k_strides), *v = work.head<float>(p.a.v, p.a.v_strides);
-  const uint32_t queries = dev::smem_base(), keys = queries + C::KEYS, values = queries + C::VALUES, weights = queries + C::WEIGHTS, mask = queries + C::MASK;
+  const uint32_t queries = dev::smem_base(), keys = queries + C::KEYS_AT, values = queries + C::VALUES_AT, weights = queries + C::WEIGHTS_AT, mask = queries + C::MASK_AT;
 
   ForwardPlan::Entry entry = plan.entry(item.begin);
   int32_t tokens[Share::COUNT];
@@ -253,12 +247,12 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     dev::syncthreads();   // the keys are there
     float s[4][8] = {};
     if (live) {
-      float odd[4][8] = {};   // even and odd elements are summed apart: shorter chains err less
+      float odd[4][8] = {};   // even and odd elements are summed apart: shorter chains err safe_maximum
       DK_ROLLED for (int d = 0; d < D; d += 4) {
         float a[4][4], b[4];
-        DK_UNROLL for (int r = 0; r < 4; ++r) lds_floats(queries + (row + r) * C::ROW + d * 4, a[r]);
+        DK_UNROLL for (int r = 0; r < 4; ++r) load_shared_quad(float{}, queries + (row + r) * C::ROW + d * 4, a[r]);
         DK_UNROLL for (int c = 0; c < 8; ++c) {
-          lds_floats(keys + (place + 8 * c) * C::ROW + d * 4, b);
+          load_shared_quad(float{}, keys + (place + 8 * c) * C::ROW + d * 4, b);
           DK_UNROLL for (int r = 0; r < 4; ++r) {
             s[r][c] = dev::fma(a[r][2], b[2], dev::fma(a[r][0], b[0], s[r][c]));
             odd[r][c] = dev::fma(a[r][3], b[3], dev::fma(a[r][1], b[1], odd[r][c]));
@@ -283,14 +277,14 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
         float most = max[r];
         DK_UNROLL for (int c = 0; c < 8; ++c) most = dev::max(most, s[r][c]);
         DK_UNROLL for (int lanes = 1; lanes < 8; lanes *= 2) most = dev::max(most, dev::shfl_xor(most, lanes));
-        const float less = finite(most), keep = exp2((max[r] - less) * p.scale_log2);
-        max[r] = most, sum[r] *= keep;
+        const float safe_maximum = finite(most), alpha = exp2((max[r] - safe_maximum) * p.scale_log2);
+        max[r] = most, sum[r] *= alpha;
         DK_UNROLL for (int c = 0; c < 8; ++c) {
-          const float weight = exp2((s[r][c] - less) * p.scale_log2);
+          const float weight = exp2((s[r][c] - safe_maximum) * p.scale_log2);
           sum[r] += weight;
           dev::sts_f32(weights + (row + r) * C::WEIGHT_ROW + (place + 8 * c) * 4, weight);
         }
-        DK_UNROLL for (int d = 0; d < D / 8; ++d) acc[r][d] *= keep;
+        DK_UNROLL for (int d = 0; d < D / 8; ++d) acc[r][d] *= alpha;
       }
     }
     dev::cp_async_wait<1>();
@@ -298,10 +292,10 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     if (live) {
       DK_ROLLED for (int j = 0; j < COLUMNS; j += 4) {
         float a[4][4], b[4];
-        DK_UNROLL for (int r = 0; r < 4; ++r) lds_floats(weights + (row + r) * C::WEIGHT_ROW + j * 4, a[r]);
+        DK_UNROLL for (int r = 0; r < 4; ++r) load_shared_quad(float{}, weights + (row + r) * C::WEIGHT_ROW + j * 4, a[r]);
         DK_UNROLL for (int i = 0; i < 4; ++i) {
           DK_UNROLL for (int d = 0; d < D / 32; ++d) {
-            lds_floats(values + (j + i) * C::ROW + (d * 8 + place) * 16, b);
+            load_shared_quad(float{}, values + (j + i) * C::ROW + (d * 8 + place) * 16, b);
             DK_UNROLL for (int r = 0; r < 4; ++r) {
               DK_UNROLL for (int x = 0; x < 4; ++x) acc[r][d * 4 + x] = dev::fma(a[r][i], b[x], acc[r][d * 4 + x]);
             }
@@ -338,7 +332,7 @@ template <class T> DK_DEVICE void store(T, uint16_t* to, float x) { dev::stg(to,
 
 template <class T, int D> DK_KERNEL(THREADS, 4) combine(DK_PARAM ForwardParams p) {
   const int warp = dev::tid() / 32, lane = dev::tid() % 32;
-  const Work work(p.a);
+  const WorkByItem work(p.a);
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::SplitTile tile = plan.split_tile(work.item);
   const auto partial = [&](int i) { return Partial<D>(p, tile.first + i, work.bh); };

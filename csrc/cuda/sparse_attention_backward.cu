@@ -140,9 +140,9 @@ template <class T, int D, bool BY_KEYS> struct Memory {
 static_assert(Memory<float, 128, true>::TOTAL <= 132608, "GPUs that have less are declined in dalle_kernels/backends/native/__init__.py");
 
 // Which (batch, head) a block works on, and which of its `count` items or split tiles. Blocks of one head run side by side and share what they read.
-struct Work {
+struct WorkByHead {
   int64_t bh, index;
-  DK_DEVICE explicit Work(int64_t count) {
+  DK_DEVICE explicit WorkByHead(int64_t count) {
     const uint32_t block = static_cast<uint32_t>(dev::bid_x()), divisor = static_cast<uint32_t>(count);
     bh = block / divisor, index = block % divisor;
   }
@@ -232,14 +232,14 @@ template <int GROUP> struct Steps {
     dev::syncthreads();
   }
   // Copies run one step ahead of the work, and the tokens that they need are read one step before.
-  template <class Fetch, class Copy, class Work> DK_DEVICE void run(const Fetch& fetch, const Copy& copy, const Work& work) const {
+  template <class Fetch, class Copy, class Body> DK_DEVICE void run(const Fetch& fetch, const Copy& copy, const Body& body) const {
     for (int step = 0; step < count; ++step) {
       dev::cp_async_wait<0>();   // this step's columns are there ...
       dev::syncthreads();        // ... everybody's, and nobody reads the other stage any more
       if (step + 1 < count) copy(step + 1);
       dev::cp_async_commit();
       if (step + 2 < count) fetch(step + 2);
-      work(step);
+      body(step);
     }
   }
 };
@@ -320,7 +320,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
   const Lane lane;
   const M memory;
   const DevicePlan<QUERY_GROUP> plan(f.plan);
-  const Work work(p.plan.items);
+  const WorkByHead work(p.plan.items);
   const int64_t bh = work.bh;
   const auto item = plan.item(work.index);
   const Steps<QUERY_GROUP> steps(plan, item.begin, item.end);
@@ -398,7 +398,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_kv_kernel(
   const Lane lane;
   const M memory;
   const DevicePlan<KEY_GROUP> plan(p.a.backward_plan);
-  const Work work(p.backward_plan.items);
+  const WorkByHead work(p.backward_plan.items);
   const int64_t bh = work.bh;
   const auto item = plan.item(work.index);
   const Steps<KEY_GROUP> steps(plan, item.begin, item.end);
@@ -459,7 +459,7 @@ template <template <class, int> class Grad, class T, int D, int GROUP>
 DK_DEVICE void add_partials(const Params& p, const int32_t* packed, int64_t split_tiles) {
   const Lane lane;
   const DevicePlan<GROUP> plan(packed);
-  const Work work(split_tiles);
+  const WorkByHead work(split_tiles);
   const auto split = plan.split_tile(work.index);
   Grad<T, D> grad;
   for (int i = 0; i < split.count; ++i) grad.add(grad.partial(p, work.bh, split.first + i), lane);
