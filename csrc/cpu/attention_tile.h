@@ -23,9 +23,9 @@ template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t strid
 DK_INLINE void transpose_rows(const float* in, int64_t in_stride, int columns, float* out, int64_t out_stride) {
   for (int j = 0; j < columns; j += LANES) {
     Vec v[LANES];
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(in + i * in_stride + j);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = load(in + i * in_stride + j);
     transpose(v);
-    DK_UNROLL for (int i = 0; i < LANES; ++i) store(out + (j + i) * out_stride, v[i]);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(out + (j + i) * out_stride, v[i]);
   }
 }
 
@@ -69,7 +69,7 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
         for (int d = from; d < from + SPAN<DP>; d += 2) {
           const float* x = a + d * ROWS + r;
           const Vec even0 = load(x), even1 = load(x + LANES), odd0 = load(x + ROWS), odd1 = load(x + ROWS + LANES);
-          DK_UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+          DK_UNROLL_FOR (int i = 0; i < AT_ONCE; ++i) {
             const float key0 = keys[j + i][d], key1 = keys[j + i][d + 1];
             even[i][0] += even0 * key0;
             even[i][1] += even1 * key0;
@@ -77,8 +77,8 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
             odd[i][1] += odd1 * key1;
           }
         }
-        DK_UNROLL for (int i = 0; i < AT_ONCE; ++i)
-          DK_UNROLL for (int half = 0; half < 2; ++half) {
+        DK_UNROLL_FOR (int i = 0; i < AT_ONCE; ++i)
+          DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
             float* o = out + (j + i) * ROWS + r + half * LANES;
             Vec sum = even[i][half] + odd[i][half];
             if (from) sum = load(o) + sum;
@@ -98,19 +98,19 @@ template <int DP> DK_INLINE void accumulate(const float* w, const float* const* 
   for (int r = 0; r < ROWS; r += PAIR)
     for (int d = 0; d < DP; d += BLOCK) {
       Vec acc[BLOCK][2];
-      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < BLOCK; ++i) {
         acc[i][0] = load(out + (d + i) * ROWS + r);
         acc[i][1] = load(out + (d + i) * ROWS + r + LANES);
       }
       for (int j = 0; j < count; ++j) {
         const Vec w0 = load(w + j * ROWS + r), w1 = load(w + j * ROWS + r + LANES);
         const float* value = values[j] + d;
-        DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+        DK_UNROLL_FOR (int i = 0; i < BLOCK; ++i) {
           acc[i][0] += w0 * value[i];
           acc[i][1] += w1 * value[i];
         }
       }
-      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < BLOCK; ++i) {
         store(out + (d + i) * ROWS + r, acc[i][0]);
         store(out + (d + i) * ROWS + r + LANES, acc[i][1]);
       }

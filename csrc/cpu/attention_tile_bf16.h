@@ -23,9 +23,9 @@ template <int DP> DK_INLINE void pack_columns(BFloat16Rows x, const int32_t* row
   for (int r = 0; r < ROWS; r += LANES)
     for (int d = 0; d < DP; d += 32) {
       Vec v[LANES];
-      DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = x.pairs(rows[r + i], d, head_dim);
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = x.pairs(rows[r + i], d, head_dim);
       transpose(v);
-      DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(out) + (d / 2 + i) * ROWS + r, v[i]);
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(out) + (d / 2 + i) * ROWS + r, v[i]);
     }
 }
 

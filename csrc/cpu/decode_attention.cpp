@@ -66,12 +66,12 @@ template <class T, int DP> DK_INLINE void products_of_one(const float* q, const 
       Vec even{}, odd{};
       for (int d = from; d < from + SPAN<DP>; d += LANES) {
         Vec block[LANES];
-        DK_UNROLL for (int i = 0; i < LANES; ++i) {
+        DK_UNROLL_FOR (int i = 0; i < LANES; ++i) {
           block[i] = load(chunk.keys[j + i] + d);
           prefetch(chunk.keys[j + i] + d + chunk.ahead);
         }
         transpose(block);
-        DK_UNROLL for (int i = 0; i < LANES; i += 2) {
+        DK_UNROLL_FOR (int i = 0; i < LANES; i += 2) {
           even += block[i] * q[d + i];
           odd += block[i + 1] * q[d + i + 1];
         }
@@ -87,7 +87,7 @@ template <class T, int DP> DK_INLINE void products_of_one(const float* q, const 
 template <class T, int DP> DK_INLINE void products_by_row(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
   for (int j = 0; j < chunk.count; j += LANES) {
     Vec sums[LANES] = {};
-    DK_UNROLL for (int i = 0; i < LANES; ++i)
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i)
       for (int d = 0; d < DP; d += LANES) {
         sums[i] += load(chunk.keys[j + i] + d) * load(q + d);
         prefetch(chunk.keys[j + i] + d + chunk.ahead);
@@ -104,12 +104,12 @@ template <class T, int DP> DK_INLINE void accumulate_of_one(const float* w, cons
     Vec acc[VECS] = {};
     for (int j = 0; j < chunk.count; ++j) {
       const T* value = chunk.values[j] + d;
-      DK_UNROLL for (int i = 0; i < VECS; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < VECS; ++i) {
         acc[i] += load(value + i * LANES) * w[j];
         prefetch(value + i * LANES + chunk.ahead);
       }
     }
-    DK_UNROLL for (int i = 0; i < VECS; ++i) store(out + d + i * LANES, acc[i]);
+    DK_UNROLL_FOR (int i = 0; i < VECS; ++i) store(out + d + i * LANES, acc[i]);
   }
 }
 
@@ -140,7 +140,7 @@ template <int DP> DK_INLINE void update_panel(DecodeSpace<DP>& w, const KeyChunk
     const Vec maximum = running_maximum(state.maximum, w.s + r, ROWS, count);
     weigh(w.s + r, ROWS, count, maximum, Exp{});
     Vec sums[LANES] = {};   // sums[i] is what lane i holds in update_sequence
-    for (int j = 0; j < count; j += LANES) DK_UNROLL for (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
+    for (int j = 0; j < count; j += LANES) DK_UNROLL_FOR (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
     const Vec alpha = exp(state.maximum - maximum);
     w.panel.put(r, {maximum, state.sum * alpha});
     for (int d = 0; d < DP; ++d) store(w.panel.out + d * ROWS + r, load(w.panel.out + d * ROWS + r) * alpha);

@@ -77,9 +77,9 @@ template <class T> void fetch_across(const T* in, const Strip& s, int count, int
       return;
     }
     Vec v[LANES];
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(from + i * s.lane_step);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = load(from + i * s.lane_step);
     transpose(v);
-    DK_UNROLL for (int r = 0; r < LANES; ++r) store(to + r * width, v[r]);
+    DK_UNROLL_FOR (int r = 0; r < LANES; ++r) store(to + r * width, v[r]);
   });
 }
 template <class T> void put_across(const float* in, const Strip& s, int count, int width, T* out) {
@@ -92,9 +92,9 @@ template <class T> void put_across(const float* in, const Strip& s, int count, i
       return;
     }
     Vec v[LANES];
-    DK_UNROLL for (int r = 0; r < LANES; ++r) v[r] = load(from + r * width);
+    DK_UNROLL_FOR (int r = 0; r < LANES; ++r) v[r] = load(from + r * width);
     transpose(v);
-    DK_UNROLL for (int i = 0; i < LANES; ++i) store_vec(v[i], to + i * s.lane_step);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store_vec(v[i], to + i * s.lane_step);
   });
 }
 

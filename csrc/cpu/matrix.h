@@ -121,21 +121,21 @@ void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, fl
       float* out = c + m * ldc + n;
       Vec sum[TALL][WIDE] = {};
       if (add) {
-        DK_UNROLL for (int i = 0; i < TALL; ++i)
-          DK_UNROLL for (int k = 0; k < WIDE; ++k) sum[i][k] = load(out + i * ldc + k * LANES);
+        DK_UNROLL_FOR (int i = 0; i < TALL; ++i)
+          DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) sum[i][k] = load(out + i * ldc + k * LANES);
       }
       for (int step = 0; step < pairs; step += STEPS)
-        DK_UNROLL for (int p = step; p < step + STEPS; ++p) {
+        DK_UNROLL_FOR (int p = step; p < step + STEPS; ++p) {
           __m512bh right[WIDE];
-          DK_UNROLL for (int k = 0; k < WIDE; ++k) right[k] = as_pairs(_mm512_loadu_si512(b + p * ldb + n + k * LANES));
-          DK_UNROLL for (int i = 0; i < TALL; ++i) {
+          DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) right[k] = as_pairs(_mm512_loadu_si512(b + p * ldb + n + k * LANES));
+          DK_UNROLL_FOR (int i = 0; i < TALL; ++i) {
             int32_t pair;
             std::memcpy(&pair, left + i * lda + 2 * p, sizeof(pair));
-            DK_UNROLL for (int k = 0; k < WIDE; ++k) sum[i][k] = _mm512_dpbf16_ps(sum[i][k], as_pairs(_mm512_set1_epi32(pair)), right[k]);
+            DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) sum[i][k] = _mm512_dpbf16_ps(sum[i][k], as_pairs(_mm512_set1_epi32(pair)), right[k]);
           }
         }
-      DK_UNROLL for (int i = 0; i < TALL; ++i)
-        DK_UNROLL for (int k = 0; k < WIDE; ++k) store(out + i * ldc + k * LANES, sum[i][k]);
+      DK_UNROLL_FOR (int i = 0; i < TALL; ++i)
+        DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) store(out + i * ldc + k * LANES, sum[i][k]);
     }
 }
 

@@ -90,13 +90,13 @@ template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out
     first[2 * i + 1] = LANES / 4 + i;
   }
   WVec c0[N], c1[N], c2[N], c3[N];
-  DK_UNROLL for (int i = 0; i < N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) {
     c0[i] = first + (block + i * (LANES / 2)), c1[i] = c0[i] >> 32;
     c2[i] = (key.offset & 0xFFFFFFFFu) - WVec{}, c3[i] = (key.offset >> 32) - WVec{};
   }
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  DK_UNROLL for (int round = 0; round < 10; ++round) {   // only the low 32 bits of a lane count
-    DK_UNROLL for (int i = 0; i < N; ++i) {
+  DK_UNROLL_FOR (int round = 0; round < 10; ++round) {   // only the low 32 bits of a lane count
+    DK_UNROLL_FOR (int i = 0; i < N; ++i) {
       const WVec a = multiply_low(c0[i], PHILOX_M0), b = multiply_low(c2[i], PHILOX_M1);
       c0[i] = (b >> 32) ^ c1[i] ^ static_cast<uint64_t>(k0);
       c2[i] = (a >> 32) ^ c3[i] ^ static_cast<uint64_t>(k1);
@@ -104,7 +104,7 @@ template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out
     }
     k0 += PHILOX_W0, k1 += PHILOX_W1;
   }
-  DK_UNROLL for (int i = 0; i < N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) {
     const WVec c01 = (c0[i] & 0xFFFFFFFFu) | (c1[i] << 32), c23 = (c2[i] & 0xFFFFFFFFu) | (c3[i] << 32);
     out[2 * i] = reinterpret_cast<UVec>(unpack_low(c01, c23));
     out[2 * i + 1] = reinterpret_cast<UVec>(unpack_high(c01, c23));
@@ -118,11 +118,11 @@ DK_INLINE UVec scaled_exponent(Vec x) { return (bits(x) - 0x3F400000u) & 0xFF800
 template <int N> DK_INLINE void minus_log2(const UVec (&k)[N], const Vec (&f)[N], Vec (&x)[N]) {
   constexpr float C[] = {7.806674006e-2f, -1.742302321e-1f, 2.163248654e-1f, -2.427235177e-1f, 2.881915044e-1f, -3.605759219e-1f,
                          4.809020805e-1f, -7.213484784e-1f, 1.442695032f};   // log2(1 + f) / f, to 2.7e-8
-  DK_UNROLL for (int i = 0; i < N; ++i) x[i] = splat(C[0]);
-  DK_UNROLL for (int c = 1; c < 9; ++c) {
-    DK_UNROLL for (int i = 0; i < N; ++i) x[i] = x[i] * f[i] + C[c];
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) x[i] = splat(C[0]);
+  DK_UNROLL_FOR (int c = 1; c < 9; ++c) {
+    DK_UNROLL_FOR (int i = 0; i < N; ++i) x[i] = x[i] * f[i] + C[c];
   }
-  DK_UNROLL for (int i = 0; i < N; ++i) x[i] = -(x[i] * f[i] + __builtin_convertvector(reinterpret_cast<IVec>(k[i]) >> 23, Vec));
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) x[i] = -(x[i] * f[i] + __builtin_convertvector(reinterpret_cast<IVec>(k[i]) >> 23, Vec));
 }
 
 // The noise of N * LANES / 2 consecutive blocks, see below.
@@ -130,7 +130,7 @@ template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out
   UVec random[2 * N], k[2 * N];
   Vec f[2 * N], x[2 * N];
   philox<N>(key, block, random);
-  DK_UNROLL for (int i = 0; i < 2 * N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) {
     const Vec minus_u = max(splat(-0x1.FFFFFEp-1f), to_floats(random[i]) * -0x1p-32f - 0x1p-33f);
     k[i] = scaled_exponent(1.0f + minus_u);
     // 1 - u = 2^k (1 + f) with f = 2^-k - 1 - 2^-k u, which is exact: no digit of a small u is lost
@@ -138,12 +138,12 @@ template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out
     f[i] = (scale - 1.0f) + scale * minus_u;
   }
   minus_log2(k, f, x);
-  DK_UNROLL for (int i = 0; i < 2 * N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) {
     k[i] = scaled_exponent(x[i]);
     f[i] = floats(bits(x[i]) - k[i]) - 1.0f;
   }
   minus_log2(k, f, x);
-  DK_UNROLL for (int i = 0; i < 2 * N; ++i) store(out + i * LANES, x[i]);
+  DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) store(out + i * LANES, x[i]);
 }
 
 // The noise of indices [first, first + count) as -log2(-log2(1 - u)); times log 2 it is the noise of philox.py less a constant, which neither a softmax

@@ -50,12 +50,12 @@ template <int DP, int COUNT> DK_INLINE void outer(const KeyUpdate* keys, const f
     Vec acc[COUNT][WIDE] = {};
     for (int r = 0; r < ROWS; ++r) {
       Vec row[WIDE];
-      DK_UNROLL for (int i = 0; i < WIDE; ++i) row[i] = load(x + r * DP + d + i * LANES);
-      DK_UNROLL for (int j = 0; j < COUNT; ++j)
-        DK_UNROLL for (int i = 0; i < WIDE; ++i) acc[j][i] += row[i] * (keys[j].*w)[r];
+      DK_UNROLL_FOR (int i = 0; i < WIDE; ++i) row[i] = load(x + r * DP + d + i * LANES);
+      DK_UNROLL_FOR (int j = 0; j < COUNT; ++j)
+        DK_UNROLL_FOR (int i = 0; i < WIDE; ++i) acc[j][i] += row[i] * (keys[j].*w)[r];
     }
-    DK_UNROLL for (int j = 0; j < COUNT; ++j)
-      DK_UNROLL for (int i = 0; i < WIDE; ++i) {
+    DK_UNROLL_FOR (int j = 0; j < COUNT; ++j)
+      DK_UNROLL_FOR (int i = 0; i < WIDE; ++i) {
         float* o = keys[j].*out + d + i * LANES;
         store(o, load(o) + acc[j][i]);
       }

@@ -72,7 +72,7 @@ DK_INLINE void finish_scores(const KeyBlock& block, float factor, float* s, floa
   for (int j = 0; j < BLOCK_KEYS; ++j) {
     const uint32_t* mask = block.masks[j / GROUP_COLUMNS];
     const uint32_t visible = mask ? mask[j % GROUP_COLUMNS] : ~0u;
-    DK_UNROLL for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const int at = j * ROWS + half * LANES;
       const Vec score = select(visible >> half * LANES, load(s + at) * factor, splat(-INF));
       store(s + at, score);
@@ -88,7 +88,7 @@ DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&n
   alignas(64) uint32_t pairs[BLOCK_KEYS / 2][ROWS];
   for (int i = 0; i < BLOCK_KEYS / 2; ++i) {
     Vec both[2];
-    DK_UNROLL for (int odd = 0; odd < 2; ++odd) {
+    DK_UNROLL_FOR (int odd = 0; odd < 2; ++odd) {
       const int at = (2 * i + odd) * ROWS;
       const Vec p0 = load(weights + at) * norm[0], p1 = load(weights + at + LANES) * norm[1];
       both[odd] = rounded(p0 * (load(dp + at) - delta[0]), p1 * (load(dp + at + LANES) - delta[1]));
@@ -99,9 +99,9 @@ DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&n
   }
   for (int r = 0; r < ROWS; r += LANES) {
     Vec v[LANES];
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(reinterpret_cast<const float*>(pairs[i] + r));
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = load(reinterpret_cast<const float*>(pairs[i] + r));
     transpose(v);
-    DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(ds_rows + (r + i) * ds_stride), v[i]);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(ds_rows + (r + i) * ds_stride), v[i]);
   }
 }
 
@@ -109,14 +109,14 @@ DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&n
 template <int DP> DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec (&maximum)[2], const TileCarry<DP>& tile) {
   Vec sum[2] = {}, delta[2] = {}, norm[2];
   for (int j = 0; j < count; ++j)
-    DK_UNROLL for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const int at = j * ROWS + half * LANES;
       const Vec weight = exp2_coarse(load(w.s + at) - maximum[half]);
       store(w.s + at, weight);
       sum[half] += weight;
       delta[half] += weight * load(w.dp + at);
     }
-  DK_UNROLL for (int half = 0; half < 2; ++half) {
+  DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
     norm[half] = 1.0f / max(splat(1.0f), sum[half]);   // it is at least 1 already, or NaN, but for padding rows that see nothing
     delta[half] *= norm[half];
   }

@@ -66,14 +66,14 @@ template <int DP> DK_INLINE void weigh_chunk(ForwardSpace<DP>& w, TileState<DP>&
     Vec sum{};
     for (int j = 0; j < count; j += BLOCK_KEYS) {
       Vec pairs[LANES];
-      DK_UNROLL for (int i = 0; i < LANES; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) {
         const Vec first = weight(load(s + (j + 2 * i) * ROWS) - maximum);
         const Vec second = weight(load(s + (j + 2 * i + 1) * ROWS) - maximum);
         sum += first + second;
         pairs[i] = pair_up(first, second);
       }
       transpose(pairs);
-      DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK_KEYS + j), pairs[i]);
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK_KEYS + j), pairs[i]);
     }
     store(w.alpha + r, state.update(maximum, sum, weight));
     tile.put(r, state);

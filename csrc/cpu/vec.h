@@ -8,7 +8,7 @@
 #endif
 
 #define DK_INLINE inline __attribute__((always_inline))
-#define DK_UNROLL _Pragma("GCC unroll 16")
+#define DK_UNROLL_FOR _Pragma("GCC unroll 16") for
 
 namespace dk::DK_ISA {
 
@@ -102,18 +102,18 @@ DK_INLINE Vec zip_high(Vec a, Vec b) {
 DK_INLINE void transpose(Vec (&v)[LANES]) {
   for (int stage = 1; stage < LANES; stage *= 2) {
     Vec zipped[LANES];
-    DK_UNROLL for (int i = 0; i < LANES / 2; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < LANES / 2; ++i) {
       zipped[2 * i] = zip_low(v[i], v[i + LANES / 2]);
       zipped[2 * i + 1] = zip_high(v[i], v[i + LANES / 2]);
     }
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = zipped[i];
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = zipped[i];
   }
 }
 
 // lane i: the sum of v[i]'s lanes
 DK_INLINE Vec reduce_add_each(Vec (&v)[LANES]) {
-  DK_UNROLL for (int w = LANES / 2; w; w /= 2)
-    DK_UNROLL for (int i = 0; i < w; ++i) v[i] = zip_low(v[i], v[i + w]) + zip_high(v[i], v[i + w]);
+  DK_UNROLL_FOR (int w = LANES / 2; w; w /= 2)
+    DK_UNROLL_FOR (int i = 0; i < w; ++i) v[i] = zip_low(v[i], v[i + w]) + zip_high(v[i], v[i + w]);
   return v[0];
 }
 

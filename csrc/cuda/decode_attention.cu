@@ -43,8 +43,7 @@ template <class T, bool ALIGNED> DK_DEVICE dev::u32x4 fetch(const Stored<T>* row
     return dev::ldg16(row);
   } else {
     Stored<T> e[CHUNK_ELEMENTS];
-    DK_UNROLL
-    for (int i = 0; i < CHUNK_ELEMENTS; ++i) e[i] = chunk * CHUNK_ELEMENTS + i < head_dim ? dev::ldg(row + i) : Stored<T>{};
+    DK_UNROLL_FOR (int i = 0; i < CHUNK_ELEMENTS; ++i) e[i] = chunk * CHUNK_ELEMENTS + i < head_dim ? dev::ldg(row + i) : Stored<T>{};
     dev::u32x4 words;
     memcpy(&words, e, 16);
     return words;
@@ -59,8 +58,7 @@ template <class T, bool ALIGNED> DK_DEVICE void store(Stored<T>* row, int chunk,
   } else {
     Stored<T> e[CHUNK_ELEMENTS];
     memcpy(e, &words, 16);
-    DK_UNROLL
-    for (int i = 0; i < CHUNK_ELEMENTS; ++i)
+    DK_UNROLL_FOR (int i = 0; i < CHUNK_ELEMENTS; ++i)
       if (chunk * CHUNK_ELEMENTS + i < head_dim) dev::stg(row + i, e[i]);
   }
 }
@@ -70,8 +68,7 @@ DK_DEVICE void widen(float, dev::u32x4 w, float (&x)[4]) {
 }
 template <class T> DK_DEVICE void widen(T, dev::u32x4 w, float (&x)[8]) {
   const uint32_t words[4] = {w.x, w.y, w.z, w.w};
-  DK_UNROLL
-  for (int i = 0; i < 8; ++i) x[i] = dev::unpack(T{}, static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
+  DK_UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = dev::unpack(T{}, static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
 }
 DK_DEVICE dev::u32x4 narrow(float, const float (&x)[4]) { return {dev::as_bits(x[0]), dev::as_bits(x[1]), dev::as_bits(x[2]), dev::as_bits(x[3])}; }
 template <class T> DK_DEVICE dev::u32x4 narrow(T, const float (&x)[8]) {
@@ -79,15 +76,13 @@ template <class T> DK_DEVICE dev::u32x4 narrow(T, const float (&x)[8]) {
 }
 
 template <int N> DK_DEVICE void load_floats(uint32_t a, float (&x)[N]) {
-  DK_UNROLL
-  for (int i = 0; i < N; i += 4) {
+  DK_UNROLL_FOR (int i = 0; i < N; i += 4) {
     const dev::u32x4 w = dev::lds16(a + i * 4);
     x[i] = dev::as_float(w.x), x[i + 1] = dev::as_float(w.y), x[i + 2] = dev::as_float(w.z), x[i + 3] = dev::as_float(w.w);
   }
 }
 template <int N> DK_DEVICE void store_floats(uint32_t a, const float (&x)[N]) {
-  DK_UNROLL
-  for (int i = 0; i < N; i += 4) dev::sts16(a + i * 4, {dev::as_bits(x[i]), dev::as_bits(x[i + 1]), dev::as_bits(x[i + 2]), dev::as_bits(x[i + 3])});
+  DK_UNROLL_FOR (int i = 0; i < N; i += 4) dev::sts16(a + i * 4, {dev::as_bits(x[i]), dev::as_bits(x[i + 1]), dev::as_bits(x[i + 2]), dev::as_bits(x[i + 3])});
 }
 
 // -- which keys
@@ -122,8 +117,7 @@ template <class T, int D> struct State {
 
   static DK_DEVICE int chunk() { return dev::tid() % Shape<T, D>::LANES; }
   DK_DEVICE void clear() {
-    DK_UNROLL
-    for (float& x : out) x = 0.0f;
+    DK_UNROLL_FOR (float& x : out) x = 0.0f;
     softmax = {};
   }
   DK_DEVICE void load(uint32_t a) {
@@ -140,16 +134,13 @@ template <class T, int D> struct State {
   DK_DEVICE void merge(const State& other, float scale) {
     const float now = dev::max(softmax.maximum, other.softmax.maximum), beta = weight(other.softmax.maximum, now, scale);
     const float alpha = softmax.update(now, other.softmax.sum * beta, scale);
-    DK_UNROLL
-    for (int i = 0; i < N; ++i) out[i] = dev::fma(out[i], alpha, other.out[i] * beta);
+    DK_UNROLL_FOR (int i = 0; i < N; ++i) out[i] = dev::fma(out[i], alpha, other.out[i] * beta);
   }
   // of all groups of the warp, in the first lanes
   DK_DEVICE void merge_groups(float scale) {
-    DK_UNROLL
-    for (int lanes = Shape<T, D>::LANES; lanes < 32; lanes *= 2) {
+    DK_UNROLL_FOR (int lanes = Shape<T, D>::LANES; lanes < 32; lanes *= 2) {
       State other;
-      DK_UNROLL
-      for (int i = 0; i < N; ++i) other.out[i] = dev::shfl_xor(out[i], lanes);
+      DK_UNROLL_FOR (int i = 0; i < N; ++i) other.out[i] = dev::shfl_xor(out[i], lanes);
       other.softmax = {dev::shfl_xor(softmax.maximum, lanes), dev::shfl_xor(softmax.sum, lanes)};
       merge(other, scale);
     }
@@ -176,39 +167,32 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& row
   else now.clear();
   for (int first = 0; first < count; first += ROWS * S::GROUPS) {
     dev::u32x4 key[ROWS], value[ROWS];
-    DK_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < ROWS; ++r) {
       const int i = first + r * S::GROUPS + group;
       const int64_t at = place(list, i, count);
       key[r] = fetch<T, ALIGNED>(at == rows.own ? rows.own_key : rows.keys + at * head_dim, chunk, head_dim, i < count);
       value[r] = fetch<T, ALIGNED>(at == rows.own ? rows.own_value : rows.values + at * head_dim, chunk, head_dim, i < count);
     }
     float s[ROWS], maximum = now.softmax.maximum;
-    DK_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < ROWS; ++r) {
       float k[N];
       widen(T{}, key[r], k);
       s[r] = 0.0f;
-      DK_UNROLL
-      for (int i = 0; i < N; ++i) s[r] = dev::fma(q[i], k[i], s[r]);
-      DK_UNROLL
-      for (int lanes = 1; lanes < S::LANES; lanes *= 2) s[r] += dev::shfl_xor(s[r], lanes);
+      DK_UNROLL_FOR (int i = 0; i < N; ++i) s[r] = dev::fma(q[i], k[i], s[r]);
+      DK_UNROLL_FOR (int lanes = 1; lanes < S::LANES; lanes *= 2) s[r] += dev::shfl_xor(s[r], lanes);
       s[r] = first + r * S::GROUPS + group < count ? s[r] : -dev::inf();
       maximum = dev::max(maximum, s[r]);
     }
     float added[N] = {}, sum = 0.0f;   // chains are short: longer ones err more
-    DK_UNROLL
-    for (int r = 0; r < ROWS; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < ROWS; ++r) {
       float v[N];
       widen(T{}, value[r], v);
       const float p = weight(s[r], maximum, scale);
       sum += p;
-      DK_UNROLL
-      for (int i = 0; i < N; ++i) added[i] = dev::fma(p, v[i], added[i]);
+      DK_UNROLL_FOR (int i = 0; i < N; ++i) added[i] = dev::fma(p, v[i], added[i]);
     }
     const float alpha = now.softmax.update(maximum, sum, scale);
-    DK_UNROLL
-    for (int i = 0; i < N; ++i) now.out[i] = dev::fma(now.out[i], alpha, added[i]);
+    DK_UNROLL_FOR (int i = 0; i < N; ++i) now.out[i] = dev::fma(now.out[i], alpha, added[i]);
   }
   now.merge_groups(scale);
   now.save(state);
@@ -226,61 +210,47 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
 
   DK_DEVICE TextByMma(const Stored<T>* query, int64_t stride, int candidates, int head_dim) : head_dim(head_dim) {
     const int g = dev::tid() % 32 / 4, c = dev::tid() % 4;
-    DK_UNROLL
-    for (int b = 0; b < D / 32; ++b)
-      DK_UNROLL
-      for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int b = 0; b < D / 32; ++b)
+      DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
         const bool valid = g + 8 * half < candidates;
         const dev::u32x4 w = fetch<T, ALIGNED>(query + (valid ? g + 8 * half : 0) * stride, 4 * b + c, head_dim, valid);
         q[2 * b][half] = w.x, q[2 * b][2 + half] = w.y, q[2 * b + 1][half] = w.z, q[2 * b + 1][2 + half] = w.w;
       }
-    DK_UNROLL
-    for (auto& column : out)
-      DK_UNROLL
-      for (float& x : column) x = 0.0f;
+    DK_UNROLL_FOR (auto& column : out)
+      DK_UNROLL_FOR (float& x : column) x = 0.0f;
   }
 
   DK_DEVICE void tile(const Stored<T>* keys, const Stored<T>* values, uint32_t list, int first, int count, float scale) {
     const int g = dev::tid() % 32 / 4, c = dev::tid() % 4;
     float s[2][4] = {};
-    DK_UNROLL
-    for (int t = 0; t < 2; ++t) {
+    DK_UNROLL_FOR (int t = 0; t < 2; ++t) {
       const Stored<T>* key = keys + place(list, first + 8 * t + g, count) * head_dim;
-      DK_UNROLL
-      for (int b = 0; b < D / 32; ++b) {
+      DK_UNROLL_FOR (int b = 0; b < D / 32; ++b) {
         const dev::u32x4 w = fetch<T, ALIGNED>(key, 4 * b + c, head_dim, true);
         dev::mma(T{}, s[t], q[2 * b], w.x, w.y);
         dev::mma(T{}, s[t], q[2 * b + 1], w.z, w.w);
       }
-      DK_UNROLL
-      for (int e = 0; e < 4; ++e) s[t][e] = first + 8 * t + 2 * c + e % 2 < count ? s[t][e] : -dev::inf();
+      DK_UNROLL_FOR (int e = 0; e < 4; ++e) s[t][e] = first + 8 * t + 2 * c + e % 2 < count ? s[t][e] : -dev::inf();
     }
-    DK_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
       float now = dev::max(dev::max(s[0][2 * half], s[0][2 * half + 1]), dev::max(s[1][2 * half], s[1][2 * half + 1]));
       now = dev::max(now, dev::shfl_xor(now, 1));
       now = dev::max(softmax[half].maximum, dev::max(now, dev::shfl_xor(now, 2)));
-      DK_UNROLL
-      for (int t = 0; t < 2; ++t)
-        DK_UNROLL
-        for (int e = 0; e < 2; ++e) s[t][2 * half + e] = weight(s[t][2 * half + e], now, scale);
+      DK_UNROLL_FOR (int t = 0; t < 2; ++t)
+        DK_UNROLL_FOR (int e = 0; e < 2; ++e) s[t][2 * half + e] = weight(s[t][2 * half + e], now, scale);
       const float alpha = softmax[half].update(now, (s[0][2 * half] + s[0][2 * half + 1]) + (s[1][2 * half] + s[1][2 * half + 1]), scale);
-      DK_UNROLL
-      for (auto& column : out) column[2 * half] *= alpha, column[2 * half + 1] *= alpha;
+      DK_UNROLL_FOR (auto& column : out) column[2 * half] *= alpha, column[2 * half + 1] *= alpha;
     }
     uint32_t p[4];
     pack_a(T{}, s[0], s[1], p);
-    DK_UNROLL
-    for (int b = 0; b < D / 64; ++b) {
+    DK_UNROLL_FOR (int b = 0; b < D / 64; ++b) {
       uint32_t v[4][4];   // keys 2 c, 2 c + 1, 2 c + 8, 2 c + 9
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
         const int64_t at = place(list, first + 8 * (i / 2) + 2 * c + i % 2, count);
         const dev::u32x4 w = fetch<T, ALIGNED>(values + at * head_dim, 8 * b + g, head_dim, true);
         v[i][0] = w.x, v[i][1] = w.y, v[i][2] = w.z, v[i][3] = w.w;
       }
-      DK_UNROLL
-      for (int j = 0; j < 8; ++j) {
+      DK_UNROLL_FOR (int j = 0; j < 8; ++j) {
         const auto pair = [&](int i) {
           return j % 2 ? v[i][j / 2] >> 16 | (v[i + 1][j / 2] & 0xFFFF0000u) : (v[i][j / 2] & 0xFFFFu) | v[i + 1][j / 2] << 16;
         };
@@ -292,16 +262,12 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
   // Stores the states of all candidates, at `states` for the first.
   DK_DEVICE void save(uint32_t states) {
     const int g = dev::tid() % 32 / 4, c = dev::tid() % 4;
-    DK_UNROLL
-    for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const uint32_t state = states + (g + 8 * half) * Shape<T, D>::STATE;
-      DK_UNROLL
-      for (int b = 0; b < D / 64; ++b)
-        DK_UNROLL
-        for (int e = 0; e < 2; ++e) {
+      DK_UNROLL_FOR (int b = 0; b < D / 64; ++b)
+        DK_UNROLL_FOR (int e = 0; e < 2; ++e) {
           float x[8];
-          DK_UNROLL
-          for (int j = 0; j < 8; ++j) x[j] = out[8 * b + j][2 * half + e];
+          DK_UNROLL_FOR (int j = 0; j < 8; ++j) x[j] = out[8 * b + j][2 * half + e];
           store_floats(state + (64 * b + 16 * c + 8 * e) * 4, x);
         }
       float sum = softmax[half].sum;
@@ -388,8 +354,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, (D <= 64 && ALIGNED ?
     State<T, D> done;
     done.load(state(candidate));
     const float divide = 1.0f / done.softmax.sum;
-    DK_UNROLL
-    for (float& x : done.out) x *= divide;
+    DK_UNROLL_FOR (float& x : done.out) x *= divide;
     store<T, ALIGNED>(static_cast<Stored<T>*>(a.out) + ((first + candidate) * a.heads + head) * head_dim, chunk, head_dim, narrow(T{}, done.out));
   }
 }

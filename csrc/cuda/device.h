@@ -31,8 +31,8 @@ struct Grid {
 #define DK_DEVICE __device__ __forceinline__
 #define DK_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define DK_PARAM const __grid_constant__
-#define DK_UNROLL _Pragma("unroll")
-#define DK_ROLLED _Pragma("unroll 1")   // where unrolling would cost registers
+#define DK_UNROLL_FOR _Pragma("unroll") for
+#define DK_ROLLED_FOR _Pragma("unroll 1") for   // where unrolling would cost registers
 
 namespace dk::dev {
 

@@ -21,8 +21,7 @@ struct Best {
   uint32_t at = 0;
 
   template <class T> DK_DEVICE void update(const float (&x)[BATCH][4], int i, const Strip& s, const Batch<T>& batch) {
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       const float value = x[r][i] == x[r][i] ? x[r][i] : dev::inf();
       if (value > best) best = value, at = batch.class_of(r) + (i >> s.log_width);
     }
@@ -65,19 +64,16 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       const Batch<T> batch(s, chunk, round);
       float x[BATCH][4];
       batch.load(a.logits, -dev::inf(), x);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i)
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i)
         if constexpr (KL) plain[i].update(x, i);
       batch.add_noise(key, x);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
         if constexpr (HARD) best[i].update(x, i, s, batch);
         else noisy[i].update(x, i, scale);
       }
       if constexpr (RESIDENT) kept.store(s, chunk, round, x);
     }
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
       if constexpr (HARD) best[i].put(v[i]);
       else noisy[i].put(v[i]);
       if constexpr (KL) plain[i].put(v[i] + PLAIN);
@@ -86,8 +82,7 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
   }
   reduction.strip(s, p.cut.chunks, v, merge);
 
-  DK_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
     if constexpr (KL)
       if (s.chunk == 0 && 4 * dev::tid() + i < 1 << s.log_width && s.place(p.cut, i) >= 0) put_kl(a, s.place(p.cut, i), v[i] + PLAIN);
     // the factor of y in place of the sum; NaN in place of 1 where there is no largest
@@ -104,10 +99,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
         batch.load(a.logits, -dev::inf(), x);
         batch.add_noise(key, x);
       }
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
           if constexpr (HARD) {
             const bool largest = batch.class_of(r) + (i >> s.log_width) == dev::as_bits(v[i][1]);
             x[r][i] = largest || v[i][0] != v[i][0] ? v[i][0] : 0.0f;

@@ -21,8 +21,7 @@ struct Dot {
 
   DK_DEVICE void update(const float (&y)[BATCH][4], const float (&grad)[BATCH][4], int i) {
     float chunk = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) chunk = dev::fma(y[r][i], grad[r][i], chunk);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) chunk = dev::fma(y[r][i], grad[r][i], chunk);
     sum = dev::add_rn(sum, chunk);
   }
   DK_DEVICE void put(float* v) const { v[0] = sum; }
@@ -87,23 +86,20 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
     for (int round = 0; round < s.rounds; round += BATCH) {
       float first[BATCH][4], grad[BATCH][4];
       read(Batch<T>(s, chunk, round), first, grad);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
         if constexpr (HARD) statistics[i].update(first, grad, i, scale);
         else statistics[i].update(first, grad, i);
       }
       if constexpr (RESIDENT) kept_first.store(s, chunk, round, first), kept_grad.store(s, chunk, round, grad);
     }
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) statistics[i].put(v[i]);
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) statistics[i].put(v[i]);
     reduction.chunk(chunk, v, merge);
   }
   reduction.strip(s, p.cut.chunks, v, merge);
 
   float dot[4], factor[4];   // factor: y = factor * exp(scale * (x - max))
   KLGradient kl[4];
-  DK_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
     factor[i] = 1.0f;
     if constexpr (HARD) factor[i] = 1.0f / v[i][1];
     dot[i] = HARD ? dev::mul_rn(v[i][N - 1], factor[i]) : v[i][0];
@@ -116,10 +112,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       float first[BATCH][4], grad[BATCH][4];
       if constexpr (RESIDENT) kept_first.load(s, chunk, round, first), kept_grad.load(s, chunk, round, grad);
       else read(batch, first, grad);
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
           const float y = HARD ? dev::mul_rn(weight(first[r][i], v[i][0], scale), factor[i]) : first[r][i];
           grad[r][i] = dev::mul_rn(dev::mul_rn(y, inverse_tau), grad[r][i] - dot[i]);
         }
@@ -127,10 +121,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       if constexpr (KL) {
         float x[BATCH][4];
         batch.load(f.logits, 0.0f, x);
-        DK_UNROLL
-        for (int r = 0; r < BATCH; ++r) {
-          DK_UNROLL
-          for (int i = 0; i < 4; ++i) grad[r][i] = dev::add_rn(grad[r][i], kl[i].at(x[r][i]));
+        DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+          DK_UNROLL_FOR (int i = 0; i < 4; ++i) grad[r][i] = dev::add_rn(grad[r][i], kl[i].at(x[r][i]));
         }
       }
       batch.store(p.args.grad_logits, grad);

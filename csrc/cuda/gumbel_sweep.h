@@ -115,26 +115,20 @@ template <class T> struct Batch {
   DK_DEVICE void load(const void* base, float fill, float (&x)[BATCH][4]) const {
     const Stored<T>* p = static_cast<const Stored<T>*>(base) + at;
     if (full) {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) load_quad(T{}, p + r * stride, x[r]);
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) load_quad(T{}, p + r * stride, x[r]);
     } else {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i) x[r][i] = i < count(r) ? Element<T>::widen(dev::ldg(p + r * stride + i)) : fill;
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) x[r][i] = i < count(r) ? Element<T>::widen(dev::ldg(p + r * stride + i)) : fill;
       }
     }
   }
   DK_DEVICE void store(void* base, const float (&x)[BATCH][4]) const {
     Stored<T>* p = static_cast<Stored<T>*>(base) + at;
     if (full) {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) store_quad(T{}, p + r * stride, x[r]);
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) store_quad(T{}, p + r * stride, x[r]);
     } else {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i)
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i)
           if (i < count(r)) dev::stg(p + r * stride + i, Element<T>::narrow(x[r][i]));
       }
     }
@@ -142,8 +136,7 @@ template <class T> struct Batch {
   // An element's noise index is its place in the tensor, in 64 bits.
   DK_DEVICE void add_noise(PhiloxKey key, float (&x)[BATCH][4]) const {
     const int skip = static_cast<int>(at % 4);
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       if (count(r) == 0) continue;
       const uint64_t block = static_cast<uint64_t>(at + r * stride) / 4;
       dev::u32x4 w = philox(key, block);
@@ -168,12 +161,10 @@ template <class T> struct Kept {
     return base + static_cast<uint32_t>((chunk * s.rounds + round) * s.threads + dev::tid()) * QUAD;
   }
   DK_DEVICE void store(const Strip& s, int chunk, int round, const float (&x)[BATCH][4]) const {
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) store_shared_quad(T{}, address(s, chunk, round + r), x[r]);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) store_shared_quad(T{}, address(s, chunk, round + r), x[r]);
   }
   DK_DEVICE void load(const Strip& s, int chunk, int round, float (&x)[BATCH][4]) const {
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) load_shared_quad(T{}, address(s, chunk, round + r), x[r]);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) load_shared_quad(T{}, address(s, chunk, round + r), x[r]);
   }
 };
 
@@ -182,8 +173,7 @@ template <class T> struct Kept {
 DK_DEVICE float not_below_far(float d) { return d < FAR ? FAR : d; }   // NaN stays
 
 DK_DEVICE float running_maximum(float maximum, const float (&x)[BATCH][4], int i) {
-  DK_UNROLL
-  for (int r = 0; r < BATCH; ++r) maximum = dev::max(maximum, x[r][i]);
+  DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) maximum = dev::max(maximum, x[r][i]);
   return maximum;
 }
 
@@ -195,8 +185,7 @@ struct Softmax {
   DK_DEVICE void update(const float (&x)[BATCH][4], int i, float scale) {
     const float now = running_maximum(state.maximum, x, i);
     float batch = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) batch += weight(x[r][i], now, scale);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) batch += weight(x[r][i], now, scale);
     state.update(now, batch, scale);
   }
   DK_DEVICE void put(float* v) const { v[0] = state.maximum, v[1] = state.sum; }
@@ -216,8 +205,7 @@ struct WeightedSoftmax {
   DK_DEVICE void update(const float (&x)[BATCH][4], const float (&v)[BATCH][4], int i, float scale) {
     const float old = softmax.state.maximum, now = running_maximum(old, x, i);
     float batch = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) batch = dev::fma(weight(x[r][i], now, scale), v[r][i], batch);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) batch = dev::fma(weight(x[r][i], now, scale), v[r][i], batch);
     weighted = dev::fma(weighted, weight(old, now, scale), batch);
     softmax.update(x, i, scale);
   }
@@ -238,8 +226,7 @@ struct Entropy {
   DK_DEVICE void update(const float (&x)[BATCH][4], int i) {
     const float now = running_maximum(state.maximum, x, i), shift = not_below_far(state.maximum - now), alpha = weight(shift, 0.0f, LOG2E);
     float batch = 0.0f, batch_weighted = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       const float d = not_below_far(x[r][i] - now), w = weight(d, 0.0f, LOG2E);
       batch += w;
       batch_weighted = dev::fma(w, d, batch_weighted);
@@ -269,23 +256,19 @@ template <int N> struct Reduction {
   }
   DK_DEVICE uint32_t at(uint32_t table, int row, int column) const { return table + ((row << log_width) + column) * N * 4; }
   static DK_DEVICE void put(uint32_t at, const float* v) {
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) dev::sts_f32(at + 4 * k, v[k]);
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) dev::sts_f32(at + 4 * k, v[k]);
   }
   static DK_DEVICE void get(uint32_t rank, uint32_t at, float* v) {
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) v[k] = dev::lds_f32_of(rank, at + 4 * k);
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) v[k] = dev::lds_f32_of(rank, at + 4 * k);
   }
   static DK_DEVICE void get(uint32_t at, float* v) {
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) v[k] = dev::lds_f32(at + 4 * k);
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) v[k] = dev::lds_f32(at + 4 * k);
   }
 
   // Elements `i` and `j` of a quad that belong to one position.
   template <class Merge> static DK_DEVICE void merge_pair(float* i, float* j, const Merge& merge) {
     merge(i, j);
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) j[k] = i[k];
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) j[k] = i[k];
   }
 
   // The lanes of every warp, then the warps.
@@ -293,17 +276,14 @@ template <int N> struct Reduction {
     if (log_width < 2) merge_pair(v[0], v[2], merge), merge_pair(v[1], v[3], merge);
     if (log_width < 1) merge_pair(v[0], v[1], merge);
     for (int lanes = 16; 4 * lanes >= 1 << log_width && lanes; lanes >>= 1) {
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
         float other[N];
-        DK_UNROLL
-        for (int k = 0; k < N; ++k) other[k] = dev::shfl_xor(v[i][k], lanes);
+        DK_UNROLL_FOR (int k = 0; k < N; ++k) other[k] = dev::shfl_xor(v[i][k], lanes);
         merge(v[i], other);
       }
     }
     const int tid = dev::tid(), warp = tid / 32, width = 1 << log_width;
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
       const int column = tid % 32 * 4 + i;
       if (column < width) put(at(warps, warp, column), v[i]);
     }
@@ -334,8 +314,7 @@ template <int N> struct Reduction {
       put(at(whole, 0, tid), a);
     }
     dev::cluster_sync();
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) get(at(whole, 0, s.column(i)), v[i]);
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) get(at(whole, 0, s.column(i)), v[i]);
   }
 };
 

@@ -47,8 +47,7 @@ struct Reduce {
   uint32_t turn = 0;
 
   template <class Value, class Op> DK_DEVICE Value warp(Value v, Op op) const {
-    DK_UNROLL
-    for (int lanes = 16; lanes; lanes >>= 1) {
+    DK_UNROLL_FOR (int lanes = 16; lanes; lanes >>= 1) {
       dev::u32x2 other;
       memcpy(&other, &v, 8);
       other = {dev::shfl_xor(other.x, lanes), dev::shfl_xor(other.y, lanes)};
@@ -85,11 +84,9 @@ template <class T, bool CACHED> struct Row {
     if (p.aligned && remaining >= 4) {
       float x[4];
       load_quad(T{}, logits + first, x);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) key[i] = key_of(x[i]);
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) key[i] = key_of(x[i]);
     } else {
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) key[i] = i < remaining ? key_of(Element<T>::widen(dev::ldg(logits + first + i))) : PADDING;
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) key[i] = i < remaining ? key_of(Element<T>::widen(dev::ldg(logits + first + i))) : PADDING;
     }
   }
   DK_DEVICE void keys(int quad, uint32_t (&key)[4]) const {
@@ -117,8 +114,7 @@ template <class Row, class Weigh> DK_DEVICE double mass_from(uint32_t least, con
     float w[4];
     row.keys(quad, key);
     weigh(quad, key, w);
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) w[i] = key[i] >= least ? w[i] : 0.0f;
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) w[i] = key[i] >= least ? w[i] : 0.0f;
     mass += static_cast<double>((w[0] + w[1]) + (w[2] + w[3]));
   }
   return reduce.block(mass, Sum());
@@ -142,8 +138,7 @@ template <class T, bool CACHED> DK_DEVICE uint32_t least_kept(const SampleTokens
   if (a.top_p < 1.0) {
     const float scale = LOG2E / a.temperature;
     const auto compute = [&](int, const uint32_t (&key)[4], float (&w)[4]) {
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) w[i] = key[i] >= least ? dev::exp2_approx((value_of(key[i]) - top) * scale) : 0.0f;
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) w[i] = key[i] >= least ? dev::exp2_approx((value_of(key[i]) - top) * scale) : 0.0f;
     };
     const auto first = [&](int quad, const uint32_t (&key)[4], float (&w)[4]) {
       compute(quad, key, w);
@@ -165,8 +160,7 @@ template <class Row> DK_DEVICE uint64_t draw(const SampleTokensArgs& a, const Ro
     if (key[0] < least && key[1] < least && key[2] < least && key[3] < least) continue;
     const dev::u32x4 random = philox(philox_key, quad);
     const uint32_t bits[4] = {random.x, random.y, random.z, random.w};
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i)
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i)
       if (key[i] >= least) {
         const float score = dev::fma(value_of(key[i]) - top, inverse_temperature, gumbel(bits[i]));
         best = Larger()(best, ranked(key_of(score), 4 * static_cast<uint32_t>(quad) + i));
@@ -186,8 +180,7 @@ template <class T, bool CACHED> DK_KERNEL(THREADS, 2) sample_row(DK_PARAM Sample
     uint32_t key[4];
     row.read(quad, key);
     row.keep_keys(quad, key);
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) best = Larger()(best, ranked(key[i], 4 * static_cast<uint32_t>(quad) + i));
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) best = Larger()(best, ranked(key[i], 4 * static_cast<uint32_t>(quad) + i));
   }
   best = reduce.block(best, Larger());
   // A row whose largest logit is not finite takes it: the first NaN, or +inf, or the first token if all are -inf.

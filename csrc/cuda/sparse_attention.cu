@@ -79,7 +79,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
   int32_t tokens[Share::COUNT], keys_ahead = plan.keys(item.begin);
   const auto read_tokens = [&](int32_t e) {
     if (e >= item.end) return;
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys_ahead, Share::row(i));
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys_ahead, Share::row(i));
     if (e + 1 < item.end) keys_ahead = plan.keys(e + 1);
   };
   const auto copy_entry = [&](int32_t e) {
@@ -90,7 +90,7 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     copy_mask(stage + 2 * C::TILE, plan, plan.entry(e).mask);
   };
 
-  DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
+  DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
   copy_rows<ALIGNED, D, TILE_ROWS, THREADS>(q_tile, work.head<uint16_t>(p.a.q, p.a.q_strides), p.a.q_strides.token, head_dim, tokens);
   dev::cp_async_commit();
   read_tokens(item.begin);
@@ -100,9 +100,9 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
   dev::cp_async_wait<1>();
   dev::syncthreads();
   uint32_t q[D / 16][4];
-  DK_UNROLL for (int i = 0; i < D / 16; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < D / 16; ++i) {
     Tile<D>::load_a(q_tile, warp * 16, i * 2, q[i]);
-    DK_UNROLL for (int r = 0; r < 4; ++r) q[i][r] ^= p.negate;
+    DK_UNROLL_FOR (int r = 0; r < 4; ++r) q[i][r] ^= p.negate;
   }
 
   float acc[D / 8][4] = {}, max[2] = {-dev::inf(), -dev::inf()}, sum[2] = {};   // of rows g and g + 8
@@ -117,19 +117,19 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     if (!live) continue;
 
     float s[2 * PARTS][4];
-    DK_UNROLL for (int part = 0; part < PARTS; ++part) {
+    DK_UNROLL_FOR (int part = 0; part < PARTS; ++part) {
       float(&left)[4] = s[2 * part], (&right)[4] = s[2 * part + 1];
       const bool computed = live >> part & 1;
-      DK_UNROLL for (int i = 0; i < 4; ++i) left[i] = right[i] = computed ? 0.0f : -dev::inf();
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) left[i] = right[i] = computed ? 0.0f : -dev::inf();
       if (!computed) continue;
-      DK_UNROLL for (int i = 0; i < D / 16; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < D / 16; ++i) {
         uint32_t b[4];
         Tile<D>::load_b(stage, part * 16, i * 2, b);
         dev::mma(T{}, left, q[i], b[0], b[1]);
         dev::mma(T{}, right, q[i], b[2], b[3]);
       }
       if (entry.mask >= 0) {
-        DK_UNROLL for (int n = 2 * part; n < 2 * part + 2; ++n) {
+        DK_UNROLL_FOR (int n = 2 * part; n < 2 * part + 2; ++n) {
           const dev::u32x2 words = dev::lds8(stage + 2 * C::TILE + (warp / 2 * COLUMNS + n * 8 + 2 * t) * 4);
           const uint32_t first = words.x >> (warp % 2 * 16 + g), second = words.y >> (warp % 2 * 16 + g);
           s[n][0] = first & 1 ? s[n][0] : -dev::inf(), s[n][1] = second & 1 ? s[n][1] : -dev::inf();
@@ -139,9 +139,9 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     }
 
     float safe_maximum[2];   // scaled
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       float most = -dev::inf();
-      DK_UNROLL for (int n = 0; n < 2 * PARTS; ++n) most = dev::max(most, dev::max(s[n][2 * r], s[n][2 * r + 1]));
+      DK_UNROLL_FOR (int n = 0; n < 2 * PARTS; ++n) most = dev::max(most, dev::max(s[n][2 * r], s[n][2 * r + 1]));
       most = dev::max(most, dev::shfl_xor(most, 1));
       most = dev::max(most, dev::shfl_xor(most, 2));
       const float old = max[r];
@@ -149,19 +149,19 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
       safe_maximum[r] = finite(max[r]) * p.scale_log2;
       const float alpha = dev::exp2_approx(dev::fma(old, p.scale_log2, -safe_maximum[r]));
       sum[r] *= alpha;
-      DK_UNROLL for (int n = 0; n < D / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
+      DK_UNROLL_FOR (int n = 0; n < D / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
     }
-    DK_UNROLL for (int part = 0; part < PARTS; ++part) {
+    DK_UNROLL_FOR (int part = 0; part < PARTS; ++part) {
       if (!(live >> part & 1)) continue;
-      DK_UNROLL for (int n = 2 * part; n < 2 * part + 2; ++n) {
-        DK_UNROLL for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int n = 2 * part; n < 2 * part + 2; ++n) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
           s[n][i] = dev::exp2_approx(dev::fma(s[n][i], p.scale_log2, -safe_maximum[i / 2]));
           sum[i / 2] += s[n][i];
         }
       }
       uint32_t a[4];
       pack_a(T{}, s[2 * part], s[2 * part + 1], a);
-      DK_UNROLL for (int n = 0; n < D / 8; n += 2) {
+      DK_UNROLL_FOR (int n = 0; n < D / 8; n += 2) {
         uint32_t b[4];
         Tile<D>::load_b_of_rows(stage + C::TILE, part * 16, n, b);
         dev::mma(T{}, acc[n], a, b[0], b[1]);
@@ -170,31 +170,31 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     }
   }
 
-  DK_UNROLL for (int r = 0; r < 2; ++r) {
+  DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
     sum[r] += dev::shfl_xor(sum[r], 1);
     sum[r] += dev::shfl_xor(sum[r], 2);
   }
   if (item.partial >= 0) {
     const Partial<D> partial(p, item.partial, work.bh);
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       const int row = warp * 16 + r * 8 + g;
       if (t == 0) dev::stg(partial.max(row), max[r]), dev::stg(partial.sum(row), sum[r]);
-      DK_UNROLL for (int n = 0; n < D / 8; ++n)
+      DK_UNROLL_FOR (int n = 0; n < D / 8; ++n)
         dev::stg8(partial.at(row, n * 8 + 2 * t), {dev::as_bits(acc[n][2 * r]), dev::as_bits(acc[n][2 * r + 1])});
     }
   } else {
     // Each warp passes its rows through shared memory, to write whole chunks.
     dev::syncthreads();   // nobody reads a stage any more
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       const int row = warp * 16 + r * 8 + g, token = plan.row(item.tile, row);
       if (t == 0 && token >= 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max[r], sum[r]));
       const float inverse = 1.0f / sum[r];
-      DK_UNROLL for (int n = 0; n < D / 8; ++n)
+      DK_UNROLL_FOR (int n = 0; n < D / 8; ++n)
         dev::sts_u32(stages + Tile<D>::at(row, n) + 4 * t, dev::pack(T{}, acc[n][2 * r] * inverse, acc[n][2 * r + 1] * inverse));
     }
     dev::syncwarp();
     uint16_t* out = work.head<uint16_t>(p.a.out, p.a.out_strides);
-    DK_UNROLL for (int i = 0; i < D / 16; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < D / 16; ++i) {
       const int row = warp * 16 + (i * 32 + lane) / Tile<D>::CHUNKS, chunk = lane % Tile<D>::CHUNKS, token = plan.row(item.tile, row);
       if (token >= 0) store_chunk<ALIGNED>(out + token * p.a.out_strides.token, chunk, head_dim, dev::lds16(stages + Tile<D>::at(row, chunk)));
     }
@@ -223,14 +223,14 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
   ForwardPlan::Entry entry = plan.entry(item.begin);
   int32_t tokens[Share::COUNT];
   const auto copy = [&](uint32_t to, const float* base, int64_t stride) {
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i)
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i)
       copy_chunk<ALIGNED>(to + Share::row(i) * C::ROW + Share::chunk() * 16, base + (tokens[i] < 0 ? 0 : tokens[i]) * stride, Share::chunk(), head_dim,
                            tokens[i] >= 0);
   };
   const auto read_tokens = [&] {
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(entry.keys, Share::row(i));
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(entry.keys, Share::row(i));
   };
-  DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
+  DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
   copy(queries, work.head<float>(p.a.q, p.a.q_strides), p.a.q_strides.token);
   read_tokens();
   copy(keys, k, p.a.k_strides.token);
@@ -240,7 +240,7 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
   dev::cp_async_commit();
 
   float acc[4][D / 8] = {}, max[4], sum[4] = {};
-  DK_UNROLL for (int r = 0; r < 4; ++r) max[r] = -dev::inf();
+  DK_UNROLL_FOR (int r = 0; r < 4; ++r) max[r] = -dev::inf();
   for (int32_t e = item.begin; e < item.end; ++e) {
     const bool live = entry.live_parts(warp) != 0, more = e + 1 < item.end;
     dev::cp_async_wait<1>();
@@ -248,20 +248,20 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     float s[4][8] = {};
     if (live) {
       float odd[4][8] = {};   // even and odd elements are summed apart: shorter chains err safe_maximum
-      DK_ROLLED for (int d = 0; d < D; d += 4) {
+      DK_ROLLED_FOR (int d = 0; d < D; d += 4) {
         float a[4][4], b[4];
-        DK_UNROLL for (int r = 0; r < 4; ++r) load_shared_quad(float{}, queries + (row + r) * C::ROW + d * 4, a[r]);
-        DK_UNROLL for (int c = 0; c < 8; ++c) {
+        DK_UNROLL_FOR (int r = 0; r < 4; ++r) load_shared_quad(float{}, queries + (row + r) * C::ROW + d * 4, a[r]);
+        DK_UNROLL_FOR (int c = 0; c < 8; ++c) {
           load_shared_quad(float{}, keys + (place + 8 * c) * C::ROW + d * 4, b);
-          DK_UNROLL for (int r = 0; r < 4; ++r) {
+          DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
             s[r][c] = dev::fma(a[r][2], b[2], dev::fma(a[r][0], b[0], s[r][c]));
             odd[r][c] = dev::fma(a[r][3], b[3], dev::fma(a[r][1], b[1], odd[r][c]));
           }
         }
       }
-      DK_UNROLL for (int c = 0; c < 8; ++c) {
+      DK_UNROLL_FOR (int c = 0; c < 8; ++c) {
         const uint32_t bits = entry.mask < 0 ? ~0u : dev::lds_u32(mask + (row / 32 * COLUMNS + place + 8 * c) * 4) >> row % 32;
-        DK_UNROLL for (int r = 0; r < 4; ++r) s[r][c] = bits >> r & 1 ? dev::as_float(dev::as_bits(s[r][c] + odd[r][c]) ^ p.negate) : -dev::inf();
+        DK_UNROLL_FOR (int r = 0; r < 4; ++r) s[r][c] = bits >> r & 1 ? dev::as_float(dev::as_bits(s[r][c] + odd[r][c]) ^ p.negate) : -dev::inf();
       }
     }
     dev::syncthreads();   // keys and mask have been read
@@ -273,31 +273,31 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     }
     dev::cp_async_commit();
     if (live) {
-      DK_UNROLL for (int r = 0; r < 4; ++r) {
+      DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
         float most = max[r];
-        DK_UNROLL for (int c = 0; c < 8; ++c) most = dev::max(most, s[r][c]);
-        DK_UNROLL for (int lanes = 1; lanes < 8; lanes *= 2) most = dev::max(most, dev::shfl_xor(most, lanes));
+        DK_UNROLL_FOR (int c = 0; c < 8; ++c) most = dev::max(most, s[r][c]);
+        DK_UNROLL_FOR (int lanes = 1; lanes < 8; lanes *= 2) most = dev::max(most, dev::shfl_xor(most, lanes));
         const float safe_maximum = finite(most), alpha = exp2((max[r] - safe_maximum) * p.scale_log2);
         max[r] = most, sum[r] *= alpha;
-        DK_UNROLL for (int c = 0; c < 8; ++c) {
+        DK_UNROLL_FOR (int c = 0; c < 8; ++c) {
           const float weight = exp2((s[r][c] - safe_maximum) * p.scale_log2);
           sum[r] += weight;
           dev::sts_f32(weights + (row + r) * C::WEIGHT_ROW + (place + 8 * c) * 4, weight);
         }
-        DK_UNROLL for (int d = 0; d < D / 8; ++d) acc[r][d] *= alpha;
+        DK_UNROLL_FOR (int d = 0; d < D / 8; ++d) acc[r][d] *= alpha;
       }
     }
     dev::cp_async_wait<1>();
     dev::syncthreads();   // the values are there, and the weights
     if (live) {
-      DK_ROLLED for (int j = 0; j < COLUMNS; j += 4) {
+      DK_ROLLED_FOR (int j = 0; j < COLUMNS; j += 4) {
         float a[4][4], b[4];
-        DK_UNROLL for (int r = 0; r < 4; ++r) load_shared_quad(float{}, weights + (row + r) * C::WEIGHT_ROW + j * 4, a[r]);
-        DK_UNROLL for (int i = 0; i < 4; ++i) {
-          DK_UNROLL for (int d = 0; d < D / 32; ++d) {
+        DK_UNROLL_FOR (int r = 0; r < 4; ++r) load_shared_quad(float{}, weights + (row + r) * C::WEIGHT_ROW + j * 4, a[r]);
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
+          DK_UNROLL_FOR (int d = 0; d < D / 32; ++d) {
             load_shared_quad(float{}, values + (j + i) * C::ROW + (d * 8 + place) * 16, b);
-            DK_UNROLL for (int r = 0; r < 4; ++r) {
-              DK_UNROLL for (int x = 0; x < 4; ++x) acc[r][d * 4 + x] = dev::fma(a[r][i], b[x], acc[r][d * 4 + x]);
+            DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
+              DK_UNROLL_FOR (int x = 0; x < 4; ++x) acc[r][d * 4 + x] = dev::fma(a[r][i], b[x], acc[r][d * 4 + x]);
             }
           }
         }
@@ -308,17 +308,17 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     dev::cp_async_commit();
   }
 
-  DK_UNROLL for (int r = 0; r < 4; ++r) {
-    DK_UNROLL for (int lanes = 1; lanes < 8; lanes *= 2) sum[r] += dev::shfl_xor(sum[r], lanes);
+  DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
+    DK_UNROLL_FOR (int lanes = 1; lanes < 8; lanes *= 2) sum[r] += dev::shfl_xor(sum[r], lanes);
     const int token = plan.row(item.tile, row + r);
     if (item.partial >= 0) {
       const Partial<D> partial(p, item.partial, work.bh);
       if (place == 0) dev::stg(partial.max(row + r), max[r]), dev::stg(partial.sum(row + r), sum[r]);
-      DK_UNROLL for (int d = 0; d < D / 8; ++d) dev::stg(partial.at(row + r, (d / 4 * 8 + place) * 4 + d % 4), acc[r][d]);
+      DK_UNROLL_FOR (int d = 0; d < D / 8; ++d) dev::stg(partial.at(row + r, (d / 4 * 8 + place) * 4 + d % 4), acc[r][d]);
     } else if (token >= 0) {
       if (place == 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max[r], sum[r]));
       float* out = work.head<float>(p.a.out, p.a.out_strides) + token * p.a.out_strides.token;
-      DK_UNROLL for (int d = 0; d < D / 8; ++d) {
+      DK_UNROLL_FOR (int d = 0; d < D / 8; ++d) {
         const int column = (d / 4 * 8 + place) * 4 + d % 4;
         if (column < head_dim) dev::stg(out + column, acc[r][d] / sum[r]);
       }
@@ -344,11 +344,11 @@ template <class T, int D> DK_KERNEL(THREADS, 4) combine(DK_PARAM ForwardParams p
     for (int i = 0; i < tile.count; ++i) {
       const float weight = exp2((dev::ldg(partial(i).max(row)) - max) * p.scale_log2);
       sum = dev::fma(weight, dev::ldg(partial(i).sum(row)), sum);
-      DK_UNROLL for (int d = 0; d < D / 32; ++d) acc[d] = dev::fma(weight, dev::ldg(partial(i).at(row, d * 32 + lane)), acc[d]);
+      DK_UNROLL_FOR (int d = 0; d < D / 32; ++d) acc[d] = dev::fma(weight, dev::ldg(partial(i).at(row, d * 32 + lane)), acc[d]);
     }
     if (lane == 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max, sum));
     Stored<T>* out = work.head<Stored<T>>(p.a.out, p.a.out_strides) + token * p.a.out_strides.token;
-    DK_UNROLL for (int d = 0; d < D / 32; ++d)
+    DK_UNROLL_FOR (int d = 0; d < D / 32; ++d)
       if (d * 32 + lane < p.a.head_dim) store(T{}, out + d * 32 + lane, acc[d] / sum);
   }
 }

@@ -50,13 +50,13 @@ template <class T, int D> constexpr int MIN_BLOCKS = (D < 128 ? 4 : 3) - WORDS<T
 template <class T, int D, bool KEPT> struct Operand {
   uint32_t own, kept[KEPT ? D / 16 : 1][4];
   DK_DEVICE Operand(uint32_t tile, const Lane& lane) : own(tile) {
-    if constexpr (KEPT) DK_UNROLL for (int k = 0; k < D / 16; ++k) Tile<D>::load_a(own, 16 * lane.warp, 2 * k, kept[k]);
+    if constexpr (KEPT) DK_UNROLL_FOR (int k = 0; k < D / 16; ++k) Tile<D>::load_a(own, 16 * lane.warp, 2 * k, kept[k]);
   }
   // s = these rows times rows `column` on of `tile`
   DK_DEVICE void multiply(uint32_t tile, int column, const Lane& lane, float (&s)[2][4]) const {
-    DK_UNROLL for (int k = 0; k < D / 16; ++k) {
+    DK_UNROLL_FOR (int k = 0; k < D / 16; ++k) {
       uint32_t a[4], b[4];
-      if constexpr (KEPT) { DK_UNROLL for (int i = 0; i < 4; ++i) a[i] = kept[k][i]; }
+      if constexpr (KEPT) { DK_UNROLL_FOR (int i = 0; i < 4; ++i) a[i] = kept[k][i]; }
       else Tile<D>::load_a(own, 16 * lane.warp, 2 * k, a);
       Tile<D>::load_b(tile, column, 2 * k, b);
       dev::mma(T{}, s[0], a, b[0], b[1]);
@@ -69,18 +69,18 @@ template <int D> struct Operand<float, D, false> {
   DK_DEVICE Operand(uint32_t tile, const Lane&) : own(tile) {}
   DK_DEVICE void multiply(uint32_t tile, int column, const Lane& lane, float (&s)[2][4]) const {
     float chains[2][4][4] = {};   // short ones: rounding errors of dP and delta show where they nearly cancel
-    DK_ROLLED for (int chunk = 0; chunk < D / 4; ++chunk) {
+    DK_ROLLED_FOR (int chunk = 0; chunk < D / 4; ++chunk) {
       float a[2][4], b[4];
-      DK_UNROLL for (int r = 0; r < 2; ++r) load(own, lane.row(r), chunk, a[r]);
-      DK_UNROLL for (int n = 0; n < 2; ++n)
-        DK_UNROLL for (int e = 0; e < 2; ++e) {
+      DK_UNROLL_FOR (int r = 0; r < 2; ++r) load(own, lane.row(r), chunk, a[r]);
+      DK_UNROLL_FOR (int n = 0; n < 2; ++n)
+        DK_UNROLL_FOR (int e = 0; e < 2; ++e) {
           load(tile, column + 8 * n + 2 * lane.quad + e, chunk, b);
-          DK_UNROLL for (int r = 0; r < 2; ++r)
-            DK_UNROLL for (int i = 0; i < 4; ++i) chains[n][2 * r + e][i] = dev::fma(a[r][i], b[i], chains[n][2 * r + e][i]);
+          DK_UNROLL_FOR (int r = 0; r < 2; ++r)
+            DK_UNROLL_FOR (int i = 0; i < 4; ++i) chains[n][2 * r + e][i] = dev::fma(a[r][i], b[i], chains[n][2 * r + e][i]);
         }
     }
-    DK_UNROLL for (int n = 0; n < 2; ++n)
-      DK_UNROLL for (int j = 0; j < 4; ++j) s[n][j] = (chains[n][j][0] + chains[n][j][1]) + (chains[n][j][2] + chains[n][j][3]);
+    DK_UNROLL_FOR (int n = 0; n < 2; ++n)
+      DK_UNROLL_FOR (int j = 0; j < 4; ++j) s[n][j] = (chains[n][j][0] + chains[n][j][1]) + (chains[n][j][2] + chains[n][j][3]);
   }
   static DK_DEVICE void load(uint32_t tile, int row, int chunk, float (&x)[4]) { load_shared_quad(float{}, tile + Tile<2 * D>::at(row, chunk), x); }
 };
@@ -94,7 +94,7 @@ template <class T, int D> struct Accumulator {
   DK_DEVICE void add(const float (&weights)[2][4], uint32_t tile, int row, const Lane&) {
     uint32_t a[4], b[4];
     pack_a(T{}, weights[0], weights[1], a);
-    DK_UNROLL for (int n = 0; n < D / 8; n += 2) {
+    DK_UNROLL_FOR (int n = 0; n < D / 8; n += 2) {
       Tile<D>::load_b_of_rows(tile, row, n, b);
       dev::mma(T{}, x[n], a, b[0], b[1]);
       dev::mma(T{}, x[n + 1], a, b[2], b[3]);
@@ -108,14 +108,14 @@ template <int D> struct Accumulator<float, D> {   // 16 columns of two n are spr
   float x[D / 8][4] = {};
 
   DK_DEVICE void add(const float (&weights)[2][4], uint32_t tile, int row, const Lane& lane) {
-    DK_ROLLED for (int i = 0; i < 8; ++i)   // columns i and 8 + i of the weights, which are the rows to add
-      DK_UNROLL for (int half = 0; half < 2; ++half) {
+    DK_ROLLED_FOR (int i = 0; i < 8; ++i)   // columns i and 8 + i of the weights, which are the rows to add
+      DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
         float w[2], v[4];
-        DK_UNROLL for (int r = 0; r < 2; ++r) w[r] = dev::shfl(i % 2 ? weights[half][2 * r + 1] : weights[half][2 * r], 4 * lane.group + i / 2);
-        DK_UNROLL for (int n = 0; n < D / 8; n += 2) {
+        DK_UNROLL_FOR (int r = 0; r < 2; ++r) w[r] = dev::shfl(i % 2 ? weights[half][2 * r + 1] : weights[half][2 * r], 4 * lane.group + i / 2);
+        DK_UNROLL_FOR (int n = 0; n < D / 8; n += 2) {
           Operand<float, D, false>::load(tile, row + 8 * half + i, 2 * n + lane.quad, v);
-          DK_UNROLL for (int e = 0; e < 4; ++e)
-            DK_UNROLL for (int r = 0; r < 2; ++r) x[n + e / 2][2 * r + e % 2] = dev::fma(w[r], v[e], x[n + e / 2][2 * r + e % 2]);
+          DK_UNROLL_FOR (int e = 0; e < 4; ++e)
+            DK_UNROLL_FOR (int r = 0; r < 2; ++r) x[n + e / 2][2 * r + e % 2] = dev::fma(w[r], v[e], x[n + e / 2][2 * r + e % 2]);
         }
       }
   }
@@ -173,10 +173,10 @@ DK_DEVICE void write_rows(const Params& p, const Accumulator<T, D>& sums, const 
   using Chunks = Tile<D * WORDS<T>>;
   const int width = static_cast<int>(p.a.forward.head_dim) * WORDS<T>;
   dev::syncwarp();   // the rows there have been read
-  DK_UNROLL for (int n = 0; n < D / 8; ++n)
-    DK_UNROLL for (int r = 0; r < 2; ++r) sums.store(tile, n, r, factor[r], lane);
+  DK_UNROLL_FOR (int n = 0; n < D / 8; ++n)
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) sums.store(tile, n, r, factor[r], lane);
   dev::syncwarp();
-  DK_ROLLED for (int i = dev::tid() % 32; i < 16 * Chunks::CHUNKS; i += 32) {
+  DK_ROLLED_FOR (int i = dev::tid() % 32; i < 16 * Chunks::CHUNKS; i += 32) {
     const int row = 16 * lane.warp + i / Chunks::CHUNKS, chunk = i % Chunks::CHUNKS;
     const int32_t token = plan.row(number, row);
     if (token < 0) continue;
@@ -189,13 +189,13 @@ DK_DEVICE void write_rows(const Params& p, const Accumulator<T, D>& sums, const 
 // Accumulators of a split tile, as the threads hold them; all threads of a block together.
 template <class T, int D> constexpr int64_t PARTIAL = TILE_ROWS * D;   // floats
 template <class T, int D> DK_DEVICE void save(const Accumulator<T, D>& sums, float* partial) {
-  DK_UNROLL for (int n = 0; n < D / 8; ++n) {
+  DK_UNROLL_FOR (int n = 0; n < D / 8; ++n) {
     const float(&x)[4] = sums.x[n];
     dev::stg16(partial + 4 * (n * THREADS + dev::tid()), {dev::as_bits(x[0]), dev::as_bits(x[1]), dev::as_bits(x[2]), dev::as_bits(x[3])});
   }
 }
 template <class T, int D> DK_DEVICE void add_saved(Accumulator<T, D>& sums, const float* partial) {
-  DK_UNROLL for (int n = 0; n < D / 8; ++n) {
+  DK_UNROLL_FOR (int n = 0; n < D / 8; ++n) {
     const dev::u32x4 v = dev::ldg16(partial + 4 * (n * THREADS + dev::tid()));
     sums.x[n][0] += dev::as_float(v.x), sums.x[n][1] += dev::as_float(v.y), sums.x[n][2] += dev::as_float(v.z), sums.x[n][3] += dev::as_float(v.w);
   }
@@ -204,7 +204,7 @@ template <class T, int D> DK_DEVICE void add_saved(Accumulator<T, D>& sums, cons
 // Tokens of the rows that this thread copies.
 template <int W, int GROUP> DK_DEVICE void fetch_rows(const DevicePlan<GROUP>& plan, int32_t tile, int32_t (&tokens)[RowShare<W, TILE_ROWS, THREADS>::COUNT]) {
   using Share = RowShare<W, TILE_ROWS, THREADS>;
-  DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(tile, Share::row(i));
+  DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(tile, Share::row(i));
 }
 
 // The columns of a work item, in steps of 32.
@@ -251,19 +251,19 @@ template <class T> DK_DEVICE float weight_of(T, float log2, const Statistics&) {
 // From scores and dP to weights and dS, of 16 x 16 pairs, where `mask` (0: none) allows them. of_query(n, r, e): the Statistics of the query of an element.
 template <class T, class OfQuery>
 DK_DEVICE void weigh(T, const Params& p, uint32_t mask, const Lane& lane, const OfQuery& of_query, float (&s)[2][4], float (&d)[2][4]) {
-  DK_UNROLL for (int n = 0; n < 2; ++n)
-    DK_UNROLL for (int r = 0; r < 2; ++r)
-      DK_UNROLL for (int e = 0; e < 2; ++e) {
+  DK_UNROLL_FOR (int n = 0; n < 2; ++n)
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r)
+      DK_UNROLL_FOR (int e = 0; e < 2; ++e) {
         const Statistics& q = of_query(n, r, e);
         float &weight = s[n][2 * r + e], &grad = d[n][2 * r + e];
         weight = weight_of(T{}, dev::fma(weight, p.scale_log2, -q.lse), q);
         grad = weight * (grad - q.delta);
       }
   if (mask == 0) return;
-  DK_UNROLL for (int n = 0; n < 2; ++n) {
+  DK_UNROLL_FOR (int n = 0; n < 2; ++n) {
     const dev::u32x2 words = dev::lds8(mask + (lane.warp / 2 * COLUMNS + 8 * n + 2 * lane.quad) * 4);
-    DK_UNROLL for (int r = 0; r < 2; ++r)
-      DK_UNROLL for (int e = 0; e < 2; ++e) {   // replaced, whatever hidden pairs came to
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r)
+      DK_UNROLL_FOR (int e = 0; e < 2; ++e) {   // replaced, whatever hidden pairs came to
         const bool allowed = (e ? words.y : words.x) >> lane.row(r) % 32 & 1;
         s[n][2 * r + e] = allowed ? s[n][2 * r + e] : 0.0f;
         d[n][2 * r + e] = allowed ? d[n][2 * r + e] : 0.0f;
@@ -282,11 +282,11 @@ template <class T, int D> struct GradQ {
   DK_DEVICE void save(float* partial, const Lane& lane) const {
     cuda::save(sums, partial);
     if (lane.quad == 0)
-      DK_UNROLL for (int r = 0; r < 2; ++r) dev::stg8(partial + PARTIAL<T, D> + 2 * lane.row(r), {dev::as_bits(weights[r]), dev::as_bits(delta[r])});
+      DK_UNROLL_FOR (int r = 0; r < 2; ++r) dev::stg8(partial + PARTIAL<T, D> + 2 * lane.row(r), {dev::as_bits(weights[r]), dev::as_bits(delta[r])});
   }
   DK_DEVICE void add(const float* partial, const Lane& lane) {
     add_saved(sums, partial);
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       const dev::u32x2 v = dev::ldg8(partial + PARTIAL<T, D> + 2 * lane.row(r));
       weights[r] += dev::as_float(v.x), delta[r] = dev::as_float(v.y);
     }
@@ -295,7 +295,7 @@ template <class T, int D> struct GradQ {
   DK_DEVICE void finish(const Params& p, const DevicePlan<QUERY_GROUP>& plan, int32_t tile, int64_t bh, uint32_t memory, const Lane& lane) const {
     const SparseAttentionArgs& f = p.a.forward;
     float factor[2];
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       factor[r] = NORMALISED<T> ? f.scale / weights[r] : f.scale;
       const int32_t token = plan.row(tile, lane.row(r));
       if (lane.quad == 0 && token >= 0) {
@@ -311,7 +311,7 @@ template <class T, int D> struct GradQ {
 template <class T, int D> DK_DEVICE void diagonal(const Operand<T, D, WORDS<T> == 1>& grad_out, uint32_t out, const Lane& lane, float (&delta)[2]) {
   float x[2][4] = {};
   grad_out.multiply(out, 16 * lane.warp, lane, x);
-  DK_UNROLL for (int r = 0; r < 2; ++r) delta[r] = dev::shfl(lane.group % 2 ? x[r][2 * r + 1] : x[r][2 * r], 4 * lane.group + lane.group / 2);
+  DK_UNROLL_FOR (int r = 0; r < 2; ++r) delta[r] = dev::shfl(lane.group % 2 ? x[r][2 * r + 1] : x[r][2 * r], 4 * lane.group + lane.group / 2);
 }
 
 template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(DK_PARAM Params p) {
@@ -330,7 +330,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
   int32_t tokens[Share::COUNT];
   const auto fetch = [&](int step) {
     const int32_t keys = steps.keys(step);
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys, steps.offset(step) + Share::row(i));
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys, steps.offset(step) + Share::row(i));
   };
   const auto copy_step = [&](int step) {
     copy<T, D, COLUMNS>(p, memory.stage(step), k, tokens);
@@ -350,25 +350,25 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
   GradQ<T, D> grad;
   diagonal<T, D>(grad_out, memory.stage(1), lane, grad.delta);
   Statistics of_row[2];
-  DK_UNROLL for (int r = 0; r < 2; ++r) {
+  DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
     const int32_t token = plan.row(item.tile, lane.row(r));
     of_row[r] = {token < 0 ? 0.0f : dev::ldg(f.lse + bh * f.n + token) * LOG2E, grad.delta[r], 1.0f};
   }
   steps.run(fetch, copy_step, [&](int step) {
     const auto entry = steps.entry(step);
     const uint32_t live = entry.live_parts(lane.warp) >> steps.offset(step) / 16, stage = memory.stage(step);
-    DK_UNROLL for (int part = 0; part < COLUMNS / 16; ++part) {
+    DK_UNROLL_FOR (int part = 0; part < COLUMNS / 16; ++part) {
       if (!(live >> part & 1)) continue;
       float s[2][4] = {}, d[2][4] = {};
       q.multiply(stage, 16 * part, lane, s);
       grad_out.multiply(stage + M::STEP, 16 * part, lane, d);
       weigh(T{}, p, entry.mask < 0 ? 0 : stage + M::MASK + 64 * part, lane, [&](int, int r, int) -> const Statistics& { return of_row[r]; }, s, d);
       if constexpr (NORMALISED<T>)
-        DK_UNROLL for (int r = 0; r < 2; ++r) grad.weights[r] += (s[0][2 * r] + s[0][2 * r + 1]) + (s[1][2 * r] + s[1][2 * r + 1]);
+        DK_UNROLL_FOR (int r = 0; r < 2; ++r) grad.weights[r] += (s[0][2 * r] + s[0][2 * r + 1]) + (s[1][2 * r] + s[1][2 * r + 1]);
       grad.sums.add(d, stage, 16 * part, lane);
     }
   });
-  if constexpr (NORMALISED<T>) DK_UNROLL for (int r = 0; r < 2; ++r) {
+  if constexpr (NORMALISED<T>) DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
     grad.weights[r] += dev::shfl_xor(grad.weights[r], 1);
     grad.weights[r] += dev::shfl_xor(grad.weights[r], 2);
   }
@@ -409,7 +409,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_kv_kernel(
   int32_t tokens[Share::COUNT], statistics_token = -1;   // the statistics of column i are copied by thread i
   const auto fetch = [&](int step) {
     const int32_t keys = steps.keys(step);
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys, Share::row(i));
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys, Share::row(i));
     if (dev::tid() < COLUMNS) statistics_token = plan.column(keys, dev::tid());
   };
   const auto copy_step = [&](int step) {
@@ -434,14 +434,14 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_kv_kernel(
   steps.run(fetch, copy_step, [&](int step) {
     const auto entry = steps.entry(step);
     const uint32_t live = entry.live_parts(lane.warp), stage = memory.stage(step);
-    DK_UNROLL for (int part = 0; part < COLUMNS / 16; ++part) {
+    DK_UNROLL_FOR (int part = 0; part < COLUMNS / 16; ++part) {
       if (!(live >> part & 1)) continue;
       float s[2][4] = {}, d[2][4] = {};
       k.multiply(stage, 16 * part, lane, s);
       v.multiply(stage + M::STEP, 16 * part, lane, d);
       Statistics of_column[2][2];
-      DK_UNROLL for (int n = 0; n < 2; ++n)
-        DK_UNROLL for (int e = 0; e < 2; ++e) {
+      DK_UNROLL_FOR (int n = 0; n < 2; ++n)
+        DK_UNROLL_FOR (int e = 0; e < 2; ++e) {
           const dev::u32x4 x = dev::lds16(stage + M::STATISTICS + (16 * part + 8 * n + 2 * lane.quad + e) * 16);
           of_column[n][e] = {dev::as_float(x.x), dev::as_float(x.y), dev::as_float(x.z)};
         }

@@ -52,7 +52,7 @@ template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* r
   if constexpr (ALIGNED) {
     dev::cp_async16(to, row + chunk * 8, valid && chunk * 8 < head_dim);
   } else {
-    DK_ROLLED for (int i = 0; i < 8; i += 2) {
+    DK_ROLLED_FOR (int i = 0; i < 8; i += 2) {
       const uint32_t low = valid && chunk * 8 + i < head_dim ? dev::ldg(row + chunk * 8 + i) : 0;
       const uint32_t high = valid && chunk * 8 + i + 1 < head_dim ? dev::ldg(row + chunk * 8 + i + 1) : 0;
       dev::sts_u32(to + i * 2, low | high << 16);
@@ -65,7 +65,7 @@ template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const float* row,
   if constexpr (ALIGNED) {
     dev::cp_async16(to, row + chunk * 4, valid && chunk * 4 < head_dim);
   } else {
-    DK_UNROLL for (int i = 0; i < 4; ++i) dev::cp_async4(to + i * 4, row + chunk * 4 + i, valid && chunk * 4 + i < head_dim);
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) dev::cp_async4(to + i * 4, row + chunk * 4 + i, valid && chunk * 4 + i < head_dim);
   }
 }
 
@@ -75,7 +75,7 @@ template <bool ALIGNED> DK_DEVICE void store_chunk(uint16_t* row, int chunk, int
     if (chunk * 8 < head_dim) dev::stg16(row + chunk * 8, elements);
   } else {
     const uint32_t pairs[4] = {elements.x, elements.y, elements.z, elements.w};
-    DK_UNROLL for (int i = 0; i < 8; ++i)
+    DK_UNROLL_FOR (int i = 0; i < 8; ++i)
       if (chunk * 8 + i < head_dim) dev::stg(row + chunk * 8 + i, static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16));
   }
 }
@@ -93,7 +93,7 @@ template <bool ALIGNED, int D, int ROWS, int THREADS, int COUNT>
 DK_DEVICE void copy_rows(uint32_t to, const uint16_t* base, int64_t stride, int head_dim, const int32_t (&tokens)[COUNT]) {
   using Share = RowShare<D, ROWS, THREADS>;
   static_assert(COUNT == Share::COUNT, "one token for each row of the share");
-  DK_UNROLL for (int i = 0; i < COUNT; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < COUNT; ++i) {
     const bool valid = tokens[i] >= 0;
     copy_chunk<ALIGNED>(to + Tile<D>::at(Share::row(i), Share::chunk()), base + (valid ? tokens[i] : 0) * stride, Share::chunk(), head_dim, valid);
   }

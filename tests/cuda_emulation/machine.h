@@ -23,8 +23,8 @@
 #define DK_DEVICE inline
 #define DK_KERNEL(threads, min_blocks) void
 #define DK_PARAM const
-#define DK_UNROLL
-#define DK_ROLLED
+#define DK_UNROLL_FOR for
+#define DK_ROLLED_FOR for
 #define DK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()   // where the kernel calls
 
 namespace dk::emulation {

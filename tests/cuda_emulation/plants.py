@@ -403,7 +403,7 @@ PLANTS = [
         "decode_attention",
         "lanes leave before a collective",
         DECODE,
-        "    DK_UNROLL\n    for (int lanes = Shape<T, D>::LANES; lanes < 32; lanes *= 2) {",
+        "    DK_UNROLL_FOR (int lanes = Shape<T, D>::LANES; lanes < 32; lanes *= 2) {",
         "    for (int lanes = Shape<T, D>::LANES; lanes < (dev::tid() % 32 < 8 ? 32 : 0); lanes *= 2) {",
         "deadlock",
     ),
