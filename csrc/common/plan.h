@@ -38,8 +38,10 @@ struct Plan {
 
   int32_t operator[](plan_header::PlanHeader word) const { return p[word]; }
   int32_t tiles() const { return p[plan_header::tiles]; }
-  const int32_t* rows(int64_t tile) const { return p + p[plan_header::rows_at] + tile * p[plan_header::rows]; }   // token of each tile row, -1 = padding
-  int32_t begin(int64_t tile) const { return p[p[plan_header::begin_at] + tile]; }                         // first entry of a tile
+  // token of each tile row, -1 = padding
+  const int32_t* rows(int64_t tile) const { return p + p[plan_header::rows_at] + tile * p[plan_header::rows]; }
+  // first entry of a tile
+  int32_t begin(int64_t tile) const { return p[p[plan_header::begin_at] + tile]; }
 
   // A run of key groups: `keys` >= 0 is the first token of contiguous groups; otherwise ~keys is the first group in the gather list. mask -1: all pairs allowed.
   struct Entry {

@@ -10,7 +10,8 @@ namespace dk::DK_ISA {
 
 constexpr int ROWS = TILE_ROWS;
 constexpr int PAIR = 2 * LANES;                    // queries per register block
-constexpr int BLOCK = LANES == 16 ? 8 : 4;         // keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
+// keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
+constexpr int BLOCK = LANES == 16 ? 8 : 4;
 constexpr int CHUNK_KEYS = 128;                    // keys per update of the softmax
 
 // Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.

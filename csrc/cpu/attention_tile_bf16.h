@@ -13,7 +13,8 @@ struct BFloat16Rows {
   const BFloat16* base;
   int64_t stride;
   const BFloat16* row(int32_t token) const { return base + token * stride; }
-  Vec pairs(int32_t token, int d, int head_dim) const {   // of columns, from column d on; zeros beyond the head dim, and for padding rows
+  // of columns, from column d on; zeros beyond the head dim, and for padding rows
+  Vec pairs(int32_t token, int d, int head_dim) const {
     return token >= 0 ? load_pairs(row(token) + d, head_dim - d) : Vec{};
   }
 };

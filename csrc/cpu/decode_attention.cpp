@@ -10,8 +10,10 @@ namespace dk::DK_ISA {
 namespace {
 
 constexpr int FEWEST_OF_PANEL = 5;   // candidates; fewer are faster one by one
-constexpr int DECODE_CHUNK_KEYS = 64;   // per update of the softmax, and added up in one chain: longer chains err more
-constexpr int PADDED = LANES > GROUP_COLUMNS ? LANES : GROUP_COLUMNS;   // keys are read in blocks of LANES or GROUP_COLUMNS
+// per update of the softmax, and added up in one chain: longer chains err more
+constexpr int DECODE_CHUNK_KEYS = 64;
+// keys are read in blocks of LANES or GROUP_COLUMNS
+constexpr int PADDED = LANES > GROUP_COLUMNS ? LANES : GROUP_COLUMNS;
 
 // Online-softmax state of one sequence: unnormalised output, running maximum and running sum.
 template <int DP> struct SequenceState {
@@ -178,7 +180,8 @@ template <class T, int DP> struct Decode {
         chunk.keys[j] = row<E>(k + places[j] * dim, dim, ahead, key_copies + j * DP);
         chunk.values[j] = row<E>(v + places[j] * dim, dim, ahead, value_copies + j * DP);
       }
-      for (int j = count; j % PADDED; ++j) chunk.keys[j] = chunk.keys[0];   // so that the last block can be read whole
+      // so that the last block can be read whole
+      for (int j = count; j % PADDED; ++j) chunk.keys[j] = chunk.keys[0];
       chunk.count = count;
       chunk.ahead = dim == DP ? ahead : 0;
       visit(chunk);

@@ -13,7 +13,8 @@ constexpr int TILE_ROWS = 32, GROUP_COLUMNS = 8;   // the tile shape the CPU ker
 // Floats, in multiples of 16, of buffers that begin at a cache line and are not cleared.
 struct SparseAttentionSpace {
   int64_t head;     // of a (batch, head)
-  int64_t carry;    // state passed between two phases: of a work item, from `attend` to `finish`; of a tile, from `queries` to `keys`
+  // state passed between two phases: of a work item, from `attend` to `finish`; of a tile, from `queries` to `keys`
+  int64_t carry;
   int64_t thread;   // of a thread, during a call
 };
 
@@ -21,7 +22,8 @@ struct SparseAttentionKernel {
   SparseAttentionSpace (*space)(const SparseAttentionArgs&);
   void (*prepare)(const SparseAttentionArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
   void (*attend)(const SparseAttentionArgs&, int64_t bh, const Plan::Item& item, const float* head, float* carry, float* thread);
-  void (*finish)(const SparseAttentionArgs&, int64_t bh, int64_t tile, float* carry, int64_t items);   // `carry`: of its items, one after the other
+  // `carry`: of its items, one after the other
+  void (*finish)(const SparseAttentionArgs&, int64_t bh, int64_t tile, float* carry, int64_t items);
 };
 
 struct SparseAttentionBackwardKernel {

@@ -23,7 +23,8 @@ template <int DP> struct TileCarry {
 DK_INLINE void softmax_backward(float* p, float* ds, int count) {
   for (int r = 0; r < ROWS; r += LANES) {
     const Vec maximum = running_maximum(splat(EMPTY_MAXIMUM), p + r, ROWS, count);
-    const Vec sum = max(splat(1.0f), weigh(p + r, ROWS, count, maximum, Exp{}));   // at least 1 or NaN already, but for padding rows that see nothing
+    // at least 1 or NaN already, but for padding rows that see nothing
+    const Vec sum = max(splat(1.0f), weigh(p + r, ROWS, count, maximum, Exp{}));
     Vec delta{};
     for (int j = 0; j < count; ++j) {
       const Vec weight = load(p + j * ROWS + r) / sum;

@@ -27,7 +27,8 @@ template <int DP> struct TileCarry {
 
 // What a thread needs for a tile.
 template <int DP> struct QueriesSpace {
-  QueriesSpace(float* base, int64_t most_keys) : ds_stride(most_keys | BLOCK_KEYS) {   // an odd number of cache lines: rows lie in different sets
+  // an odd number of cache lines: rows lie in different sets
+  QueriesSpace(float* base, int64_t most_keys) : ds_stride(most_keys | BLOCK_KEYS) {
     Arena arena{base};
     q = reinterpret_cast<uint32_t*>(arena.take(ROWS * DP / 2));
     g = reinterpret_cast<uint32_t*>(arena.take(ROWS * DP / 2));
@@ -117,7 +118,8 @@ template <int DP> DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int
       delta[half] += weight * load(w.dp + at);
     }
   DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
-    norm[half] = 1.0f / max(splat(1.0f), sum[half]);   // it is at least 1 already, or NaN, but for padding rows that see nothing
+    // it is at least 1 already, or NaN, but for padding rows that see nothing
+    norm[half] = 1.0f / max(splat(1.0f), sum[half]);
     delta[half] *= norm[half];
   }
   for (int j = 0; j < count; j += BLOCK_KEYS)

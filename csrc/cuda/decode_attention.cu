@@ -24,10 +24,13 @@ struct DecodeAttentionParams {
 
 template <class T, int D> struct Shape {
   static constexpr bool MMA = sizeof(Stored<T>) == 2;
-  static constexpr int CHUNK_ELEMENTS = 16 / sizeof(Stored<T>);         // elements that a lane holds of a row: 16 bytes
-  static constexpr int LANES = D / CHUNK_ELEMENTS, GROUPS = 32 / LANES;   // lanes that share a row, rows that a warp reads at a time
+  // elements that a lane holds of a row: 16 bytes
+  static constexpr int CHUNK_ELEMENTS = 16 / sizeof(Stored<T>);
+  // lanes that share a row, rows that a warp reads at a time
+  static constexpr int LANES = D / CHUNK_ELEMENTS, GROUPS = 32 / LANES;
   static constexpr int PARTIALS = MMA ? WARPS : 1;             // states of a candidate after the text
-  static constexpr uint32_t STATE = (D + 4) * 4;               // bytes: D sums of values, their maximum score, sum of weights; 8 for alignment
+  // bytes: D sums of values, their maximum score, sum of weights; 8 for alignment
+  static constexpr uint32_t STATE = (D + 4) * 4;
   static constexpr uint32_t SMEM = LIST_PLACES * 4 + PARTIALS * CANDIDATES * STATE;
   static_assert(LANES >= 8 && LANES <= 32, "a warp reads whole rows");
 };
@@ -158,7 +161,8 @@ template <class T> struct CachedRows {
 template <class T, int D, bool ALIGNED>
 DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& rows, int head_dim, uint32_t list, int count, float scale) {
   using S = Shape<T, D>;
-  constexpr int ROWS = 8, N = S::CHUNK_ELEMENTS;   // rows of a group, all of which are under way before the first is needed
+  // rows of a group, all of which are under way before the first is needed
+  constexpr int ROWS = 8, N = S::CHUNK_ELEMENTS;
   const int chunk = State<T, D>::chunk(), group = dev::tid() % 32 / S::LANES;
   float q[N];
   widen(T{}, query, q);
@@ -369,7 +373,8 @@ template <class T> bool aligned(const DecodeAttentionArgs& a) {
 
 template <class T> const char* launch(const DecodeAttentionArgs& a, int64_t text_len, void* stream) {
   return with_head_dim(a.head_dim, [&](auto padded) {
-    constexpr int SMALLEST = 8 * 16 / sizeof(Stored<T>), D = padded < SMALLEST ? SMALLEST : padded;   // 8 lanes share a row, or more
+    // 8 lanes share a row, or more
+    constexpr int SMALLEST = 8 * 16 / sizeof(Stored<T>), D = padded < SMALLEST ? SMALLEST : padded;
     const int64_t groups = (a.candidates + CANDIDATES - 1) / CANDIDATES;
     return dev::launch("decode_attention", aligned<T>(a) ? decode<T, D, true> : decode<T, D, false>, {a.prompts * a.heads * groups}, THREADS,
                        Shape<T, D>::SMEM, stream, DecodeAttentionParams{a, text_len, groups});

@@ -119,7 +119,8 @@ DK_DEVICE void cp_async4(uint32_t to, const void* from, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 DK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DK_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }   // all but the N youngest groups have landed, this thread's
+// all but the N youngest groups have landed, this thread's
+template <int N> DK_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // -- a warp together
 DK_DEVICE void syncwarp() { __syncwarp(); }

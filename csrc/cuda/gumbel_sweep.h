@@ -20,7 +20,8 @@ constexpr int BATCH = 4;                      // rounds whose loads are under wa
 constexpr int MAX_LOG_WIDTH = 5;              // of a strip, in positions
 constexpr int SECTOR = 32;                    // bytes that memory moves at least
 constexpr int MAX_CHUNKS = 8;                 // the blocks of a portable cluster
-constexpr int64_t CHUNK_BYTES = 64 * 1024;    // to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
+// to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
+constexpr int64_t CHUNK_BYTES = 64 * 1024;
 constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- how the work is cut
@@ -83,7 +84,8 @@ struct Strip {
   // of a quad's first element
   static DK_DEVICE int64_t position(const Cut& c) { return ((index(c) % c.strips_per_outer) << c.log_width) + (4 * dev::tid() & ((1 << c.log_width) - 1)); }
 
-  DK_DEVICE int column(int i) const { return (4 * dev::tid() + i) & ((1 << log_width) - 1); }   // in the strip, of a quad's elements
+  // in the strip, of a quad's elements
+  DK_DEVICE int column(int i) const { return (4 * dev::tid() + i) & ((1 << log_width) - 1); }
   // Their place in [outer, inner], or -1 if they have none.
   DK_DEVICE int64_t place(const Cut& c, int i) const {
     const int64_t at = position(c) + (i & ((1 << c.log_width) - 1));

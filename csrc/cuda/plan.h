@@ -25,18 +25,21 @@ template <int COLUMNS> struct DevicePlan {
     return {dev::ldg(words), dev::ldg(words + 1), dev::ldg(words + 2)};
   }
 
-  DK_DEVICE int32_t row(int64_t tile, int r) const { return dev::ldg(p + rows_at + tile * TILE_ROWS + r); }   // token, -1 = padding
+  // token, -1 = padding
+  DK_DEVICE int32_t row(int64_t tile, int r) const { return dev::ldg(p + rows_at + tile * TILE_ROWS + r); }
 
   struct Entry {
     int32_t keys, mask;
     uint32_t live;
-    DK_DEVICE uint32_t live_parts(int row_part) const { return live >> row_part * PARTS & ((1u << PARTS) - 1); }   // bit c: columns 16 c to 16 c + 15
+    // bit c: columns 16 c to 16 c + 15
+    DK_DEVICE uint32_t live_parts(int row_part) const { return live >> row_part * PARTS & ((1u << PARTS) - 1); }
   };
   DK_DEVICE Entry entry(int64_t i) const {
     const dev::u32x4 w = dev::ldg16(p + entries_at + i * Plan::ENTRY_WORDS);
     return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.z), w.w};
   }
-  DK_DEVICE int32_t keys(int64_t i) const { return dev::ldg(p + entries_at + i * Plan::ENTRY_WORDS); }   // of an entry
+  // of an entry
+  DK_DEVICE int32_t keys(int64_t i) const { return dev::ldg(p + entries_at + i * Plan::ENTRY_WORDS); }
 
   // Token of column `column` of the entry with these `keys`, -1 = padding.
   DK_DEVICE int32_t column(int32_t keys, int column) const {

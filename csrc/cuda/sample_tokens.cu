@@ -196,7 +196,8 @@ template <class T, bool CACHED> DK_KERNEL(THREADS, 2) sample_row(DK_PARAM Sample
 template <class T> const char* launch(const SampleTokensArgs& a, void* stream) {
   const int64_t quad_bytes = 4 * sizeof(Stored<T>);
   const bool aligned = reinterpret_cast<uintptr_t>(a.logits) % quad_bytes == 0 && a.row_stride % 4 == 0;
-  const int64_t bytes = Reduce::BYTES + (a.vocabulary + 3) / 4 * (a.top_p < 1.0 ? 32 : 16);   // keys, and weights for top_p
+  // keys, and weights for top_p
+  const int64_t bytes = Reduce::BYTES + (a.vocabulary + 3) / 4 * (a.top_p < 1.0 ? 32 : 16);
   const bool cached = bytes <= dev::shared_memory_per_block();
   return dev::launch("sample_tokens", cached ? sample_row<T, true> : sample_row<T, false>, {a.rows}, THREADS,
                      static_cast<uint32_t>(cached ? bytes : Reduce::BYTES), stream, SampleTokensParams{a, aligned});

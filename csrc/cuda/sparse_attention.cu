@@ -58,9 +58,11 @@ DK_DEVICE void copy_mask(uint32_t to, const ForwardPlan& plan, int32_t mask) {
 }
 
 // -- bfloat16 and float16, on tensor cores: a warp has 16 rows of the tile
-constexpr int half_blocks(int d, bool aligned) { return (d == 128 ? 2 : 4) - !aligned; }   // per multiprocessor, as registers allow
+// per multiprocessor, as registers allow
+constexpr int half_blocks(int d, bool aligned) { return (d == 128 ? 2 : 4) - !aligned; }
 template <int D> struct HalfForward {
-  static constexpr uint32_t TILE = Tile<D>::bytes(COLUMNS), STAGE = 2 * TILE + MASK_BYTES, SMEM = 2 * STAGE;   // a stage: keys, values, mask
+  // a stage: keys, values, mask
+  static constexpr uint32_t TILE = Tile<D>::bytes(COLUMNS), STAGE = 2 * TILE + MASK_BYTES, SMEM = 2 * STAGE;
 };
 
 template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNED)) half_forward(DK_PARAM ForwardParams p) {
@@ -73,7 +75,8 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::Item item = plan.item(work.item);
   const uint16_t *k = work.head<uint16_t>(p.a.k, p.a.k_strides), *v = work.head<uint16_t>(p.a.v, p.a.v_strides);
-  const uint32_t stages = dev::smem_base(), q_tile = stages + C::STAGE;   // the queries lie in stage 1 until they are in registers
+  // the queries lie in stage 1 until they are in registers
+  const uint32_t stages = dev::smem_base(), q_tile = stages + C::STAGE;
 
   // Three entries before its turn an entry's `keys` are read, two before the tokens, and one before the rows are copied.
   int32_t tokens[Share::COUNT], keys_ahead = plan.keys(item.begin);
@@ -204,7 +207,8 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
 // -- float32, by multiply-adds: a thread has 4 rows, and of these 8 columns of scores (8 i + its place in the row) and D / 8 of values
 template <int D> struct FloatForward {
   static constexpr int BLOCKS = D == 128 ? 1 : 3;
-  static constexpr uint32_t ROW = (D + 4) * 4, WEIGHT_ROW = (COLUMNS + 4) * 4;   // bytes; moved by a chunk, so that rows of one chunk lie in different banks
+  // bytes; moved by a chunk, so that rows of one chunk lie in different banks
+  static constexpr uint32_t ROW = (D + 4) * 4, WEIGHT_ROW = (COLUMNS + 4) * 4;
   static constexpr uint32_t KEYS_AT = TILE_ROWS * ROW, VALUES_AT = KEYS_AT + COLUMNS * ROW, WEIGHTS_AT = VALUES_AT + COLUMNS * ROW,
                             MASK_AT = WEIGHTS_AT + TILE_ROWS * WEIGHT_ROW, SMEM = MASK_AT + MASK_BYTES;
 };

@@ -16,7 +16,8 @@ namespace dk::cuda {
 namespace {
 
 constexpr int THREADS = 128, COLUMNS = 32, STAGES = 2;   // COLUMNS of a step
-constexpr int QUERY_GROUP = 64, KEY_GROUP = 32;                     // columns of a plan's groups, seen from the queries and from the keys
+// columns of a plan's groups, seen from the queries and from the keys
+constexpr int QUERY_GROUP = 64, KEY_GROUP = 32;
 
 // What the second kernel must know of a query; 16 bytes in scratch.
 struct Statistics {
@@ -217,7 +218,8 @@ template <int GROUP> struct Steps {
   DK_DEVICE static int offset(int step) { return step % PER_ENTRY * COLUMNS; }   // in the entry's group
   DK_DEVICE int32_t keys(int step) const { return plan.keys(first + step / PER_ENTRY); }
   DK_DEVICE void copy_mask(uint32_t to, int step) const {
-    const int32_t mask = entry(step).mask, chunk = dev::tid(), row = COLUMNS / 4;   // chunks of 16 bytes, `row` of them for 32 rows
+    // chunks of 16 bytes, `row` of them for 32 rows
+    const int32_t mask = entry(step).mask, chunk = dev::tid(), row = COLUMNS / 4;
     if (mask >= 0 && chunk < TILE_ROWS / 32 * row) dev::cp_async16(to + chunk * 16, plan.mask(mask) + chunk / row * GROUP + offset(step) + chunk % row * 4);
   }
 
@@ -342,7 +344,8 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
     fetch_rows<M::W>(plan, item.tile, rows);
     copy<T, D, TILE_ROWS>(p, memory.first, matrix<T>(p, f.q, f.q_strides, bh), rows);
     copy<T, D, TILE_ROWS>(p, memory.second, matrix<T>(p, p.a.grad_out, p.a.grad_out_strides, bh), rows);
-    copy<T, D, TILE_ROWS>(p, memory.stage(1), matrix<T>(p, f.out, f.out_strides, bh), rows);   // fills both operands of the stage, free until the second step
+    // fills both operands of the stage, free until the second step
+    copy<T, D, TILE_ROWS>(p, memory.stage(1), matrix<T>(p, f.out, f.out_strides, bh), rows);
   }
   steps.start(fetch, copy_step);
 

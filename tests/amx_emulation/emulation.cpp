@@ -92,7 +92,8 @@ void decode_memory(const uint8_t* p, bool index_extended, bool base_extended, co
 
 bool decode(const greg_t* registers, Instruction& out) {
   const uint8_t* p = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
-  if (p[0] != 0xC4 || (p[1] & 0x9F) != 0x82 || (p[2] & 0x84) != 0) return false;   // three-byte VEX, map 0F38, R clear, W0, 128
+  // three-byte VEX, map 0F38, R clear, W0, 128
+  if (p[0] != 0xC4 || (p[1] & 0x9F) != 0x82 || (p[2] & 0x84) != 0) return false;
   out = {p, p[3], static_cast<uint8_t>(p[2] & 3), static_cast<uint8_t>(p[4] >> 3 & 7), static_cast<uint8_t>(p[4] & 7),
          static_cast<uint8_t>(~p[2] >> 3 & 15), p[4] < 0xC0, false, nullptr, 0, 5};
   if (out.opcode != 0x49 && out.opcode != 0x4B && out.opcode != 0x5C) return false;
@@ -209,7 +210,8 @@ void on_illegal_instruction(int number, siginfo_t* info, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction instruction;
   long count = 0;
-  for (; decode(registers, instruction) && execute(instruction); ++count)   // and those that follow, for a trap is slow
+  // and those that follow, for a trap is slow
+  for (; decode(registers, instruction) && execute(instruction); ++count)
     registers[REG_RIP] += instruction.length;
   executed.fetch_add(count, std::memory_order_relaxed);
   if (count) return;

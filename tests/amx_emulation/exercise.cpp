@@ -199,7 +199,8 @@ static void fault(const std::string& name, Generator& random) {
   if (name == "no address") _tile_loadd(5, nullptr, 0);
   if (name == "not AMX") asm volatile("ud2");
   p.load();
-  if (name == "same tile") asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");   // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
+  // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
+  if (name == "same tile") asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");
   p.multiply();
   if (name != "held") _tile_release();
 }

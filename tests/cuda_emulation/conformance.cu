@@ -36,7 +36,8 @@ struct Lane {
     x = (x ^ x >> 15) * 0x846ca68bu;
     return x ^ x >> 16;
   }
-  DK_DEVICE float number() { return dev::as_float((random() & 0x87ffffffu) + 0x3c000000u); }   // 2^-7 to 2^9, either sign
+  // 2^-7 to 2^9, either sign
+  DK_DEVICE float number() { return dev::as_float((random() & 0x87ffffffu) + 0x3c000000u); }
   DK_DEVICE float integer() { return dev::to_float_rn(static_cast<int32_t>(random() % 17) - 8); }
   DK_DEVICE void put(int word, uint32_t v) { dev::stg(out + word, v); }
   DK_DEVICE void put(int word, float v) { put(word, dev::as_bits(v)); }
@@ -173,7 +174,8 @@ DK_PROBE(exp2_approx, "exp2", 8) {
   l.put(5, dev::exp2_approx(-dev::inf())), l.put(6, dev::exp2_approx(dev::inf())), l.put(7, dev::exp2_approx(dev::as_float(l.random())));
 }
 DK_PROBE(log2_approx, "log2", 8) {
-  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, dev::log2_approx(dev::as_float(0x3f000000u + l.random() % 0x01000000u)));   // 0.5 to 2
+  // 0.5 to 2
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, dev::log2_approx(dev::as_float(0x3f000000u + l.random() % 0x01000000u)));
   DK_UNROLL_FOR (int i = 4; i < 6; ++i) l.put(i, dev::log2_approx(dev::as_float(l.random())));
   l.put(6, dev::log2_approx(0.0f)), l.put(7, dev::log2_approx(dev::inf()));
 }

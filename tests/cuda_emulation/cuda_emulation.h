@@ -164,7 +164,8 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline float log2_approx(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }   // (of a denormal as of 0)
+// (of a denormal as of 0)
+inline float log2_approx(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }

@@ -154,7 +154,8 @@ inline void error(const char* what, const char* file, int line, const std::strin
 }
 
 #if defined(__x86_64__)
-extern "C" void dk_emulation_switch(void** save, void* load);   // ucontext does the same with a system call, 20 times slower
+// ucontext does the same with a system call, 20 times slower
+extern "C" void dk_emulation_switch(void** save, void* load);
 asm(R"(.text
 .p2align 4
 .weak dk_emulation_switch
@@ -352,7 +353,8 @@ template <class T> void global_store(void* p, const T& value, const char* file, 
 
 inline void issue_copy(uint32_t to, const void* from, uint32_t bytes, bool valid, const char* file, int line) {
   if (valid) valid = in_global_memory(from, bytes, file, line);
-  memset(shared_write(to, bytes, Write::COPY_ISSUED, file, line), 0xff, bytes);   // gone from now on, there only after the wait
+  // gone from now on, there only after the wait
+  memset(shared_write(to, bytes, Write::COPY_ISSUED, file, line), 0xff, bytes);
   current->open.push_back({to, from, bytes, valid, file, line});
 }
 inline void land_copies(size_t but_youngest) {

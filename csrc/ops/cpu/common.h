@@ -74,7 +74,8 @@ inline Tensor fresh(Tensor t) {
   const uintptr_t first = reinterpret_cast<uintptr_t>(t.data_ptr()), begin = (first + PAGE - 1) / PAGE * PAGE;
   const int64_t bytes = static_cast<int64_t>(first + t.numel() * t.element_size() - begin) / PAGE * PAGE;
   if (bytes < FRESH_BYTES) return t;
-  madvise(reinterpret_cast<void*>(begin), bytes, MADV_HUGEPAGE);   // advice: where it cannot be taken the pages come as they always do
+  // advice: where it cannot be taken the pages come as they always do
+  madvise(reinterpret_cast<void*>(begin), bytes, MADV_HUGEPAGE);
   in_parallel((bytes + SHARE_BYTES - 1) / SHARE_BYTES, [&](int64_t from, int64_t to) {
     madvise(reinterpret_cast<void*>(begin + from * SHARE_BYTES), std::min(to * SHARE_BYTES, bytes) - from * SHARE_BYTES, MADV_POPULATE_WRITE);
   });

@@ -18,14 +18,16 @@ static void check_plan(const Tensor& plan, int64_t n) {
 // Most heads run whole, one per thread; the last heads % threads (all, where there are fewer than threads) are split across all threads.
 struct HeadSplit {
   explicit HeadSplit(const SparseAttentionArgs& a) {
-    constexpr int64_t PRODUCTS = 1 << 18;   // minimum multiply-adds per thread: about 10 us. + 16 models the overhead of a row.
+    // minimum multiply-adds per thread: about 10 us. + 16 models the overhead of a row.
+    constexpr int64_t PRODUCTS = 1 << 18;
     const Plan plan(a.plan);
     const int64_t heads = a.batch * a.heads, products = heads * plan.tiles() * TILE_ROWS * (plan[plan_header::most_columns] + 16) * (a.head_dim + 16);
     threads = std::clamp<int64_t>(products / PRODUCTS, 1, torch::stable::get_num_threads());
     split = heads % threads;
     whole = heads - split;
   }
-  int64_t parts(int64_t per_thread) const { return (per_thread * threads + split - 1) / split; }   // of a split head, so that each thread has some
+  // of a split head, so that each thread has some
+  int64_t parts(int64_t per_thread) const { return (per_thread * threads + split - 1) / split; }
   int64_t threads, whole, split;
 };
 
@@ -56,7 +58,8 @@ static void forward_whole_heads(const SparseAttentionArgs& a, const SparseAttent
   std::vector<Plan::Item> items;
   for (int64_t i = 0; i < plan[plan_header::items]; ++i) items.push_back(plan.item(i));
   std::sort(items.begin(), items.end(), [](const Plan::Item& x, const Plan::Item& y) { return x.begin < y.begin; });
-  const int64_t carry_floats = std::max(1, plan[plan_header::partials]) * space.carry;   // more than a tile carries; what is not touched takes no memory
+  // more than a tile carries; what is not touched takes no memory
+  const int64_t carry_floats = std::max(1, plan[plan_header::partials]) * space.carry;
   for_each_item(heads.whole, space.head + carry_floats + space.thread, [&](int64_t bh, float* head) {
     float *carry = head + space.head, *thread = carry + carry_floats;
     kernel.prepare(a, bh, 0, 1, head);

@@ -66,7 +66,8 @@ using torch::headeronly::ScalarType;
 
 inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape) { return prepared(torch::stable::new_empty(like, shape)); }
 inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) { return prepared(torch::stable::new_empty(like, shape, dtype)); }
-inline Tensor new_output_like(const Tensor& like) { return prepared(torch::stable::empty_like(like)); }   // in the memory order of `like`
+// in the memory order of `like`
+inline Tensor new_output_like(const Tensor& like) { return prepared(torch::stable::empty_like(like)); }
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : visible(torch::stable::contiguous(t)); }
 inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, error); }
 
