@@ -17,7 +17,7 @@ enum ScheduleHeader : int {
   runs_at = 7,
   length = 8,
 };
-}  // namespace schedule_header
+}   // namespace schedule_header
 
 struct DecodeSchedule {
   explicit DecodeSchedule(const int32_t* packed) : p(packed) {}
@@ -31,15 +31,17 @@ struct DecodeSchedule {
   };
 
   int32_t operator[](schedule_header::ScheduleHeader word) const { return p[word]; }
-  int32_t slot(int64_t step) const { return at(step)[0]; }                               // of the step's own key
-  Runs image(int64_t step) const { return runs(at(step) + 1); }                          // slots
-  Runs text(int64_t step) const { return runs(at(step) + 3); }                           // text positions
+  int32_t slot(int64_t step) const { return at(step)[0]; }        // of the step's own key
+  Runs image(int64_t step) const { return runs(at(step) + 1); }   // slots
+  Runs text(int64_t step) const { return runs(at(step) + 3); }    // text positions
 
   const int32_t* p;
 
  private:
   const int32_t* at(int64_t step) const { return p + p[schedule_header::steps_at] + step * STEP_WORDS; }
-  Runs runs(const int32_t* first_and_count) const { return {p + p[schedule_header::runs_at] + 2 * first_and_count[0], first_and_count[1]}; }
+  Runs runs(const int32_t* first_and_count) const {
+    return {p + p[schedule_header::runs_at] + 2 * first_and_count[0], first_and_count[1]};
+  }
 };
 
-}  // namespace dk
+}   // namespace dk

@@ -29,7 +29,7 @@ enum PlanHeader : int {
   split_tiles_at = 19,
   length = 20,
 };
-}  // namespace plan_header
+}   // namespace plan_header
 
 struct Plan {
   explicit Plan(const int32_t* packed) : p(packed) {}
@@ -43,7 +43,8 @@ struct Plan {
   // first entry of a tile
   int32_t begin(int64_t tile) const { return p[p[plan_header::begin_at] + tile]; }
 
-  // A run of key groups: `keys` >= 0 is the first token of contiguous groups; otherwise ~keys is the first group in the gather list. mask -1: all pairs allowed.
+  // A run of key groups: `keys` >= 0 is the first token of contiguous groups; otherwise ~keys is the first group in the
+  // gather list. mask -1: all pairs allowed.
   struct Entry {
     int32_t keys, groups, mask;
   };
@@ -51,12 +52,16 @@ struct Plan {
     const int32_t* e = p + p[plan_header::entries_at] + ENTRY_WORDS * i;
     return {e[0], e[1], e[2]};
   }
-  const int32_t* gather(int64_t group) const { return p + p[plan_header::gathered_at] + group * p[plan_header::columns]; }
+  const int32_t* gather(int64_t group) const {
+    return p + p[plan_header::gathered_at] + group * p[plan_header::columns];
+  }
   const uint32_t* mask(int64_t index) const {   // per 32 tile rows and key of the group, one bit per row
-    return reinterpret_cast<const uint32_t*>(p) + p[plan_header::masks_at] + index * p[plan_header::columns] * (p[plan_header::rows] / 32);
+    return reinterpret_cast<const uint32_t*>(p) + p[plan_header::masks_at] +
+           index * p[plan_header::columns] * (p[plan_header::rows] / 32);
   }
 
-  // A work item: entries [begin, end) of a tile; partial -1: these are all, else the number of the item's partial result.
+  // A work item: entries [begin, end) of a tile; partial -1: these are all, else the number of the item's partial
+  // result.
   struct Item {
     int32_t tile, begin, end, partial;
   };
@@ -77,4 +82,4 @@ struct Plan {
   const int32_t* p;
 };
 
-}  // namespace dk
+}   // namespace dk

@@ -1,5 +1,5 @@
-// Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast from their rows, so gathering
-// costs nothing and only Q and O are transposed.
+// Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast
+// from their rows, so gathering costs nothing and only Q and O are transposed.
 #pragma once
 #include "common/plan.h"
 #include "cpu/softmax.h"
@@ -9,13 +9,14 @@
 namespace dk::DK_ISA {
 
 constexpr int ROWS = TILE_ROWS;
-constexpr int PAIR = 2 * LANES;                    // queries per register block
+constexpr int PAIR = 2 * LANES;   // queries per register block
 // keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
 constexpr int BLOCK = LANES == 16 ? 8 : 4;
-constexpr int CHUNK_KEYS = 128;                    // keys per update of the softmax
+constexpr int CHUNK_KEYS = 128;   // keys per update of the softmax
 
 // Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.
-template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
+template <class T, int DP>
+DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
   load_row(base + token * stride, out, head_dim);
   for (int d = head_dim; d < DP; ++d) out[d] = 0.0f;
 }
@@ -31,7 +32,8 @@ DK_INLINE void transpose_rows(const float* in, int64_t in_stride, int columns, f
 }
 
 // LANES rows of a tile as floats, [LANES][DP]; padding rows are zero.
-template <class T, int DP> DK_INLINE void fetch_rows(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
+template <class T, int DP>
+DK_INLINE void fetch_rows(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
   for (int i = 0; i < LANES; ++i) {
     if (rows[i] >= 0) fetch_row<T, DP>(base, stride, rows[i], head_dim, out + i * DP);
     else std::memset(out + i * DP, 0, DP * sizeof(float));
@@ -49,7 +51,8 @@ DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* row
 }
 
 template <class T, int DP>
-DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, float scale, T* base, int64_t stride) {
+DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, float scale, T* base,
+                                 int64_t stride) {
   float unpacked[ROWS * DP];
   for (int d = 0; d < DP; d += LANES) transpose_rows(in + d * ROWS, ROWS, ROWS, unpacked + d, DP);
   for (int i = 0; i < ROWS * DP; ++i) unpacked[i] *= scale;
@@ -91,7 +94,8 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
 // s[j][32] = fill where the mask of key j has no bit for the query
 DK_INLINE void apply_mask(const uint32_t* mask, float fill, float* s) {
   for (int j = 0; j < GROUP_COLUMNS; ++j)
-    for (int r = 0; r < ROWS; r += LANES) store(s + j * ROWS + r, select(mask[j] >> r, load(s + j * ROWS + r), splat(fill)));
+    for (int r = 0; r < ROWS; r += LANES)
+      store(s + j * ROWS + r, select(mask[j] >> r, load(s + j * ROWS + r), splat(fill)));
 }
 
 // out[d][32] += sum_j w[j][32] * values[j][d], j < count
@@ -133,8 +137,8 @@ template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t hea
   return static_cast<T*>(p) + bh / heads * s.batch + bh % heads * s.head;
 }
 
-// K and V of one (batch, head) as rows of DP floats: the tensors themselves where they are float and need no padding, else a converted copy of `floats` floats,
-// filled by `prepare` in parts.
+// K and V of one (batch, head) as rows of DP floats: the tensors themselves where they are float and need no padding,
+// else a converted copy of `floats` floats, filled by `prepare` in parts.
 template <class T, int DP> struct FloatHead {
   static bool in_place(const SparseAttentionArgs& a) { return sizeof(T) == sizeof(float) && a.head_dim == DP; }
   static int64_t floats(const SparseAttentionArgs& a) { return in_place(a) ? 0 : 2 * a.n * DP; }
@@ -156,7 +160,8 @@ template <class T, int DP> struct FloatHead {
   FloatRows k, v;
 };
 
-// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding slots repeat the group's first key.
+// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding slots
+// repeat the group's first key.
 template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t begin, int64_t end, const Visit& visit) {
   int32_t tokens[GROUP_COLUMNS];
   for (int64_t e = begin; e < end; ++e) {
@@ -178,7 +183,8 @@ template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t t
   for_each_group(plan, plan.begin(tile), plan.begin(tile + 1), visit);
 }
 
-// Online-softmax state of a tile's queries over some of their keys. The unnormalised output lies in the kernel's own layout.
+// Online-softmax state of a tile's queries over some of their keys. The unnormalised output lies in the kernel's own
+// layout.
 template <int DP> struct TileState {
   alignas(64) float out[DP * ROWS], maximum[ROWS], sum[ROWS];
 
@@ -205,7 +211,8 @@ template <int DP> struct TileState {
 };
 
 // Picks the kernel instance for an element type and the smallest padded head dim.
-template <template <class, int> class Instance, class... A> DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {
+template <template <class, int> class Instance, class... A>
+DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {
   auto by_dim = [&](auto element) {
     using T = decltype(element);
     if (head_dim <= 32) return Instance<T, 32>::call(a...);
@@ -217,4 +224,4 @@ template <template <class, int> class Instance, class... A> DK_INLINE auto dispa
   return by_dim(Float16{});
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,6 +1,7 @@
 // One decode step: a prompt's text keys, which its candidates share, then the image keys of each candidate.
-// The text is read for all candidates at once (a panel: lanes are candidates) or, where they are few, for each alone (lanes are keys, then head dims).
-// Both do the same operations on every number in the same order, so that a result does not depend on how many candidates there are.
+// The text is read for all candidates at once (a panel: lanes are candidates) or, where they are few, for each alone
+// (lanes are keys, then head dims). Both do the same operations on every number in the same order, so that a result
+// does not depend on how many candidates there are.
 #include "cpu/decode_attention.h"
 
 #include "common/decode_schedule.h"
@@ -35,7 +36,8 @@ template <class T> struct KeyChunk {
   int64_t ahead;   // in elements: when a row is read, the one that far behind it is fetched into the cache
 };
 
-// Into the second cache: a core can wait for more lines there than in the first, which has no room for two sequences anyway.
+// Into the second cache: a core can wait for more lines there than in the first, which has no room for two sequences
+// anyway.
 DK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Calls visit(places, count <= DECODE_CHUNK_KEYS) until all places of the runs have been seen.
@@ -55,13 +57,16 @@ template <class Visit> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, 
   if (count) visit(places, count);
 }
 
-// What was stored is what is loaded, rounded: keeps the compiler from fusing a product and a later sum in one of the two ways only.
+// What was stored is what is loaded, rounded: keeps the compiler from fusing a product and a later sum in one of the
+// two ways only.
 DK_INLINE void settle() { asm volatile("" ::: "memory"); }
 
 // -- one sequence
 
-// s[j] = scale * sum_d q[d] * keys[j][d], added up in the order of products(), as a panel's are; -inf up to the next whole vector
-template <class T, int DP> DK_INLINE void products_of_one(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
+// s[j] = scale * sum_d q[d] * keys[j][d], added up in the order of products(), as a panel's are; -inf up to the next
+// whole vector
+template <class T, int DP>
+DK_INLINE void products_of_one(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
   for (int j = 0; j < chunk.count; j += LANES) {
     Vec total{};
     for (int from = 0; from < DP; from += SPAN<DP>) {
@@ -86,7 +91,8 @@ template <class T, int DP> DK_INLINE void products_of_one(const float* q, const 
 }
 
 // The same, added up along the head dim, which takes fewer instructions and reads row after row.
-template <class T, int DP> DK_INLINE void products_by_row(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
+template <class T, int DP>
+DK_INLINE void products_by_row(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
   for (int j = 0; j < chunk.count; j += LANES) {
     Vec sums[LANES] = {};
     DK_UNROLL_FOR (int i = 0; i < LANES; ++i)
@@ -116,7 +122,8 @@ template <class T, int DP> DK_INLINE void accumulate_of_one(const float* w, cons
 }
 
 // Adds a chunk, whose scores are in w.s, to the state of a sequence.
-template <class T, int DP> DK_INLINE void update_sequence(DecodeSpace<DP>& w, const KeyChunk<T>& chunk, SequenceState<DP>& state) {
+template <class T, int DP>
+DK_INLINE void update_sequence(DecodeSpace<DP>& w, const KeyChunk<T>& chunk, SequenceState<DP>& state) {
   settle();
   const int vectors = (chunk.count + LANES - 1) / LANES;
   const float maximum = reduce_max(running_maximum(splat(state.maximum), w.s, LANES, vectors));
@@ -142,7 +149,8 @@ template <int DP> DK_INLINE void update_panel(DecodeSpace<DP>& w, const KeyChunk
     const Vec maximum = running_maximum(state.maximum, w.s + r, ROWS, count);
     weigh(w.s + r, ROWS, count, maximum, Exp{});
     Vec sums[LANES] = {};   // sums[i] is what lane i holds in update_sequence
-    for (int j = 0; j < count; j += LANES) DK_UNROLL_FOR (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
+    for (int j = 0; j < count; j += LANES)
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
     const Vec alpha = exp(state.maximum - maximum);
     w.panel.put(r, {maximum, state.sum * alpha});
     for (int d = 0; d < DP; ++d) store(w.panel.out + d * ROWS + r, load(w.panel.out + d * ROWS + r) * alpha);
@@ -172,7 +180,8 @@ template <class T, int DP> struct Decode {
 
   // Calls visit(KeyChunk<E>) for all keys of the runs; `ahead` elements behind them are those that are read next.
   template <class E, class Visit>
-  static void for_each_key_chunk(DecodeSchedule::Runs runs, const T* k, const T* v, int64_t dim, int64_t ahead, Space& w, const Visit& visit) {
+  static void for_each_key_chunk(DecodeSchedule::Runs runs, const T* k, const T* v, int64_t dim, int64_t ahead,
+                                 Space& w, const Visit& visit) {
     E *key_copies = reinterpret_cast<E*>(w.key_copies), *value_copies = reinterpret_cast<E*>(w.value_copies);
     for_each_chunk(runs, [&](const int32_t* places, int count) {
       KeyChunk<E> chunk;
@@ -189,7 +198,8 @@ template <class T, int DP> struct Decode {
   }
 
   // Text keys for `count` candidates, panel or one by one; leaves their states in w.states.
-  static void text(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, const T* q, int count, const T* k, const T* v, Space& w) {
+  static void text(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, const T* q, int count, const T* k,
+                   const T* v, Space& w) {
     const int64_t dim = a.head_dim;
     for (int c = 0; c < count; ++c) {
       std::memset(w.states[c].out, 0, sizeof(w.states[c].out));
@@ -210,27 +220,32 @@ template <class T, int DP> struct Decode {
     pack_transposed<T, DP>(q, a.q_strides.sequence, lanes, dim, w.qt);
     std::memset(w.panel.out, 0, sizeof(w.panel.out));
     w.panel.clear_softmax();
-    for_each_key_chunk<float>(runs, k, v, dim, 0, w, [&](const KeyChunk<float>& chunk) { update_panel<DP>(w, chunk, a.scale); });
+    for_each_key_chunk<float>(runs, k, v, dim, 0, w,
+                              [&](const KeyChunk<float>& chunk) { update_panel<DP>(w, chunk, a.scale); });
     for (int c = 0; c < count; ++c) {
       for (int d = 0; d < DP; ++d) w.states[c].out[d] = w.panel.out[d * ROWS + c];
       w.states[c].maximum = w.panel.maximum[c], w.states[c].sum = w.panel.sum[c];
     }
   }
 
-  static void call(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t head, int64_t begin, int64_t end) {
+  static void call(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t head, int64_t begin,
+                   int64_t end) {
     const FlushDenormals guard;
     const DecodeSchedule schedule(a.schedule);
     const int64_t dim = a.head_dim, own = schedule.slot(*a.step) * dim;
     const int64_t first = prompt * a.candidates + begin, count = end - begin;
     const auto offset = [&](SequenceStrides s) { return first * s.sequence + head * s.head; };
     const T* q = static_cast<const T*>(a.q) + offset(a.q_strides);
-    const T *new_k = static_cast<const T*>(a.k) + offset(a.k_strides), *new_v = static_cast<const T*>(a.v) + offset(a.v_strides);
-    T *image_k = static_cast<T*>(a.image_k) + offset(a.image_strides), *image_v = static_cast<T*>(a.image_v) + offset(a.image_strides);
+    const T *new_k = static_cast<const T*>(a.k) + offset(a.k_strides),
+            *new_v = static_cast<const T*>(a.v) + offset(a.v_strides);
+    T *image_k = static_cast<T*>(a.image_k) + offset(a.image_strides),
+      *image_v = static_cast<T*>(a.image_v) + offset(a.image_strides);
     T* out = static_cast<T*>(a.out) + (first * a.heads + head) * dim;
     auto& w = *reinterpret_cast<Space*>(workspace);
 
     const int64_t prefix = (prompt * a.heads + head) * schedule[schedule_header::text_len] * dim;
-    text(a, schedule.text(*a.step), q, count, static_cast<const T*>(a.prefix_k) + prefix, static_cast<const T*>(a.prefix_v) + prefix, w);
+    text(a, schedule.text(*a.step), q, count, static_cast<const T*>(a.prefix_k) + prefix,
+         static_cast<const T*>(a.prefix_v) + prefix, w);
 
     const int64_t next = a.image_strides.sequence;
     for (int64_t c = 0; c < count; ++c) {
@@ -239,10 +254,11 @@ template <class T, int DP> struct Decode {
       std::memcpy(keys + own, new_k + c * a.k_strides.sequence, dim * sizeof(T));
       std::memcpy(values + own, new_v + c * a.v_strides.sequence, dim * sizeof(T));
       fetch_row<T, DP>(q, a.q_strides.sequence, c, dim, w.q);
-      for_each_key_chunk<T>(schedule.image(*a.step), keys, values, dim, c + 1 < count ? next : 0, w, [&](const KeyChunk<T>& chunk) {
-        products_by_row<T, DP>(w.q, chunk, a.scale, w.s);
-        update_sequence<T, DP>(w, chunk, state);
-      });
+      for_each_key_chunk<T>(schedule.image(*a.step), keys, values, dim, c + 1 < count ? next : 0, w,
+                            [&](const KeyChunk<T>& chunk) {
+                              products_by_row<T, DP>(w.q, chunk, a.scale, w.s);
+                              update_sequence<T, DP>(w, chunk, state);
+                            });
       const float divide = 1.0f / state.sum;
       for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) * divide);
       store_row(state.out, out + c * a.heads * dim, dim);
@@ -259,9 +275,9 @@ void run(const DecodeAttentionArgs& a, float* workspace, int64_t prompt, int64_t
   dispatch<Decode>(a.dtype, a.head_dim, a, workspace, prompt, head, begin, end);
 }
 
-}  // namespace
+}   // namespace
 
 extern const DecodeAttentionKernel decode_attention;
 const DecodeAttentionKernel decode_attention = {workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,5 +1,5 @@
-// Forward: one sweep over the logits leaves weights relative to the maximum so far; a second pass over those weights, still in the cache, normalises
-// them. The hard variant needs the argmax only.
+// Forward: one sweep over the logits leaves weights relative to the maximum so far; a second pass over those weights,
+// still in the cache, normalises them. The hard variant needs the argmax only.
 #include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
@@ -14,7 +14,8 @@ template <class T> struct GumbelForward {
     if (s.lane_step > 1) {
       std::memset(static_cast<void*>(y), 0, s.lanes * s.lane_step * sizeof(T));
     } else {
-      for (int64_t r = 0; r < s.rows; ++r) std::memset(static_cast<void*>(y + r * s.row_step), 0, s.lanes_in(r) * sizeof(T));
+      for (int64_t r = 0; r < s.rows; ++r)
+        std::memset(static_cast<void*>(y + r * s.row_step), 0, s.lanes_in(r) * sizeof(T));
     }
     const auto write = [&](int64_t element, float best, bool nan, int64_t first, int64_t stride) {
       if (!nan && best - best == 0.0f) return from_float(1.0f, y + element);
@@ -76,11 +77,13 @@ int64_t workspace(const GumbelSoftmaxArgs& a) {
   SweepSpace(arena, forward_cut(a), !a.hard);
   return arena.used;
 }
-void run(const GumbelSoftmaxArgs& a, float* workspace, int64_t begin, int64_t end) { dispatch<GumbelForward>(a.dtype, a, workspace, begin, end); }
+void run(const GumbelSoftmaxArgs& a, float* workspace, int64_t begin, int64_t end) {
+  dispatch<GumbelForward>(a.dtype, a, workspace, begin, end);
+}
 
-}  // namespace
+}   // namespace
 
 extern const GumbelSoftmaxKernel gumbel_softmax;
 const GumbelSoftmaxKernel gumbel_softmax = {strips, workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,5 +1,5 @@
-// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). Two passes over y and grad; the hard
-// variant first sweeps the logits again for its y, for nothing random was stored.
+// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). Two
+// passes over y and grad; the hard variant first sweeps the logits again for its y, for nothing random was stored.
 #include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
@@ -15,15 +15,21 @@ Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) {
 
 struct BackwardSpace {
   BackwardSpace(Arena& arena, const Cut& cut, bool hard)
-      : sweep(arena, cut, hard), y(arena.take(CHUNK_ROWS * cut.width)), grad(arena.take(CHUNK_ROWS * cut.width)), dot(arena.take(2 * cut.width)),
-        max(arena.take(cut.width)), shift(arena.take(cut.width)), kl_scale(arena.take(cut.width)) {}
+      : sweep(arena, cut, hard),
+        y(arena.take(CHUNK_ROWS * cut.width)),
+        grad(arena.take(CHUNK_ROWS * cut.width)),
+        dot(arena.take(2 * cut.width)),
+        max(arena.take(cut.width)),
+        shift(arena.take(cut.width)),
+        kl_scale(arena.take(cut.width)) {}
   SweepSpace sweep;
-  float *y, *grad, *dot;            // dot: sum of y * grad, a KahanSum per lane
-  float *max, *shift, *kl_scale;    // of the KL gradient: kl_scale * exp(x - max) * (x - max + shift)
+  float *y, *grad, *dot;           // dot: sum of y * grad, a KahanSum per lane
+  float *max, *shift, *kl_scale;   // of the KL gradient: kl_scale * exp(x - max) * (x - max + shift)
 };
 
 template <class T> struct GumbelBackward {
-  DK_INLINE static void fetch_rows(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, int64_t row, int count, BackwardSpace& w) {
+  DK_INLINE static void fetch_rows(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, int64_t row,
+                                   int count, BackwardSpace& w) {
     fetch<T>(a.grad_y, s, row, count, cut.width, 0.0f, w.grad);
     if (a.forward.hard) {
       Sweep<T>::soft_rows(w.sweep, cut.width, row, count, w.y);
@@ -117,9 +123,9 @@ void run(const GumbelSoftmaxBackwardArgs& a, float* workspace, int64_t begin, in
   dispatch<GumbelBackward>(a.forward.dtype, a, workspace, begin, end);
 }
 
-}  // namespace
+}   // namespace
 
 extern const GumbelSoftmaxBackwardKernel gumbel_softmax_backward;
 const GumbelSoftmaxBackwardKernel gumbel_softmax_backward = {strips, workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,6 +1,7 @@
-// What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the sweep that draws the noise and
-// takes the softmax. Where the classes are the last dimension (inner = 1), one position is laid out as rows of `width` classes and its lanes are
-// merged at the end, so the same code serves both. Where they are last in memory alone, rows are transposed as they are read and written.
+// What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the
+// sweep that draws the noise and takes the softmax. Where the classes are the last dimension (inner = 1), one position
+// is laid out as rows of `width` classes and its lanes are merged at the end, so the same code serves both. Where they
+// are last in memory alone, rows are transposed as they are read and written.
 #pragma once
 #include "cpu/arena.h"
 #include "cpu/argmax.h"
@@ -10,10 +11,10 @@
 
 namespace dk::DK_ISA {
 
-constexpr int CHUNK_ROWS = 32;                // rows per update of the softmax
-constexpr int MAX_WIDTH = 64;                 // lanes of a strip
-constexpr int64_t WEIGHT_FLOATS = 1 << 19;    // of a strip: they should stay in the cache
-constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
+constexpr int CHUNK_ROWS = 32;               // rows per update of the softmax
+constexpr int MAX_WIDTH = 64;                // lanes of a strip
+constexpr int64_t WEIGHT_FLOATS = 1 << 19;   // of a strip: they should stay in the cache
+constexpr float FAR = -1e4f;                 // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- geometry
 
@@ -21,14 +22,15 @@ struct Strip {
   int64_t begin, stride;   // index of lane 0 in row 0; from row to row
   int64_t stat;            // of lane 0 in [outer, inner]
   int64_t rows;
-  int lanes, last_lanes;   // in every row but the last; in the last row
+  int lanes, last_lanes;                 // in every row but the last; in the last row
   int64_t memory, row_step, lane_step;   // as begin and stride, but of places in memory; from lane to lane
   int lanes_in(int64_t row) const { return row == rows - 1 ? last_lanes : lanes; }
 };
 
 // How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
 struct Cut {
-  Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1), classes_last(a.classes_last) {
+  Cut(const GumbelSoftmaxArgs& a, int max_width)
+      : classes(a.classes), inner(a.inner), merge(a.inner == 1), classes_last(a.classes_last) {
     const int64_t lanes = merge ? classes : inner, pieces = (lanes + max_width - 1) / max_width;
     width = static_cast<int>(((lanes + pieces - 1) / pieces + LANES - 1) / LANES * LANES);
     per_outer = merge ? 1 : (inner + width - 1) / width;
@@ -36,7 +38,9 @@ struct Cut {
     strips = a.outer * per_outer;
   }
   Strip strip(int64_t i) const {
-    if (merge) return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width), i * classes, width, 1};
+    if (merge)
+      return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width),
+              i * classes, width, 1};
     const int64_t outer = i / per_outer, at = i % per_outer * width;
     const int lanes = static_cast<int>(inner - at < width ? inner - at : width);
     const int64_t first = outer * classes * inner, begin = first + at, stat = outer * inner + at;
@@ -63,7 +67,8 @@ inline Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
 // Calls block(row, lane, rows, lanes) for every block of LANES x LANES, or what there is of it, in `count` rows.
 template <class Block> DK_INLINE void for_each_block(const Strip& s, int count, int width, const Block& block) {
   for (int j = 0; j < width; j += LANES)
-    for (int r = 0; r < count; r += LANES) block(r, j, count - r < LANES ? count - r : LANES, s.lanes - j < LANES ? s.lanes - j : LANES);
+    for (int r = 0; r < count; r += LANES)
+      block(r, j, count - r < LANES ? count - r : LANES, s.lanes - j < LANES ? s.lanes - j : LANES);
 }
 
 // fetch and put of rows that are neighbours in memory, while lanes are not
@@ -99,7 +104,8 @@ template <class T> void put_across(const float* in, const Strip& s, int count, i
 }
 
 // Rows of a strip <-> floats [count][width]; missing lanes are filled.
-template <class T> DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
+template <class T>
+DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
   const T* in = static_cast<const T*>(base) + s.memory + row * s.row_step;
   if (s.lane_step > 1) return fetch_across(in, s, count, width, fill, out);
   for (int r = 0; r < count; ++r, out += width, in += s.row_step) {
@@ -114,7 +120,8 @@ template <class T> DK_INLINE void put(const float* in, const Strip& s, int64_t r
   for (int r = 0; r < count; ++r, in += width, out += s.row_step) store_row(in, out, s.lanes_in(row + r));
 }
 
-// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn in one go.
+// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn
+// in one go.
 struct Noise {
   Noise(Arena& arena, int width) : buffer(arena.take(CHUNK_ROWS * noise_capacity(width))) {}
   void draw(PhiloxKey key, const Strip& s, int64_t row, int count, int width) {
@@ -123,7 +130,8 @@ struct Noise {
       const float* noise = gumbel_noise(key, first, (count - 1) * s.stride + width, buffer);
       for (int r = 0; r < count; ++r) rows[r] = noise + r * s.stride;
     } else {
-      for (int r = 0; r < count; ++r) rows[r] = gumbel_noise(key, first + r * s.stride, width, buffer + r * noise_capacity(width));
+      for (int r = 0; r < count; ++r)
+        rows[r] = gumbel_noise(key, first + r * s.stride, width, buffer + r * noise_capacity(width));
     }
   }
   float* buffer;
@@ -155,10 +163,11 @@ DK_INLINE void rescale_and_add(KahanSum& sum, Vec alpha, Vec x) {
   sum.add(x);
 }
 
-// The softmax of every lane of a strip: running maximum, running sum of exp(scale * (x - maximum)) and, for the entropy, of exp(x - maximum) * (x - maximum).
-// NaN and +inf turn the sums into NaN.
+// The softmax of every lane of a strip: running maximum, running sum of exp(scale * (x - maximum)) and, for the
+// entropy, of exp(x - maximum) * (x - maximum). NaN and +inf turn the sums into NaN.
 struct StripSoftmax {
-  StripSoftmax(Arena& arena, int w) : width(w), maximum(arena.take(w)), sum(arena.take(2 * w)), weighted(arena.take(2 * w)) {}
+  StripSoftmax(Arena& arena, int w)
+      : width(w), maximum(arena.take(w)), sum(arena.take(2 * w)), weighted(arena.take(2 * w)) {}
   void clear() {
     for (int i = 0; i < width; ++i) maximum[i] = EMPTY_MAXIMUM;
     std::memset(sum, 0, 2 * width * sizeof(float));
@@ -179,7 +188,8 @@ struct StripSoftmax {
 
   DK_INLINE void update_entropy(const float* x, int count, int j) {
     SoftmaxState<KahanSum> state = at(j);
-    const Vec far = splat(FAR), now = running_maximum(state.maximum, x + j, width, count), shift = max(far, state.maximum - now);
+    const Vec far = splat(FAR), now = running_maximum(state.maximum, x + j, width, count),
+              shift = max(far, state.maximum - now);
     Vec chunk{}, chunk_weighted{};
     for (int r = 0; r < count; ++r) {
       const Vec d = max(far, load(x + r * width + j) - now), weight = exp2(d * LOG2E);
@@ -207,7 +217,8 @@ struct StripSoftmax {
       s += alpha * sum[i];
       w += alpha * (weighted[i] + static_cast<double>(sum[i]) * (shift < FAR ? FAR : shift));
     }
-    for (int i = 0; i < width; ++i) maximum[i] = top, sum[i] = static_cast<float>(s), weighted[i] = static_cast<float>(w);
+    for (int i = 0; i < width; ++i)
+      maximum[i] = top, sum[i] = static_cast<float>(s), weighted[i] = static_cast<float>(w);
   }
 
   int width;
@@ -218,20 +229,24 @@ struct StripSoftmax {
 
 struct SweepSpace {
   SweepSpace(Arena& arena, const Cut& cut, bool weights_kept)
-      : x(arena.take(CHUNK_ROWS * cut.width)), noise(arena, cut.width), noisy(arena, cut.width), plain(arena, cut.width) {
+      : x(arena.take(CHUNK_ROWS * cut.width)),
+        noise(arena, cut.width),
+        noisy(arena, cut.width),
+        plain(arena, cut.width) {
     if (!weights_kept) return;
     weights = arena.take(cut.rows * cut.width);
     factors = arena.take(cut.chunks() * cut.width);
   }
-  float* x;                      // [CHUNK_ROWS][width]
+  float* x;   // [CHUNK_ROWS][width]
   Noise noise;
-  StripSoftmax noisy, plain;          // of (logits + noise) / tau, of logits
+  StripSoftmax noisy, plain;                      // of (logits + noise) / tau, of logits
   float *weights = nullptr, *factors = nullptr;   // [rows][width], [chunks][width]: y = weight * factor
   ArgMax best[MAX_WIDTH / LANES];
 };
 
 template <class T> struct Sweep {
-  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the logits.
+  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the
+  // logits.
   static void run(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, bool soft, SweepSpace& w) {
     const int width = cut.width;
     const PhiloxKey key{static_cast<uint64_t>(*a.seed), 0};
@@ -247,13 +262,15 @@ template <class T> struct Sweep {
       w.noise.draw(key, s, row, count, width);
       float* noisy = soft ? w.weights + row * width : w.x;
       for (int r = 0; r < count; ++r)
-        for (int j = 0; j < width; j += LANES) store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j) * LN2);
+        for (int j = 0; j < width; j += LANES)
+          store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j) * LN2);
       for (int j = 0; j < width; j += LANES) {
         if (soft) {
           w.noisy.update(noisy, count, j, scale);
           store(w.factors + row / CHUNK_ROWS * width + j, load(w.noisy.maximum + j));
         } else {
-          for (int r = 0; r < count; ++r) w.best[j / LANES].take(load(noisy + r * width + j), static_cast<int32_t>(row + r));
+          for (int r = 0; r < count; ++r)
+            w.best[j / LANES].take(load(noisy + r * width + j), static_cast<int32_t>(row + r));
         }
       }
     }
@@ -270,14 +287,16 @@ template <class T> struct Sweep {
   DK_INLINE static void soft_rows(const SweepSpace& w, int width, int64_t row, int count, float* out) {
     const float *weights = w.weights + row * width, *factor = w.factors + row / CHUNK_ROWS * width;
     for (int r = 0; r < count; ++r)
-      for (int j = 0; j < width; j += LANES) store(out + r * width + j, load(weights + r * width + j) * load(factor + j));
+      for (int j = 0; j < width; j += LANES)
+        store(out + r * width + j, load(weights + r * width + j) * load(factor + j));
   }
 };
 
-template <template <class> class Instance, class Args> void dispatch(DType dtype, const Args& a, float* workspace, int64_t begin, int64_t end) {
+template <template <class> class Instance, class Args>
+void dispatch(DType dtype, const Args& a, float* workspace, int64_t begin, int64_t end) {
   if (dtype == DType::float32) return Instance<float>::call(a, workspace, begin, end);
   if (dtype == DType::bfloat16) return Instance<BFloat16>::call(a, workspace, begin, end);
   Instance<Float16>::call(a, workspace, begin, end);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

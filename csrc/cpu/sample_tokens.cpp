@@ -1,5 +1,6 @@
-// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. Both keep all logits from a threshold up, which
-// is found digit by digit (a radix selection over the ordered bits of the floats), without sorting.
+// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. Both keep all
+// logits from a threshold up, which is found digit by digit (a radix selection over the ordered bits of the floats),
+// without sorting.
 #include "cpu/sample_tokens.h"
 
 #include "cpu/arena.h"
@@ -19,11 +20,14 @@ constexpr Digit DIGITS[] = {{21, 11}, {10, 11}, {0, 10}};   // of a 32-bit key, 
 
 struct SampleSpace {
   SampleSpace(Arena& arena, int64_t vocabulary)
-      : padded((vocabulary + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS), mass(reinterpret_cast<double*>(arena.take(2 * DIGIT_SIZE))),
-        noise(arena.take(noise_capacity(BLOCK_TOKENS))), x(arena.take(padded)), weight(arena.take(padded)) {}
+      : padded((vocabulary + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS),
+        mass(reinterpret_cast<double*>(arena.take(2 * DIGIT_SIZE))),
+        noise(arena.take(noise_capacity(BLOCK_TOKENS))),
+        x(arena.take(padded)),
+        weight(arena.take(padded)) {}
   int64_t padded;
-  double* mass;                 // [DIGIT_SIZE]
-  float *noise, *x, *weight;    // weight: exp((x - max) / temperature), for top_p
+  double* mass;                // [DIGIT_SIZE]
+  float *noise, *x, *weight;   // weight: exp((x - max) / temperature), for top_p
 };
 
 // Unsigned integers in the order of the floats.
@@ -39,7 +43,8 @@ DK_INLINE float value_of(uint32_t key) {
   return x;
 }
 
-// The largest x[i] such that all values >= x[i] weigh `target` or more; the smallest that weighs anything if rounding leaves the target out of reach.
+// The largest x[i] such that all values >= x[i] weigh `target` or more; the smallest that weighs anything if rounding
+// leaves the target out of reach.
 template <class Weight> float threshold(const float* x, int64_t n, double target, double* mass, const Weight& weight) {
   uint32_t found = 0, known = 0;
   for (const Digit& digit : DIGITS) {
@@ -80,7 +85,8 @@ void keep_most_likely(const SampleTokensArgs& a, const SampleSpace& w, float top
       store(w.weight + i, weight);
       total += reduce_add(weight);
     }
-    keep_from(w.x, n, threshold(w.x, n, a.top_p * total, w.mass, [&](int64_t i) { return static_cast<double>(w.weight[i]); }));
+    keep_from(w.x, n,
+              threshold(w.x, n, a.top_p * total, w.mass, [&](int64_t i) { return static_cast<double>(w.weight[i]); }));
   }
 }
 
@@ -90,7 +96,8 @@ int64_t draw(const SampleTokensArgs& a, const SampleSpace& w, PhiloxKey key, flo
   for (int64_t block = 0; block < a.vocabulary; block += BLOCK_TOKENS) {
     const float* noise = gumbel_noise(key, block, BLOCK_TOKENS, w.noise);
     for (int64_t i = 0; i < BLOCK_TOKENS; i += LANES)
-      best.take((load(w.x + block + i) - top) * inverse_temperature + load(noise + i) * LN2, static_cast<int32_t>(block + i));
+      best.take((load(w.x + block + i) - top) * inverse_temperature + load(noise + i) * LN2,
+                static_cast<int32_t>(block + i));
   }
   const IVec token = best.index + lane_index();
   int chosen = 0;
@@ -134,9 +141,9 @@ void run(const SampleTokensArgs& a, float* workspace, int64_t row) {
   sample<Float16>(a, workspace, row);
 }
 
-}  // namespace
+}   // namespace
 
 extern const SampleTokensKernel sample_tokens;
 const SampleTokensKernel sample_tokens = {workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

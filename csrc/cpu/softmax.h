@@ -1,11 +1,13 @@
-// Online softmax, lane by lane: a running maximum and a running sum of weights exp(score - maximum), which chunks of scores update and which merge. What was
-// weighted relative to an earlier maximum is rescaled by alpha = exp(earlier maximum - maximum).
+// Online softmax, lane by lane: a running maximum and a running sum of weights exp(score - maximum), which chunks of
+// scores update and which merge. What was weighted relative to an earlier maximum is rescaled by alpha = exp(earlier
+// maximum - maximum).
 #pragma once
 #include "cpu/vec.h"
 
 namespace dk::DK_ISA {
 
-// The running maximum before the first score. Finite, so that inf - inf cannot arise; weights of -inf relative to it are 0.
+// The running maximum before the first score. Finite, so that inf - inf cannot arise; weights of -inf relative to it
+// are 0.
 constexpr float EMPTY_MAXIMUM = -3.40282347e38f;
 
 // From score - maximum to the weight
@@ -25,7 +27,8 @@ DK_INLINE Vec running_maximum(Vec maximum, const float* scores, int64_t stride, 
 }
 
 // Turns scores into weights; returns their sum.
-template <class Weight> DK_INLINE Vec weigh(float* scores, int64_t stride, int count, Vec maximum, const Weight& weight) {
+template <class Weight>
+DK_INLINE Vec weigh(float* scores, int64_t stride, int count, Vec maximum, const Weight& weight) {
   Vec sum{};
   for (int j = 0; j < count; ++j) {
     const Vec w = weight(load(scores + j * stride) - maximum);
@@ -69,4 +72,4 @@ template <class Sum = Vec> struct SoftmaxState {
   DK_INLINE Vec normalize(Vec out) const { return out / sum; }
 };
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

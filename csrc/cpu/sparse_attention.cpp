@@ -21,13 +21,15 @@ template <int DP> DK_INLINE void add_chunk(ForwardSpace<DP>& w, int count, TileS
 }
 
 template <class T, int DP> struct AttentionForward {
-  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* carry, float* thread) {
+  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* carry,
+                     float* thread) {
     const FlushDenormals guard;
     const Plan plan(a.plan);
     const FloatHead<T, DP> rows(a, bh, head);
     auto& w = *reinterpret_cast<ForwardSpace<DP>*>(thread);
     auto& tile = *reinterpret_cast<TileState<DP>*>(carry);
-    pack_transposed<T, DP>(matrix_of<T>(a.q, a.q_strides, a.heads, bh), a.q_strides.token, plan.rows(item.tile), a.head_dim, w.qt);
+    pack_transposed<T, DP>(matrix_of<T>(a.q, a.q_strides, a.heads, bh), a.q_strides.token, plan.rows(item.tile),
+                           a.head_dim, w.qt);
     std::memset(tile.out, 0, sizeof(tile.out));
     tile.clear_softmax();
     int count = 0;
@@ -60,7 +62,8 @@ template <class T, int DP> struct AttentionForward {
   }
 
   static SparseAttentionSpace space(const SparseAttentionArgs& a) {
-    return {FloatHead<T, DP>::floats(a), sizeof(TileState<DP>) / sizeof(float), (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
+    return {FloatHead<T, DP>::floats(a), sizeof(TileState<DP>) / sizeof(float),
+            (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
   }
 
   static void finish(const SparseAttentionArgs& a, int64_t bh, int64_t t, float* carry, int64_t items) {
@@ -68,9 +71,11 @@ template <class T, int DP> struct AttentionForward {
     TileState<DP>& tile = *reinterpret_cast<TileState<DP>*>(carry);
     for (int64_t i = 1; i < items; ++i) merge(tile, (&tile)[i]);
     for (int d = 0; d < DP; ++d)
-      for (int r = 0; r < ROWS; r += LANES) store(tile.out + d * ROWS + r, tile.at(r).normalize(load(tile.out + d * ROWS + r)));
+      for (int r = 0; r < ROWS; r += LANES)
+        store(tile.out + d * ROWS + r, tile.at(r).normalize(load(tile.out + d * ROWS + r)));
     const int32_t* rows = Plan(a.plan).rows(t);
-    unpack_transposed<T, DP>(tile.out, rows, a.head_dim, 1.0f, matrix_of<T>(a.out, a.out_strides, a.heads, bh), a.out_strides.token);
+    unpack_transposed<T, DP>(tile.out, rows, a.head_dim, 1.0f, matrix_of<T>(a.out, a.out_strides, a.heads, bh),
+                             a.out_strides.token);
     float* lse = a.lse + bh * a.n;
     for (int r = 0; r < ROWS; ++r)
       if (rows[r] >= 0) lse[rows[r]] = tile.log_sum_exp(r, 1.0f);
@@ -79,8 +84,10 @@ template <class T, int DP> struct AttentionForward {
   static SparseAttentionKernel call() { return {space, FloatHead<T, DP>::prepare, attend, finish}; }
 };
 
-}  // namespace
+}   // namespace
 
-SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) { return dispatch<AttentionForward>(a.dtype, a.head_dim); }
+SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {
+  return dispatch<AttentionForward>(a.dtype, a.head_dim);
+}
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

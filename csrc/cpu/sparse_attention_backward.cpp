@@ -1,6 +1,8 @@
-// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the same bits however the work is cut.
-// A tile keeps the weights of all its keys, so they are normalised exactly as in a plain softmax and neither out nor lse is read:
-//   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q * scale.
+// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the
+// same bits however the work is cut. A tile keeps the weights of all its keys, so they are normalised exactly as in a
+// plain softmax and neither out nor lse is read:
+//   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q *
+//   scale.
 #include "cpu/attention_tile.h"
 
 namespace dk::DK_ISA {
@@ -12,7 +14,8 @@ template <int DP> struct QueriesSpace {
   const float* keys[];
 };
 
-// Passed from `queries` to `keys`, of a tile: rows of Q * scale and of dO, and for each of its keys, in plan order, S then P and dP then dS.
+// Passed from `queries` to `keys`, of a tile: rows of Q * scale and of dO, and for each of its keys, in plan order, S
+// then P and dP then dS.
 template <int DP> struct TileCarry {
   static int64_t floats(int64_t most_keys) { return 2 * ROWS * (DP + most_keys); }
   TileCarry(float* carry, int64_t most_keys) : q(carry), g(q + ROWS * DP), p(g + ROWS * DP), ds(p + most_keys * ROWS) {}
@@ -45,7 +48,8 @@ struct KeyUpdate {
 };
 
 // out(i)[DP] += sum_r w(i)[r] * x[r][DP] for COUNT keys
-template <int DP, int COUNT> DK_INLINE void outer(const KeyUpdate* keys, const float* KeyUpdate::*w, const float* x, float* KeyUpdate::*out) {
+template <int DP, int COUNT>
+DK_INLINE void outer(const KeyUpdate* keys, const float* KeyUpdate::* w, const float* x, float* KeyUpdate::* out) {
   constexpr int WIDE = LANES == 16 && DP % 64 == 0 ? 4 : 2;   // vectors per register block
   for (int d = 0; d < DP; d += WIDE * LANES) {
     Vec acc[COUNT][WIDE] = {};
@@ -67,8 +71,11 @@ template <int DP, int COUNT> DK_INLINE void add_outer(const KeyUpdate* keys, con
   outer<DP, COUNT>(keys, &KeyUpdate::ds, tile.q, &KeyUpdate::grad_k);
 }
 
-// Which of `parts` owns a key: blocks of 16 keys are dealt out such that the blocks of any range of keys are spread evenly (Fibonacci hashing).
-DK_INLINE int64_t owner(int32_t token, int64_t parts) { return (static_cast<uint32_t>(token / 16) * 2654435769u * static_cast<uint64_t>(parts)) >> 32; }
+// Which of `parts` owns a key: blocks of 16 keys are dealt out such that the blocks of any range of keys are spread
+// evenly (Fibonacci hashing).
+DK_INLINE int64_t owner(int32_t token, int64_t parts) {
+  return (static_cast<uint32_t>(token / 16) * 2654435769u * static_cast<uint64_t>(parts)) >> 32;
+}
 
 template <class T, int DP> struct AttentionBackward {
   // of a head: dK and dV, then copies of K and V
@@ -84,9 +91,11 @@ template <class T, int DP> struct AttentionBackward {
     FloatHead<T, DP>::prepare(a.forward, bh, part, parts, head + matrices);
   }
 
-  static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows, const TileCarry<DP>& tile, QueriesSpace<DP>& w) {
+  static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows,
+                            const TileCarry<DP>& tile, QueriesSpace<DP>& w) {
     const SparseAttentionArgs& f = a.forward;
-    const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh), *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
+    const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh),
+            *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
     for (int r = 0; r < ROWS; r += LANES) {
       fetch_rows<T, DP>(q, f.q_strides.token, rows + r, f.head_dim, tile.q + r * DP);
       fetch_rows<T, DP>(g, a.grad_out_strides.token, rows + r, f.head_dim, tile.g + r * DP);
@@ -96,7 +105,8 @@ template <class T, int DP> struct AttentionBackward {
     for (int i = 0; i < ROWS * DP; ++i) tile.q[i] *= f.scale;
   }
 
-  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* carry, float* thread) {
+  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* carry,
+                      float* thread) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
@@ -123,10 +133,12 @@ template <class T, int DP> struct AttentionBackward {
     softmax_backward(tile.p, tile.ds, count);
     std::memset(w.dqt, 0, sizeof(w.dqt));
     accumulate<DP>(tile.ds, w.keys, count, w.dqt);
-    unpack_transposed<T, DP>(w.dqt, plan.rows(t), f.head_dim, f.scale, matrix_of<T>(a.grad_q, a.grad_q_strides, f.heads, bh), a.grad_q_strides.token);
+    unpack_transposed<T, DP>(w.dqt, plan.rows(t), f.head_dim, f.scale,
+                             matrix_of<T>(a.grad_q, a.grad_q_strides, f.heads, bh), a.grad_q_strides.token);
   }
 
-  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v, const TileCarry<DP>& tile) {
+  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v,
+                           const TileCarry<DP>& tile) {
     KeyUpdate updates[4];
     int count = 0, owned = 0;
     for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t*) {
@@ -144,8 +156,8 @@ template <class T, int DP> struct AttentionBackward {
     for (int i = 0; i < owned; ++i) add_outer<DP, 1>(updates + i, tile);
   }
 
-  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part, int64_t parts, float* head,
-                   const float* carry) {
+  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
+                   int64_t parts, float* head, const float* carry) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
@@ -154,7 +166,8 @@ template <class T, int DP> struct AttentionBackward {
     for (int64_t t = tile_begin; t < tile_end; ++t, carry += TileCarry<DP>::floats(most_keys))
       keys_of_tile(plan, t, part, parts, grad_k, grad_v, TileCarry<DP>(const_cast<float*>(carry), most_keys));
     if (tile_end < plan.tiles()) return;
-    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, f.heads, bh), *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, f.heads, bh);
+    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, f.heads, bh),
+      *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, f.heads, bh);
     for (int64_t i = 0; i < f.n; ++i) {
       if (owner(i, parts) != part) continue;
       store_row(grad_k + i * DP, out_k + i * a.grad_k_strides.token, f.head_dim);
@@ -165,8 +178,10 @@ template <class T, int DP> struct AttentionBackward {
   static SparseAttentionBackwardKernel call() { return {space, prepare, queries, keys}; }
 };
 
-}  // namespace
+}   // namespace
 
-SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) { return dispatch<AttentionBackward>(a.forward.dtype, a.forward.head_dim); }
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) {
+  return dispatch<AttentionBackward>(a.forward.dtype, a.forward.head_dim);
+}
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,5 +1,6 @@
-// Backward in bfloat16: the steps of sparse_attention_backward.cpp, with products by the matrix primitive. P and dS are rounded to bfloat16 where they are
-// operands; all else between inputs and results is float. Other types go to avx512's kernel.
+// Backward in bfloat16: the steps of sparse_attention_backward.cpp, with products by the matrix primitive. P and dS are
+// rounded to bfloat16 where they are operands; all else between inputs and results is float. Other types go to avx512's
+// kernel.
 #include "cpu/arena.h"
 #include "cpu/attention_tile_bf16.h"
 
@@ -10,7 +11,8 @@ SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBac
 namespace dk::DK_ISA {
 namespace {
 
-// Passed from `queries` to `keys`, of a tile: its rows of dO and Q as pairs, and for each of its keys, in plan order, P and dS of the 32 queries.
+// Passed from `queries` to `keys`, of a tile: its rows of dO and Q as pairs, and for each of its keys, in plan order, P
+// and dS of the 32 queries.
 template <int DP> struct TileCarry {
   TileCarry(float* base, int64_t most_keys) {
     Arena arena{base};
@@ -41,11 +43,11 @@ template <int DP> struct QueriesSpace {
     floats = arena.used;
   }
   int64_t ds_stride, floats;
-  uint32_t *q, *g;       // [DP / 2][32] pairs of columns
-  BFloat16* copy;        // [BLOCK_KEYS][DP]
-  float *s, *dp, *dq;    // [keys][32]: S, then weights; dP. [32][DP]
-  uint32_t* k;           // [keys / 2][DP] pairs of rows
-  BFloat16* ds;          // [32][ds_stride]
+  uint32_t *q, *g;      // [DP / 2][32] pairs of columns
+  BFloat16* copy;       // [BLOCK_KEYS][DP]
+  float *s, *dp, *dq;   // [keys][32]: S, then weights; dP. [32][DP]
+  uint32_t* k;          // [keys / 2][DP] pairs of rows
+  BFloat16* ds;         // [32][ds_stride]
 };
 
 // 32 keys that are multiplied at once.
@@ -64,7 +66,8 @@ struct KeyBlock {
     static constexpr uint32_t hidden[GROUP_COLUMNS] = {};
     int32_t last[GROUP_COLUMNS];
     for (int j = 0; j < GROUP_COLUMNS; ++j) last[j] = tokens[count - 1];
-    while (!add(last, hidden)) {}
+    while (!add(last, hidden)) {
+    }
   }
 };
 
@@ -84,8 +87,8 @@ DK_INLINE void finish_scores(const KeyBlock& block, float factor, float* s, floa
 }
 
 // P and dS of 32 keys from their weights and dP, a row for each key; dS also with a row for each query.
-DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&norm)[2], const Vec (&delta)[2], BFloat16* p, BFloat16* ds, BFloat16* ds_rows,
-                            int64_t ds_stride) {
+DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&norm)[2], const Vec (&delta)[2],
+                            BFloat16* p, BFloat16* ds, BFloat16* ds_rows, int64_t ds_stride) {
   alignas(64) uint32_t pairs[BLOCK_KEYS / 2][ROWS];
   for (int i = 0; i < BLOCK_KEYS / 2; ++i) {
     Vec both[2];
@@ -107,7 +110,9 @@ DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&n
 }
 
 // From scores, the largest of each query, and dP to P and dS, for all keys of the tile.
-template <int DP> DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec (&maximum)[2], const TileCarry<DP>& tile) {
+template <int DP>
+DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec (&maximum)[2],
+                                const TileCarry<DP>& tile) {
   Vec sum[2] = {}, delta[2] = {}, norm[2];
   for (int j = 0; j < count; ++j)
     DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
@@ -123,7 +128,8 @@ template <int DP> DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int
     delta[half] *= norm[half];
   }
   for (int j = 0; j < count; j += BLOCK_KEYS)
-    finish_block(w.s + j * ROWS, w.dp + j * ROWS, norm, delta, tile.p + j * ROWS, tile.ds + j * ROWS, w.ds + j, w.ds_stride);
+    finish_block(w.s + j * ROWS, w.dp + j * ROWS, norm, delta, tile.p + j * ROWS, tile.ds + j * ROWS, w.ds + j,
+                 w.ds_stride);
 }
 
 // Up to 32 keys of a tile: their places in the tile and their tokens.
@@ -143,10 +149,12 @@ struct KeyList {
   }
 };
 
-// out[token][DP] += sum_r w[place][r] * x[r][DP], x in pairs. Keys that do not lie together are copied together; the bits are the same.
+// out[token][DP] += sum_r w[place][r] * x[r][DP], x in pairs. Keys that do not lie together are copied together; the
+// bits are the same.
 template <int DP> DK_INLINE void outer(const KeyList& keys, const BFloat16* w, const uint32_t* x, float* out) {
   if (keys.consecutive())
-    return multiply<BLOCK_KEYS / 16, DP / 16>(w + keys.places[0] * ROWS, ROWS, x, DP, out + keys.tokens[0] * DP, DP, ROWS / 2, true);
+    return multiply<BLOCK_KEYS / 16, DP / 16>(w + keys.places[0] * ROWS, ROWS, x, DP, out + keys.tokens[0] * DP, DP,
+                                              ROWS / 2, true);
   alignas(64) BFloat16 rows[BLOCK_KEYS * ROWS] = {};
   alignas(64) float sums[BLOCK_KEYS * DP] = {};
   for (int j = 0; j < keys.count; ++j) {
@@ -157,15 +165,21 @@ template <int DP> DK_INLINE void outer(const KeyList& keys, const BFloat16* w, c
   for (int j = 0; j < keys.count; ++j) std::memcpy(out + keys.tokens[j] * DP, sums + j * DP, DP * sizeof(float));
 }
 
-// Which of `parts` owns a key: blocks of 32 keys are dealt out such that the blocks of any range of keys are spread evenly (Fibonacci hashing).
-DK_INLINE int64_t owner(int32_t token, int64_t parts) { return (static_cast<uint32_t>(token / BLOCK_KEYS) * 2654435769u * static_cast<uint64_t>(parts)) >> 32; }
+// Which of `parts` owns a key: blocks of 32 keys are dealt out such that the blocks of any range of keys are spread
+// evenly (Fibonacci hashing).
+DK_INLINE int64_t owner(int32_t token, int64_t parts) {
+  return (static_cast<uint32_t>(token / BLOCK_KEYS) * 2654435769u * static_cast<uint64_t>(parts)) >> 32;
+}
 
 template <int DP> struct AttentionBackward {
-  static int64_t most_keys(const SparseAttentionBackwardArgs& a) { return (Plan(a.forward.plan)[plan_header::most_columns] + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS; }
+  static int64_t most_keys(const SparseAttentionBackwardArgs& a) {
+    return (Plan(a.forward.plan)[plan_header::most_columns] + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS;
+  }
 
   // of a head: dK and dV
   static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
-    return {2 * a.forward.n * DP, TileCarry<DP>(nullptr, most_keys(a)).floats, QueriesSpace<DP>(nullptr, most_keys(a)).floats};
+    return {2 * a.forward.n * DP, TileCarry<DP>(nullptr, most_keys(a)).floats,
+            QueriesSpace<DP>(nullptr, most_keys(a)).floats};
   }
 
   static void prepare(const SparseAttentionBackwardArgs& a, int64_t, int64_t part, int64_t parts, float* head) {
@@ -173,7 +187,8 @@ template <int DP> struct AttentionBackward {
     std::memset(head + begin, 0, (end - begin) * sizeof(float));
   }
 
-  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float*, float* carry, float* thread) {
+  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float*, float* carry,
+                      float* thread) {
     const FlushDenormals guard;
     const MatrixUnit unit;
     const SparseAttentionArgs& f = a.forward;
@@ -181,8 +196,11 @@ template <int DP> struct AttentionBackward {
     const int32_t* tile_rows = plan.rows(t);
     const TileCarry<DP> tile(carry, most_keys(a));
     const QueriesSpace<DP> w(thread, most_keys(a));
-    const auto rows = [&](const void* p, const Strides& s) { return BFloat16Rows{matrix_of<BFloat16>(p, s, f.heads, bh), s.token}; };
-    const BFloat16Rows q = rows(f.q, f.q_strides), g = rows(a.grad_out, a.grad_out_strides), k = rows(f.k, f.k_strides), v = rows(f.v, f.v_strides);
+    const auto rows = [&](const void* p, const Strides& s) {
+      return BFloat16Rows{matrix_of<BFloat16>(p, s, f.heads, bh), s.token};
+    };
+    const BFloat16Rows q = rows(f.q, f.q_strides), g = rows(a.grad_out, a.grad_out_strides), k = rows(f.k, f.k_strides),
+                       v = rows(f.v, f.v_strides);
     pack_columns<DP>(q, tile_rows, f.head_dim, w.q);
     pack_columns<DP>(g, tile_rows, f.head_dim, w.g);
     pack_rows<DP>(q, tile_rows, ROWS, f.head_dim, tile.q);
@@ -195,7 +213,8 @@ template <int DP> struct AttentionBackward {
       const BFloat16Rows keys = left_operand<DP>(k, block.tokens, f.head_dim, w.copy);
       multiply<BLOCK_KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + count * ROWS, ROWS, DP / 2, false);
       const BFloat16Rows values = left_operand<DP>(v, block.tokens, f.head_dim, w.copy);
-      multiply<BLOCK_KEYS / 16, ROWS / 16>(values.base, values.stride, w.g, ROWS, w.dp + count * ROWS, ROWS, DP / 2, false);
+      multiply<BLOCK_KEYS / 16, ROWS / 16>(values.base, values.stride, w.g, ROWS, w.dp + count * ROWS, ROWS, DP / 2,
+                                           false);
       pack_rows<DP>(k, block.tokens, BLOCK_KEYS, f.head_dim, w.k + count / 2 * DP);
       finish_scores(block, f.scale * LOG2E, w.s + count * ROWS, w.dp + count * ROWS, maximum);
       count += BLOCK_KEYS;
@@ -212,13 +231,16 @@ template <int DP> struct AttentionBackward {
 
     constexpr int SLAB = 128;   // keys whose pairs stay in the first-level cache
     for (int j = 0; j < count; j += SLAB)
-      multiply<ROWS / 16, DP / 16>(w.ds + j, w.ds_stride, w.k + j / 2 * DP, DP, w.dq, DP, (count - j < SLAB ? count - j : SLAB) / 2, j > 0);
+      multiply<ROWS / 16, DP / 16>(w.ds + j, w.ds_stride, w.k + j / 2 * DP, DP, w.dq, DP,
+                                   (count - j < SLAB ? count - j : SLAB) / 2, j > 0);
     BFloat16* out = matrix_of<BFloat16>(a.grad_q, a.grad_q_strides, f.heads, bh);
     for (int r = 0; r < ROWS; ++r)
-      if (tile_rows[r] >= 0) round_row<DP>(w.dq + r * DP, f.scale, f.head_dim, out + tile_rows[r] * a.grad_q_strides.token);
+      if (tile_rows[r] >= 0)
+        round_row<DP>(w.dq + r * DP, f.scale, f.head_dim, out + tile_rows[r] * a.grad_q_strides.token);
   }
 
-  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v, const TileCarry<DP>& tile) {
+  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v,
+                           const TileCarry<DP>& tile) {
     KeyList list;
     const auto add_outer = [&] {
       outer<DP>(list, tile.p, tile.g, grad_v);
@@ -235,8 +257,8 @@ template <int DP> struct AttentionBackward {
     if (list.count) add_outer();
   }
 
-  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part, int64_t parts, float* head,
-                   const float* carry) {
+  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
+                   int64_t parts, float* head, const float* carry) {
     const FlushDenormals guard;
     const MatrixUnit unit;
     const SparseAttentionArgs& f = a.forward;
@@ -248,7 +270,8 @@ template <int DP> struct AttentionBackward {
       carry += tile.floats;
     }
     if (tile_end < plan.tiles()) return;
-    BFloat16 *out_k = matrix_of<BFloat16>(a.grad_k, a.grad_k_strides, f.heads, bh), *out_v = matrix_of<BFloat16>(a.grad_v, a.grad_v_strides, f.heads, bh);
+    BFloat16 *out_k = matrix_of<BFloat16>(a.grad_k, a.grad_k_strides, f.heads, bh),
+             *out_v = matrix_of<BFloat16>(a.grad_v, a.grad_v_strides, f.heads, bh);
     for (int64_t i = 0; i < f.n; ++i) {
       if (owner(i, parts) != part) continue;
       round_row<DP>(grad_k + i * DP, f.scale, f.head_dim, out_k + i * a.grad_k_strides.token);
@@ -259,10 +282,11 @@ template <int DP> struct AttentionBackward {
   static SparseAttentionBackwardKernel call() { return {space, prepare, queries, keys}; }
 };
 
-}  // namespace
+}   // namespace
 
 SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) {
-  return a.forward.dtype == DType::bfloat16 ? dispatch_dim<AttentionBackward>(a.forward.head_dim) : avx512::sparse_attention_backward(a);
+  return a.forward.dtype == DType::bfloat16 ? dispatch_dim<AttentionBackward>(a.forward.head_dim)
+                                            : avx512::sparse_attention_backward(a);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

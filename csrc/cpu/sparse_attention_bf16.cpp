@@ -1,5 +1,5 @@
-// AttentionForward in bfloat16: for every work item, softmax of 32 queries over the keys that the plan lists, online over chunks of keys. Other types go to avx512's
-// kernel.
+// AttentionForward in bfloat16: for every work item, softmax of 32 queries over the keys that the plan lists, online
+// over chunks of keys. Other types go to avx512's kernel.
 #include "cpu/attention_tile_bf16.h"
 
 namespace dk::avx512 {
@@ -9,15 +9,18 @@ SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
 namespace dk::DK_ISA {
 namespace {
 
-// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of neighbouring rows, [n / 2][DP].
+// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of neighbouring
+// rows, [n / 2][DP].
 template <int DP> struct PackedHead {
   static int64_t floats(int64_t n) { return (n + 1) / 2 * 2 * DP; }
 
   PackedHead(int64_t n, const float* head) : PackedHead(n, const_cast<float*>(head)) {}
-  PackedHead(int64_t n, float* head) : k(reinterpret_cast<BFloat16*>(head)), v(reinterpret_cast<uint32_t*>(head + (n + 1) / 2 * DP)) {}
+  PackedHead(int64_t n, float* head)
+      : k(reinterpret_cast<BFloat16*>(head)), v(reinterpret_cast<uint32_t*>(head + (n + 1) / 2 * DP)) {}
 
   static void prepare(const SparseAttentionArgs& a, int64_t bh, int64_t part, int64_t parts, float* head) {
-    const BFloat16Rows k{matrix_of<BFloat16>(a.k, a.k_strides, a.heads, bh), a.k_strides.token}, v{matrix_of<BFloat16>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
+    const BFloat16Rows k{matrix_of<BFloat16>(a.k, a.k_strides, a.heads, bh), a.k_strides.token},
+        v{matrix_of<BFloat16>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
     const PackedHead packed(a.n, head);
     const int64_t pairs = (a.n + 1) / 2;
     for (int64_t i = pairs * part / parts; i < pairs * (part + 1) / parts; ++i) {
@@ -58,7 +61,8 @@ struct Exp2Coarse {
 };
 
 // From the chunk's scores to weights p[query][key]; updates the softmax.
-template <int DP> DK_INLINE void weigh_chunk(ForwardSpace<DP>& w, TileState<DP>& tile, int count, const Exp2Coarse& weight) {
+template <int DP>
+DK_INLINE void weigh_chunk(ForwardSpace<DP>& w, TileState<DP>& tile, int count, const Exp2Coarse& weight) {
   for (int r = 0; r < ROWS; r += LANES) {
     const float* s = w.s + r;
     SoftmaxState<> state = tile.at(r);
@@ -73,7 +77,8 @@ template <int DP> DK_INLINE void weigh_chunk(ForwardSpace<DP>& w, TileState<DP>&
         pairs[i] = pair_up(first, second);
       }
       transpose(pairs);
-      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK_KEYS + j), pairs[i]);
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i)
+        store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK_KEYS + j), pairs[i]);
     }
     store(w.alpha + r, state.update(maximum, sum, weight));
     tile.put(r, state);
@@ -135,15 +140,23 @@ template <int DP> struct AttentionForward {
   }
 
   static SparseAttentionSpace space(const SparseAttentionArgs& a) {
-    return {PackedHead<DP>::floats(a.n), sizeof(TileState<DP>) / sizeof(float), (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
+    return {PackedHead<DP>::floats(a.n), sizeof(TileState<DP>) / sizeof(float),
+            (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
   }
 
-  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* carry, float* thread) {
+  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* carry,
+                     float* thread) {
     const FlushDenormals guard;
     const MatrixUnit unit;
-    const auto rows = [&](const void* p, const Strides& s) { return BFloat16Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token}; };
-    const AttentionForward forward = {a, rows(a.q, a.q_strides), rows(a.v, a.v_strides), PackedHead<DP>(a.n, head), *reinterpret_cast<ForwardSpace<DP>*>(thread),
-                             *reinterpret_cast<TileState<DP>*>(carry)};
+    const auto rows = [&](const void* p, const Strides& s) {
+      return BFloat16Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token};
+    };
+    const AttentionForward forward = {a,
+                                      rows(a.q, a.q_strides),
+                                      rows(a.v, a.v_strides),
+                                      PackedHead<DP>(a.n, head),
+                                      *reinterpret_cast<ForwardSpace<DP>*>(thread),
+                                      *reinterpret_cast<TileState<DP>*>(carry)};
     forward.add_item(Plan(a.plan), item);
   }
 
@@ -175,10 +188,10 @@ template <int DP> struct AttentionForward {
   static SparseAttentionKernel call() { return {space, PackedHead<DP>::prepare, attend, finish}; }
 };
 
-}  // namespace
+}   // namespace
 
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {
   return a.dtype == DType::bfloat16 ? dispatch_dim<AttentionForward>(a.head_dim) : avx512::sparse_attention(a);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,8 +1,9 @@
-// One decode step: a block is one head of up to 16 candidates of a prompt. First the prompt's text keys, which they share: for 16-bit types candidates are the
-// rows of mma, and the warps take tiles of 16 keys in turn. Then the image keys of each candidate, by one warp, in float32 arithmetic. Between the two, the
-// online-softmax states of the candidates lie in shared memory.
-// Batch-invariant: the reduction order of a candidate does not depend on the other rows, so its bits do not depend on how many candidates there are. For the
-// same reason the text is not split over more blocks where there are few candidates.
+// One decode step: a block is one head of up to 16 candidates of a prompt. First the prompt's text keys, which they
+// share: for 16-bit types candidates are the rows of mma, and the warps take tiles of 16 keys in turn. Then the image
+// keys of each candidate, by one warp, in float32 arithmetic. Between the two, the online-softmax states of the
+// candidates lie in shared memory. Batch-invariant: the reduction order of a candidate does not depend on the other
+// rows, so its bits do not depend on how many candidates there are. For the same reason the text is not split over more
+// blocks where there are few candidates.
 #include "cuda/decode_attention.h"
 
 #include "cuda/decode_schedule.h"
@@ -14,8 +15,8 @@ namespace dk::cuda {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, CANDIDATES = 16;
-constexpr int TILE_KEYS = 16;    // text keys that a warp takes at a time
-constexpr int LIST_PLACES = 1024;      // places listed at a time
+constexpr int TILE_KEYS = 16;       // text keys that a warp takes at a time
+constexpr int LIST_PLACES = 1024;   // places listed at a time
 
 struct DecodeAttentionParams {
   DecodeAttentionArgs args;
@@ -28,14 +29,15 @@ template <class T, int D> struct Shape {
   static constexpr int CHUNK_ELEMENTS = 16 / sizeof(Stored<T>);
   // lanes that share a row, rows that a warp reads at a time
   static constexpr int LANES = D / CHUNK_ELEMENTS, GROUPS = 32 / LANES;
-  static constexpr int PARTIALS = MMA ? WARPS : 1;             // states of a candidate after the text
+  static constexpr int PARTIALS = MMA ? WARPS : 1;   // states of a candidate after the text
   // bytes: D sums of values, their maximum score, sum of weights; 8 for alignment
   static constexpr uint32_t STATE = (D + 4) * 4;
   static constexpr uint32_t SMEM = LIST_PLACES * 4 + PARTIALS * CANDIDATES * STATE;
   static_assert(LANES >= 8 && LANES <= 32, "a warp reads whole rows");
 };
 
-// -- rows, 16 bytes a lane. ALIGNED: rows begin at multiples of 16 bytes and fill whole chunks; otherwise elements are moved one by one.
+// -- rows, 16 bytes a lane. ALIGNED: rows begin at multiples of 16 bytes and fill whole chunks; otherwise elements are
+// moved one by one.
 
 // Chunk number `chunk` of a row; zeros beyond head_dim and where not `valid`.
 template <class T, bool ALIGNED> DK_DEVICE dev::u32x4 fetch(const Stored<T>* row, int chunk, int head_dim, bool valid) {
@@ -46,7 +48,8 @@ template <class T, bool ALIGNED> DK_DEVICE dev::u32x4 fetch(const Stored<T>* row
     return dev::ldg16(row);
   } else {
     Stored<T> e[CHUNK_ELEMENTS];
-    DK_UNROLL_FOR (int i = 0; i < CHUNK_ELEMENTS; ++i) e[i] = chunk * CHUNK_ELEMENTS + i < head_dim ? dev::ldg(row + i) : Stored<T>{};
+    DK_UNROLL_FOR (int i = 0; i < CHUNK_ELEMENTS; ++i)
+      e[i] = chunk * CHUNK_ELEMENTS + i < head_dim ? dev::ldg(row + i) : Stored<T>{};
     dev::u32x4 words;
     memcpy(&words, e, 16);
     return words;
@@ -73,31 +76,38 @@ template <class T> DK_DEVICE void widen(T, dev::u32x4 w, float (&x)[8]) {
   const uint32_t words[4] = {w.x, w.y, w.z, w.w};
   DK_UNROLL_FOR (int i = 0; i < 8; ++i) x[i] = dev::unpack(T{}, static_cast<uint16_t>(words[i / 2] >> 16 * (i % 2)));
 }
-DK_DEVICE dev::u32x4 narrow(float, const float (&x)[4]) { return {dev::as_bits(x[0]), dev::as_bits(x[1]), dev::as_bits(x[2]), dev::as_bits(x[3])}; }
+DK_DEVICE dev::u32x4 narrow(float, const float (&x)[4]) {
+  return {dev::as_bits(x[0]), dev::as_bits(x[1]), dev::as_bits(x[2]), dev::as_bits(x[3])};
+}
 template <class T> DK_DEVICE dev::u32x4 narrow(T, const float (&x)[8]) {
-  return {dev::pack(T{}, x[0], x[1]), dev::pack(T{}, x[2], x[3]), dev::pack(T{}, x[4], x[5]), dev::pack(T{}, x[6], x[7])};
+  return {dev::pack(T{}, x[0], x[1]), dev::pack(T{}, x[2], x[3]), dev::pack(T{}, x[4], x[5]),
+          dev::pack(T{}, x[6], x[7])};
 }
 
 template <int N> DK_DEVICE void load_floats(uint32_t a, float (&x)[N]) {
   DK_UNROLL_FOR (int i = 0; i < N; i += 4) {
     const dev::u32x4 w = dev::lds16(a + i * 4);
-    x[i] = dev::as_float(w.x), x[i + 1] = dev::as_float(w.y), x[i + 2] = dev::as_float(w.z), x[i + 3] = dev::as_float(w.w);
+    x[i] = dev::as_float(w.x), x[i + 1] = dev::as_float(w.y), x[i + 2] = dev::as_float(w.z),
+    x[i + 3] = dev::as_float(w.w);
   }
 }
 template <int N> DK_DEVICE void store_floats(uint32_t a, const float (&x)[N]) {
-  DK_UNROLL_FOR (int i = 0; i < N; i += 4) dev::sts16(a + i * 4, {dev::as_bits(x[i]), dev::as_bits(x[i + 1]), dev::as_bits(x[i + 2]), dev::as_bits(x[i + 3])});
+  DK_UNROLL_FOR (int i = 0; i < N; i += 4)
+    dev::sts16(a + i * 4, {dev::as_bits(x[i]), dev::as_bits(x[i + 1]), dev::as_bits(x[i + 2]), dev::as_bits(x[i + 3])});
 }
 
 // -- which keys
 
-// Lists the places of `runs` in shared memory, LIST_PLACES of them at a time, and calls body(count). All threads of the block together.
+// Lists the places of `runs` in shared memory, LIST_PLACES of them at a time, and calls body(count). All threads of the
+// block together.
 template <class Body> DK_DEVICE void for_each_list(DecodeSchedule::Runs runs, uint32_t list, const Body& body) {
   for (int run = 0, used = 0; run < runs.count;) {
     int count = 0;
     while (run < runs.count && count < LIST_PLACES) {
       const int begin = dev::ldg(runs.pairs + 2 * run) + used, remaining = dev::ldg(runs.pairs + 2 * run + 1) - used;
       const int taken = remaining < LIST_PLACES - count ? remaining : LIST_PLACES - count;
-      for (int i = dev::tid(); i < taken; i += THREADS) dev::sts_u32(list + (count + i) * 4, static_cast<uint32_t>(begin + i));
+      for (int i = dev::tid(); i < taken; i += THREADS)
+        dev::sts_u32(list + (count + i) * 4, static_cast<uint32_t>(begin + i));
       count += taken;
       used = taken < remaining ? used + taken : 0;
       run += taken == remaining;
@@ -108,10 +118,12 @@ template <class Body> DK_DEVICE void for_each_list(DecodeSchedule::Runs runs, ui
   }
 }
 // Place number i; the last one again beyond it.
-DK_DEVICE int64_t place(uint32_t list, int i, int count) { return dev::lds_u32(list + (i < count ? i : count - 1) * 4); }
+DK_DEVICE int64_t place(uint32_t list, int i, int count) {
+  return dev::lds_u32(list + (i < count ? i : count - 1) * 4);
+}
 
-// -- online-softmax states. Scores are products not yet scaled, so that they are rounded once; `scale` takes their differences to exponents of 2. `out` is
-// unnormalised.
+// -- online-softmax states. Scores are products not yet scaled, so that they are rounded once; `scale` takes their
+// differences to exponents of 2. `out` is unnormalised.
 
 template <class T, int D> struct State {
   static constexpr int N = Shape<T, D>::CHUNK_ELEMENTS;   // a lane holds chunk lane % LANES
@@ -135,7 +147,8 @@ template <class T, int D> struct State {
     dev::syncwarp();
   }
   DK_DEVICE void merge(const State& other, float scale) {
-    const float now = dev::max(softmax.maximum, other.softmax.maximum), beta = weight(other.softmax.maximum, now, scale);
+    const float now = dev::max(softmax.maximum, other.softmax.maximum),
+                beta = weight(other.softmax.maximum, now, scale);
     const float alpha = softmax.update(now, other.softmax.sum * beta, scale);
     DK_UNROLL_FOR (int i = 0; i < N; ++i) out[i] = dev::fma(out[i], alpha, other.out[i] * beta);
   }
@@ -152,14 +165,15 @@ template <class T, int D> struct State {
 
 // Rows of keys and values by place; those of place `own` lie elsewhere.
 template <class T> struct CachedRows {
-  const Stored<T> *keys, *values;
+  const Stored<T>*keys, *values;
   int64_t own;
-  const Stored<T> *own_key, *own_value;
+  const Stored<T>*own_key, *own_value;
 };
 
 // Updates the state at `state` with the listed keys. A warp together: each group of lanes reads rows of its own.
 template <class T, int D, bool ALIGNED>
-DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& rows, int head_dim, uint32_t list, int count, float scale) {
+DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& rows, int head_dim, uint32_t list,
+                      int count, float scale) {
   using S = Shape<T, D>;
   // rows of a group, all of which are under way before the first is needed
   constexpr int ROWS = 8, N = S::CHUNK_ELEMENTS;
@@ -175,7 +189,8 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& row
       const int i = first + r * S::GROUPS + group;
       const int64_t at = place(list, i, count);
       key[r] = fetch<T, ALIGNED>(at == rows.own ? rows.own_key : rows.keys + at * head_dim, chunk, head_dim, i < count);
-      value[r] = fetch<T, ALIGNED>(at == rows.own ? rows.own_value : rows.values + at * head_dim, chunk, head_dim, i < count);
+      value[r] =
+          fetch<T, ALIGNED>(at == rows.own ? rows.own_value : rows.values + at * head_dim, chunk, head_dim, i < count);
     }
     float s[ROWS], maximum = now.softmax.maximum;
     DK_UNROLL_FOR (int r = 0; r < ROWS; ++r) {
@@ -203,8 +218,9 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& row
 }
 
 // -- the text for all candidates of a block, by mma
-// Fragments come straight from global memory, 16 bytes a lane. To that end elements are permuted, within products over them (the same way in queries and keys)
-// and in the columns of the result: lane 4 g + c holds elements 32 b + 8 c to + 7 of query and key g, and elements 64 b + 8 g to + 7 of values.
+// Fragments come straight from global memory, 16 bytes a lane. To that end elements are permuted, within products over
+// them (the same way in queries and keys) and in the columns of the result: lane 4 g + c holds elements 32 b + 8 c to +
+// 7 of query and key g, and elements 64 b + 8 g to + 7 of values.
 template <class T, int D, bool ALIGNED> struct TextByMma {
   static constexpr int STEPS = D / 16, COLUMNS = D / 8;
   uint32_t q[STEPS][4];
@@ -224,7 +240,8 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
       DK_UNROLL_FOR (float& x : column) x = 0.0f;
   }
 
-  DK_DEVICE void tile(const Stored<T>* keys, const Stored<T>* values, uint32_t list, int first, int count, float scale) {
+  DK_DEVICE void tile(const Stored<T>* keys, const Stored<T>* values, uint32_t list, int first, int count,
+                      float scale) {
     const int g = dev::tid() % 32 / 4, c = dev::tid() % 4;
     float s[2][4] = {};
     DK_UNROLL_FOR (int t = 0; t < 2; ++t) {
@@ -242,7 +259,8 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
       now = dev::max(softmax[half].maximum, dev::max(now, dev::shfl_xor(now, 2)));
       DK_UNROLL_FOR (int t = 0; t < 2; ++t)
         DK_UNROLL_FOR (int e = 0; e < 2; ++e) s[t][2 * half + e] = weight(s[t][2 * half + e], now, scale);
-      const float alpha = softmax[half].update(now, (s[0][2 * half] + s[0][2 * half + 1]) + (s[1][2 * half] + s[1][2 * half + 1]), scale);
+      const float alpha = softmax[half].update(
+          now, (s[0][2 * half] + s[0][2 * half + 1]) + (s[1][2 * half] + s[1][2 * half + 1]), scale);
       DK_UNROLL_FOR (auto& column : out) column[2 * half] *= alpha, column[2 * half + 1] *= alpha;
     }
     uint32_t p[4];
@@ -256,7 +274,8 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
       }
       DK_UNROLL_FOR (int j = 0; j < 8; ++j) {
         const auto pair = [&](int i) {
-          return j % 2 ? v[i][j / 2] >> 16 | (v[i + 1][j / 2] & 0xFFFF0000u) : (v[i][j / 2] & 0xFFFFu) | v[i + 1][j / 2] << 16;
+          return j % 2 ? v[i][j / 2] >> 16 | (v[i + 1][j / 2] & 0xFFFF0000u)
+                       : (v[i][j / 2] & 0xFFFFu) | v[i + 1][j / 2] << 16;
         };
         dev::mma(T{}, out[8 * b + j], p, pair(0), pair(2));
       }
@@ -284,7 +303,9 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
 
 // -- the kernel
 
-template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, (D <= 64 && ALIGNED ? 2 : 1)) decode(DK_PARAM DecodeAttentionParams p) {
+template <class T, int D, bool ALIGNED>
+DK_KERNEL(THREADS, (D <= 64 && ALIGNED ? 2 : 1))
+decode(DK_PARAM DecodeAttentionParams p) {
   using S = Shape<T, D>;
   const DecodeAttentionArgs& a = p.args;
   const int head_dim = static_cast<int>(a.head_dim), warp = dev::tid() / 32, chunk = State<T, D>::chunk();
@@ -306,14 +327,18 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, (D <= 64 && ALIGNED ?
     return static_cast<const Stored<T>*>(x) + (first + candidate) * s.sequence + head * s.head;
   };
   const auto state = [&](int candidate) { return states + candidate * S::STATE; };
-  const auto query = [&](int candidate) { return fetch<T, ALIGNED>(row(a.q, a.q_strides, candidate), chunk, head_dim, true); };
+  const auto query = [&](int candidate) {
+    return fetch<T, ALIGNED>(row(a.q, a.q_strides, candidate), chunk, head_dim, true);
+  };
   const int64_t prefix = item * p.text_len * head_dim;
-  const Stored<T> *text_keys = static_cast<const Stored<T>*>(a.prefix_k) + prefix, *text_values = static_cast<const Stored<T>*>(a.prefix_v) + prefix;
+  const Stored<T>*text_keys = static_cast<const Stored<T>*>(a.prefix_k) + prefix,
+        *text_values = static_cast<const Stored<T>*>(a.prefix_v) + prefix;
 
   if constexpr (S::MMA) {
     TextByMma<T, D, ALIGNED> all(row(a.q, a.q_strides, 0), a.q_strides.sequence, count, head_dim);
     for_each_list(text, list, [&](int keys) {
-      for (int key = warp * TILE_KEYS; key < keys; key += WARPS * TILE_KEYS) all.tile(text_keys, text_values, list, key, keys, scale);
+      for (int key = warp * TILE_KEYS; key < keys; key += WARPS * TILE_KEYS)
+        all.tile(text_keys, text_values, list, key, keys, scale);
     });
     all.save(states + warp * CANDIDATES * S::STATE);
     dev::syncthreads();
@@ -342,8 +367,8 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, (D <= 64 && ALIGNED ?
   for_each_list(image, list, [&](int keys) {
     for (int candidate = warp; candidate < count; candidate += WARPS) {
       // The new key and value are read where they came from; others of the sequence are in the cache.
-      const CachedRows<T> rows{row(a.image_k, a.image_strides, candidate), row(a.image_v, a.image_strides, candidate), own, row(a.k, a.k_strides, candidate),
-                         row(a.v, a.v_strides, candidate)};
+      const CachedRows<T> rows{row(a.image_k, a.image_strides, candidate), row(a.image_v, a.image_strides, candidate),
+                               own, row(a.k, a.k_strides, candidate), row(a.v, a.v_strides, candidate)};
       attend<T, D, ALIGNED>(state(candidate), query(candidate), rows, head_dim, list, keys, scale);
     }
   });
@@ -351,24 +376,33 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, (D <= 64 && ALIGNED ?
   if (dev::tid() % 32 >= S::LANES) return;
   for (int candidate = warp; candidate < count; candidate += WARPS) {
     if (inside) {
-      const int64_t at = row(a.image_k, a.image_strides, candidate) - static_cast<const Stored<T>*>(a.image_k) + own * head_dim;
-      store<T, ALIGNED>(static_cast<Stored<T>*>(a.image_k) + at, chunk, head_dim, fetch<T, ALIGNED>(row(a.k, a.k_strides, candidate), chunk, head_dim, true));
-      store<T, ALIGNED>(static_cast<Stored<T>*>(a.image_v) + at, chunk, head_dim, fetch<T, ALIGNED>(row(a.v, a.v_strides, candidate), chunk, head_dim, true));
+      const int64_t at =
+          row(a.image_k, a.image_strides, candidate) - static_cast<const Stored<T>*>(a.image_k) + own * head_dim;
+      store<T, ALIGNED>(static_cast<Stored<T>*>(a.image_k) + at, chunk, head_dim,
+                        fetch<T, ALIGNED>(row(a.k, a.k_strides, candidate), chunk, head_dim, true));
+      store<T, ALIGNED>(static_cast<Stored<T>*>(a.image_v) + at, chunk, head_dim,
+                        fetch<T, ALIGNED>(row(a.v, a.v_strides, candidate), chunk, head_dim, true));
     }
     State<T, D> done;
     done.load(state(candidate));
     const float divide = 1.0f / done.softmax.sum;
     DK_UNROLL_FOR (float& x : done.out) x *= divide;
-    store<T, ALIGNED>(static_cast<Stored<T>*>(a.out) + ((first + candidate) * a.heads + head) * head_dim, chunk, head_dim, narrow(T{}, done.out));
+    store<T, ALIGNED>(static_cast<Stored<T>*>(a.out) + ((first + candidate) * a.heads + head) * head_dim, chunk,
+                      head_dim, narrow(T{}, done.out));
   }
 }
 
 template <class T> bool aligned(const DecodeAttentionArgs& a) {
   const int64_t size = sizeof(Stored<T>);
-  const auto strided = [&](const void* x, const SequenceStrides& s) { return reinterpret_cast<uintptr_t>(x) | s.sequence * size | s.head * size; };
-  return (strided(a.q, a.q_strides) | strided(a.k, a.k_strides) | strided(a.v, a.v_strides) | strided(a.image_k, a.image_strides) |
-          strided(a.image_v, a.image_strides) | reinterpret_cast<uintptr_t>(a.prefix_k) | reinterpret_cast<uintptr_t>(a.prefix_v) |
-          reinterpret_cast<uintptr_t>(a.out) | a.head_dim * size) % 16 == 0;
+  const auto strided = [&](const void* x, const SequenceStrides& s) {
+    return reinterpret_cast<uintptr_t>(x) | s.sequence * size | s.head * size;
+  };
+  return (strided(a.q, a.q_strides) | strided(a.k, a.k_strides) | strided(a.v, a.v_strides) |
+          strided(a.image_k, a.image_strides) | strided(a.image_v, a.image_strides) |
+          reinterpret_cast<uintptr_t>(a.prefix_k) | reinterpret_cast<uintptr_t>(a.prefix_v) |
+          reinterpret_cast<uintptr_t>(a.out) | a.head_dim * size) %
+             16 ==
+         0;
 }
 
 template <class T> const char* launch(const DecodeAttentionArgs& a, int64_t text_len, void* stream) {
@@ -376,16 +410,17 @@ template <class T> const char* launch(const DecodeAttentionArgs& a, int64_t text
     // 8 lanes share a row, or more
     constexpr int SMALLEST = 8 * 16 / sizeof(Stored<T>), D = padded < SMALLEST ? SMALLEST : padded;
     const int64_t groups = (a.candidates + CANDIDATES - 1) / CANDIDATES;
-    return dev::launch("decode_attention", aligned<T>(a) ? decode<T, D, true> : decode<T, D, false>, {a.prompts * a.heads * groups}, THREADS,
-                       Shape<T, D>::SMEM, stream, DecodeAttentionParams{a, text_len, groups});
+    return dev::launch("decode_attention", aligned<T>(a) ? decode<T, D, true> : decode<T, D, false>,
+                       {a.prompts * a.heads * groups}, THREADS, Shape<T, D>::SMEM, stream,
+                       DecodeAttentionParams{a, text_len, groups});
   });
 }
 
-}  // namespace
+}   // namespace
 
 const char* decode_attention(const DecodeAttentionArgs& a, int64_t text_len, void* stream) {
   if (a.dtype == DType::float32) return launch<float>(a, text_len, stream);
   return with_element(a.dtype, [&](auto element) { return launch<decltype(element)>(a, text_len, stream); });
 }
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -17,10 +17,13 @@ struct DeviceDecodeSchedule {
 
  private:
   DK_DEVICE int32_t at(schedule_header::ScheduleHeader word) const { return dev::ldg(p + word); }
-  DK_DEVICE const int32_t* words(int64_t step) const { return p + at(schedule_header::steps_at) + step * DecodeSchedule::STEP_WORDS; }
+  DK_DEVICE const int32_t* words(int64_t step) const {
+    return p + at(schedule_header::steps_at) + step * DecodeSchedule::STEP_WORDS;
+  }
   DK_DEVICE Runs runs(const int32_t* first_and_count) const {
-    return {p + at(schedule_header::runs_at) + 2 * static_cast<int64_t>(dev::ldg(first_and_count)), dev::ldg(first_and_count + 1)};
+    return {p + at(schedule_header::runs_at) + 2 * static_cast<int64_t>(dev::ldg(first_and_count)),
+            dev::ldg(first_and_count + 1)};
   }
 };
 
-}  // namespace dk
+}   // namespace dk

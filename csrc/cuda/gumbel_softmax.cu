@@ -1,5 +1,6 @@
-// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum from the noisy logits that were kept.
-// They are computed again where shared memory is too small for them. The hard variant needs no more than the argmax for its second sweep.
+// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum
+// from the noisy logits that were kept. They are computed again where shared memory is too small for them. The hard
+// variant needs no more than the argmax for its second sweep.
 #include "cuda/gumbel_softmax.h"
 
 #include "cuda/gumbel_sweep.h"
@@ -84,7 +85,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
 
   DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
     if constexpr (KL)
-      if (s.chunk == 0 && 4 * dev::tid() + i < 1 << s.log_width && s.place(p.cut, i) >= 0) put_kl(a, s.place(p.cut, i), v[i] + PLAIN);
+      if (s.chunk == 0 && 4 * dev::tid() + i < 1 << s.log_width && s.place(p.cut, i) >= 0)
+        put_kl(a, s.place(p.cut, i), v[i] + PLAIN);
     // the factor of y in place of the sum; NaN in place of 1 where there is no largest
     if constexpr (HARD) v[i][0] = 1.0f + (v[i][0] - v[i][0]);
     else v[i][1] = 1.0f / v[i][1];
@@ -118,8 +120,9 @@ template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxArg
   p.cut.aligned = aligned(a.logits, sizeof(Stored<T>)) && aligned(a.y, sizeof(Stored<T>));
   const int64_t kept = p.cut.kept_bytes(Kept<float>::QUAD), reduction = Reduction<WORDS<HARD, KL>>::bytes(p.cut);
   const bool resident = !HARD && kept + reduction <= dev::shared_memory_per_block();
-  return dev::launch("gumbel_softmax", resident ? forward<T, HARD, KL, !HARD> : forward<T, HARD, KL, false>, {p.cut.strips * p.cut.cluster, 1, p.cut.cluster},
-                     p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
+  return dev::launch("gumbel_softmax", resident ? forward<T, HARD, KL, !HARD> : forward<T, HARD, KL, false>,
+                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(),
+                     static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxArgs& a, void* stream) {
@@ -127,7 +130,7 @@ template <class T> const char* launch(const GumbelSoftmaxArgs& a, void* stream) 
   return a.kl ? launch<T, false, true>(a, stream) : launch<T, false, false>(a, stream);
 }
 
-}  // namespace
+}   // namespace
 
 const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream) {
   if (a.dtype == DType::float32) return launch<float>(a, stream);
@@ -135,4 +138,4 @@ const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream) {
   return launch<dev::Float16>(a, stream);
 }
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -1,6 +1,7 @@
-// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). A first sweep takes the sum and keeps y and
-// grad for the second, or they are read twice. The hard variant keeps the noisy logits in place of y, which was not stored: its first sweep draws the noise
-// again and takes the softmax's statistics along with the sum.
+// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). A
+// first sweep takes the sum and keeps y and grad for the second, or they are read twice. The hard variant keeps the
+// noisy logits in place of y, which was not stored: its first sweep draws the noise again and takes the softmax's
+// statistics along with the sum.
 #include "cuda/gumbel_softmax.h"
 #include "cuda/gumbel_sweep.h"
 
@@ -55,7 +56,9 @@ template <class T> struct Kinds<T, true> {
 };
 template <class T, bool HARD> constexpr int QUAD_BYTES = Kept<typename Kinds<T, HARD>::First>::QUAD + Kept<T>::QUAD;
 
-template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, MIN_BLOCKS) backward(DK_PARAM Params p) {
+template <class T, bool HARD, bool KL, bool RESIDENT>
+DK_KERNEL(32 * MAX_WARPS, MIN_BLOCKS)
+backward(DK_PARAM Params p) {
   using First = typename Kinds<T, HARD>::First;
   using Statistics = typename Kinds<T, HARD>::Statistics;
   constexpr int N = Statistics::WORDS;
@@ -70,7 +73,7 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
     if constexpr (HARD) Statistics::merge(x, y, scale);
     else Statistics::merge(x, y);
   };
-  const auto read = [&](const Batch<T>& batch, float(&first)[BATCH][4], float(&grad)[BATCH][4]) {
+  const auto read = [&](const Batch<T>& batch, float (&first)[BATCH][4], float (&grad)[BATCH][4]) {
     batch.load(p.args.grad_y, 0.0f, grad);
     if constexpr (HARD) {
       batch.load(f.logits, -dev::inf(), first);
@@ -132,12 +135,13 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
 template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* stream) {
   constexpr int element = sizeof(Stored<T>), quad = QUAD_BYTES<T, HARD>;
   Params p{a, cut(a.forward, element, quad / 4)};
-  p.cut.aligned = aligned(a.forward.y, element) && aligned(a.forward.logits, element) && aligned(a.grad_y, element) && aligned(a.grad_logits, element);
+  p.cut.aligned = aligned(a.forward.y, element) && aligned(a.forward.logits, element) && aligned(a.grad_y, element) &&
+                  aligned(a.grad_logits, element);
   const int64_t kept = p.cut.kept_bytes(quad), reduction = Reduction<Kinds<T, HARD>::Statistics::WORDS>::bytes(p.cut);
   const bool resident = kept + reduction <= dev::shared_memory_per_block();
   return dev::launch("gumbel_softmax_backward", resident ? backward<T, HARD, KL, true> : backward<T, HARD, KL, false>,
-                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction),
-                     stream, p);
+                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(),
+                     static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* stream) {
@@ -145,7 +149,7 @@ template <class T> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* 
   return a.grad_kl ? launch<T, false, true>(a, stream) : launch<T, false, false>(a, stream);
 }
 
-}  // namespace
+}   // namespace
 
 const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* stream) {
   if (a.forward.dtype == DType::float32) return launch<float>(a, stream);
@@ -153,4 +157,4 @@ const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* st
   return launch<dev::Float16>(a, stream);
 }
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

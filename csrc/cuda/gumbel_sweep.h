@@ -1,11 +1,13 @@
-// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a lane holds, running statistics and
-// their reduction.
+// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a
+// lane holds, running statistics and their reduction.
 //
-// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a quad: 4 elements that follow each other
-// in memory, which is also what one Philox block serves. Where there are 3 positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes.
-// Strips are cut into chunks of classes, a chunk into rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are merged
-// lanes first, then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the chunks, one block in turn or the blocks of a
-// cluster, each of which keeps its own in shared memory; nor on whether a block keeps what it has read or reads it twice.
+// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a
+// quad: 4 elements that follow each other in memory, which is also what one Philox block serves. Where there are 3
+// positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes. Strips are cut into chunks of
+// classes, a chunk into rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are
+// merged lanes first, then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the
+// chunks, one block in turn or the blocks of a cluster, each of which keeps its own in shared memory; nor on whether a
+// block keeps what it has read or reads it twice.
 #pragma once
 #include "common/gumbel_softmax.h"
 #include "cuda/element.h"
@@ -14,30 +16,32 @@
 
 namespace dk::sweep {
 
-constexpr int MAX_WARPS = 8;                  // of a block
-constexpr int MIN_BLOCKS = 2;                 // of a multiprocessor: one reads while the other writes
-constexpr int BATCH = 4;                      // rounds whose loads are under way together
-constexpr int MAX_LOG_WIDTH = 5;              // of a strip, in positions
-constexpr int SECTOR = 32;                    // bytes that memory moves at least
-constexpr int MAX_CHUNKS = 8;                 // the blocks of a portable cluster
+constexpr int MAX_WARPS = 8;       // of a block
+constexpr int MIN_BLOCKS = 2;      // of a multiprocessor: one reads while the other writes
+constexpr int BATCH = 4;           // rounds whose loads are under way together
+constexpr int MAX_LOG_WIDTH = 5;   // of a strip, in positions
+constexpr int SECTOR = 32;         // bytes that memory moves at least
+constexpr int MAX_CHUNKS = 8;      // the blocks of a portable cluster
 // to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
 constexpr int64_t CHUNK_BYTES = 64 * 1024;
-constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
+constexpr float FAR = -1e4f;   // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- how the work is cut
 
 struct Cut {
   int64_t classes, inner, strips_per_outer, strips;
-  int log_width;         // positions of a strip
-  int warps;             // of a block
-  int chunks, rounds;    // of a strip; of a chunk
-  int cluster;           // blocks per strip
-  bool aligned;          // all tensors may be accessed by quads
+  int log_width;        // positions of a strip
+  int warps;            // of a block
+  int chunks, rounds;   // of a strip; of a chunk
+  int cluster;          // blocks per strip
+  bool aligned;         // all tensors may be accessed by quads
 
   int width() const { return 1 << log_width; }
   int threads() const { return 32 * warps; }
   int chunks_per_block() const { return chunks / cluster; }
-  int64_t kept_bytes(int quad_bytes) const { return static_cast<int64_t>(chunks_per_block()) * rounds * threads() * quad_bytes; }
+  int64_t kept_bytes(int quad_bytes) const {
+    return static_cast<int64_t>(chunks_per_block()) * rounds * threads() * quad_bytes;
+  }
 };
 
 // `kept`: bytes per element that a second sweep can take from shared memory.
@@ -58,22 +62,30 @@ inline Cut cut(const GumbelSoftmaxArgs& a, int element_bytes, int kept) {
   return c;
 }
 
-inline bool aligned(const void* p, int element_bytes) { return reinterpret_cast<uintptr_t>(p) % (4 * element_bytes) == 0; }
+inline bool aligned(const void* p, int element_bytes) {
+  return reinterpret_cast<uintptr_t>(p) % (4 * element_bytes) == 0;
+}
 
 // -- what a lane holds
 
 struct Strip {
-  int64_t first;               // element that the quad of chunk 0, round 0 begins with
+  int64_t first;   // element that the quad of chunk 0, round 0 begins with
   int64_t inner;
   uint32_t first_class, classes;
-  int quad;                    // elements of a quad that are positions of the strip
+  int quad;   // elements of a quad that are positions of the strip
   int log_width, threads, chunks_per_block, rounds;
-  uint32_t chunk;              // the first of this block
+  uint32_t chunk;   // the first of this block
   bool aligned;
 
   DK_DEVICE explicit Strip(const Cut& c)
-      : inner(c.inner), classes(c.classes), log_width(c.log_width), threads(32 * c.warps), chunks_per_block(c.chunks / c.cluster), rounds(c.rounds),
-        chunk(dev::cluster_rank() * (c.chunks / c.cluster)), aligned(c.aligned) {
+      : inner(c.inner),
+        classes(c.classes),
+        log_width(c.log_width),
+        threads(32 * c.warps),
+        chunks_per_block(c.chunks / c.cluster),
+        rounds(c.rounds),
+        chunk(dev::cluster_rank() * (c.chunks / c.cluster)),
+        aligned(c.aligned) {
     const int64_t at = position(c);
     first_class = 4 * dev::tid() >> log_width;
     first = (outer(c) * c.classes + first_class) * inner + at;
@@ -82,7 +94,9 @@ struct Strip {
   static DK_DEVICE int64_t index(const Cut& c) { return dev::bid_x() / c.cluster; }
   static DK_DEVICE int64_t outer(const Cut& c) { return index(c) / c.strips_per_outer; }
   // of a quad's first element
-  static DK_DEVICE int64_t position(const Cut& c) { return ((index(c) % c.strips_per_outer) << c.log_width) + (4 * dev::tid() & ((1 << c.log_width) - 1)); }
+  static DK_DEVICE int64_t position(const Cut& c) {
+    return ((index(c) % c.strips_per_outer) << c.log_width) + (4 * dev::tid() & ((1 << c.log_width) - 1));
+  }
 
   // in the strip, of a quad's elements
   DK_DEVICE int column(int i) const { return (4 * dev::tid() + i) & ((1 << log_width) - 1); }
@@ -95,10 +109,10 @@ struct Strip {
 
 // A lane's quads in BATCH rounds.
 template <class T> struct Batch {
-  int64_t at, stride;         // element that the first begins with; from round to round
+  int64_t at, stride;   // element that the first begins with; from round to round
   uint32_t first_class, classes, classes_per_round;
   int quad, log_width;
-  bool full;                  // all elements exist, and may be accessed by quads
+  bool full;   // all elements exist, and may be accessed by quads
 
   DK_DEVICE Batch(const Strip& s, int chunk, int round)
       : classes(s.classes), classes_per_round(4 * s.threads >> s.log_width), quad(s.quad), log_width(s.log_width) {
@@ -110,7 +124,10 @@ template <class T> struct Batch {
   DK_DEVICE uint32_t class_of(int r) const { return first_class + r * classes_per_round; }
   // Elements that exist; they come first. (Beyond 2^31 classes there are only some that do not exist.)
   DK_DEVICE int count(int r) const {
-    const int remaining = static_cast<int>(classes - class_of(r)), elements = (remaining < 0 ? 0 : remaining < 4 ? remaining : 4) << log_width;
+    const int remaining = static_cast<int>(classes - class_of(r)), elements = (remaining < 0   ? 0
+                                                                               : remaining < 4 ? remaining
+                                                                                               : 4)
+                                                                              << log_width;
     return elements < quad ? elements : quad;
   }
 
@@ -120,7 +137,8 @@ template <class T> struct Batch {
       DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) load_quad(T{}, p + r * stride, x[r]);
     } else {
       DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL_FOR (int i = 0; i < 4; ++i) x[r][i] = i < count(r) ? Element<T>::widen(dev::ldg(p + r * stride + i)) : fill;
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+          x[r][i] = i < count(r) ? Element<T>::widen(dev::ldg(p + r * stride + i)) : fill;
       }
     }
   }
@@ -158,7 +176,9 @@ template <class T> struct Kept {
   static constexpr int QUAD = 4 * sizeof(Stored<T>);
   uint32_t base;
 
-  DK_DEVICE uint32_t end(const Strip& s) const { return base + static_cast<uint32_t>(s.chunks_per_block * s.rounds * s.threads) * QUAD; }
+  DK_DEVICE uint32_t end(const Strip& s) const {
+    return base + static_cast<uint32_t>(s.chunks_per_block * s.rounds * s.threads) * QUAD;
+  }
   DK_DEVICE uint32_t address(const Strip& s, int chunk, int round) const {
     return base + static_cast<uint32_t>((chunk * s.rounds + round) * s.threads + dev::tid()) * QUAD;
   }
@@ -226,7 +246,8 @@ struct Entropy {
   float weighted = 0.0f;
 
   DK_DEVICE void update(const float (&x)[BATCH][4], int i) {
-    const float now = running_maximum(state.maximum, x, i), shift = not_below_far(state.maximum - now), alpha = weight(shift, 0.0f, LOG2E);
+    const float now = running_maximum(state.maximum, x, i), shift = not_below_far(state.maximum - now),
+                alpha = weight(shift, 0.0f, LOG2E);
     float batch = 0.0f, batch_weighted = 0.0f;
     DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       const float d = not_below_far(x[r][i] - now), w = weight(d, 0.0f, LOG2E);
@@ -240,13 +261,15 @@ struct Entropy {
   static DK_DEVICE void merge(float* a, const float* b) {
     const float now = dev::max(a[0], b[0]), shift_a = not_below_far(a[0] - now), shift_b = not_below_far(b[0] - now);
     const float alpha = weight(shift_a, 0.0f, LOG2E), beta = weight(shift_b, 0.0f, LOG2E);
-    a[2] = dev::add_rn(dev::mul_rn(alpha, dev::fma(a[1], shift_a, a[2])), dev::mul_rn(beta, dev::fma(b[1], shift_b, b[2])));
+    a[2] = dev::add_rn(dev::mul_rn(alpha, dev::fma(a[1], shift_a, a[2])),
+                       dev::mul_rn(beta, dev::fma(b[1], shift_b, b[2])));
     a[1] = dev::add_rn(dev::mul_rn(alpha, a[1]), dev::mul_rn(beta, b[1]));
     a[0] = now;
   }
 };
 
-// -- the reduction of N numbers per element; merge(a, b) is symmetric, for lanes find the same results by different ways
+// -- the reduction of N numbers per element; merge(a, b) is symmetric, for lanes find the same results by different
+// ways
 
 template <int N> struct Reduction {
   uint32_t warps, chunks, whole;   // [warps of the block][width][N], [chunks per block][width][N], [width][N]
@@ -256,7 +279,9 @@ template <int N> struct Reduction {
   DK_DEVICE Reduction(const Strip& s, uint32_t smem) : warps(smem), log_width(s.log_width), warp_count(s.threads / 32) {
     chunks = at(warps, warp_count, 0), whole = at(chunks, s.chunks_per_block, 0);
   }
-  DK_DEVICE uint32_t at(uint32_t table, int row, int column) const { return table + ((row << log_width) + column) * N * 4; }
+  DK_DEVICE uint32_t at(uint32_t table, int row, int column) const {
+    return table + ((row << log_width) + column) * N * 4;
+  }
   static DK_DEVICE void put(uint32_t at, const float* v) {
     DK_UNROLL_FOR (int k = 0; k < N; ++k) dev::sts_f32(at + 4 * k, v[k]);
   }
@@ -320,4 +345,4 @@ template <int N> struct Reduction {
   }
 };
 
-}  // namespace dk::sweep
+}   // namespace dk::sweep

@@ -1,4 +1,5 @@
-// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset, index).
+// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
+// index).
 #pragma once
 #include "cuda/device.h"
 #include "cuda/math.h"
@@ -32,4 +33,4 @@ DK_DEVICE float gumbel(uint32_t bits) {
   return -natural_log(-log_split(e, dev::fma(-scale, u, scale - 1.0f)));
 }
 
-}  // namespace dk
+}   // namespace dk

@@ -1,4 +1,5 @@
-// Reads a packed plan (csrc/common/plan.h) from device memory. Tiles have 64 rows, groups COLUMNS columns, and every entry is one group.
+// Reads a packed plan (csrc/common/plan.h) from device memory. Tiles have 64 rows, groups COLUMNS columns, and every
+// entry is one group.
 #pragma once
 #include "common/plan.h"
 #include "cuda/device.h"
@@ -11,7 +12,11 @@ template <int COLUMNS> struct DevicePlan {
   static constexpr int PARTS = COLUMNS / 16;   // parts of 16 x 16 across a group
 
   explicit DK_DEVICE DevicePlan(const int32_t* packed)
-      : p(packed), rows_at(at(plan_header::rows_at)), entries_at(at(plan_header::entries_at)), gather_at(at(plan_header::gathered_at)), masks_at(at(plan_header::masks_at)) {}
+      : p(packed),
+        rows_at(at(plan_header::rows_at)),
+        entries_at(at(plan_header::entries_at)),
+        gather_at(at(plan_header::gathered_at)),
+        masks_at(at(plan_header::masks_at)) {}
 
   using Item = Plan::Item;
   DK_DEVICE Item item(int64_t i) const {
@@ -58,4 +63,4 @@ template <int COLUMNS> struct DevicePlan {
   DK_DEVICE int32_t at(plan_header::PlanHeader word) const { return dev::ldg(p + word); }
 };
 
-}  // namespace dk
+}   // namespace dk

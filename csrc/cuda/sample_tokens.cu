@@ -1,5 +1,6 @@
-// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. A row is one block. Its logits become keys, unsigned
-// integers in the order of the floats, which stay in shared memory where they fit. Both filters keep all keys from a threshold up, which is found bit by bit.
+// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. A row is one
+// block. Its logits become keys, unsigned integers in the order of the floats, which stay in shared memory where they
+// fit. Both filters keep all keys from a threshold up, which is found bit by bit.
 #include "cuda/sample_tokens.h"
 
 #include "cuda/element.h"
@@ -29,7 +30,9 @@ template <> constexpr uint32_t LOWEST_BIT<dev::BFloat16> = 1u << 16;
 template <> constexpr uint32_t LOWEST_BIT<dev::Float16> = 1u << 13;
 
 // A key and its token, such that the largest is the first token of the largest key.
-DK_DEVICE uint64_t ranked(uint32_t key, uint32_t token) { return static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - token); }
+DK_DEVICE uint64_t ranked(uint32_t key, uint32_t token) {
+  return static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - token);
+}
 DK_DEVICE uint32_t key_of_ranked(uint64_t r) { return static_cast<uint32_t>(r >> 32); }
 DK_DEVICE uint32_t token_of_ranked(uint64_t r) { return 0xFFFFFFFFu - static_cast<uint32_t>(r); }
 
@@ -40,7 +43,8 @@ struct Sum {
   DK_DEVICE double operator()(double a, double b) const { return a + b; }
 };
 
-// Reductions over the block, each in the same order every time. Two areas of shared memory take turns, so that one barrier is enough.
+// Reductions over the block, each in the same order every time. Two areas of shared memory take turns, so that one
+// barrier is enough.
 struct Reduce {
   static constexpr uint32_t BYTES = 2 * WARPS * 8;
   uint32_t smem;
@@ -86,7 +90,8 @@ template <class T, bool CACHED> struct Row {
       load_quad(T{}, logits + first, x);
       DK_UNROLL_FOR (int i = 0; i < 4; ++i) key[i] = key_of(x[i]);
     } else {
-      DK_UNROLL_FOR (int i = 0; i < 4; ++i) key[i] = i < remaining ? key_of(Element<T>::widen(dev::ldg(logits + first + i))) : PADDING;
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+        key[i] = i < remaining ? key_of(Element<T>::widen(dev::ldg(logits + first + i))) : PADDING;
     }
   }
   DK_DEVICE void keys(int quad, uint32_t (&key)[4]) const {
@@ -99,15 +104,18 @@ template <class T, bool CACHED> struct Row {
   }
   DK_DEVICE void weights(int quad, float (&weight)[4]) const {
     const dev::u32x4 v = dev::lds16(smem + (quads + quad) * 16);
-    weight[0] = dev::as_float(v.x), weight[1] = dev::as_float(v.y), weight[2] = dev::as_float(v.z), weight[3] = dev::as_float(v.w);
+    weight[0] = dev::as_float(v.x), weight[1] = dev::as_float(v.y), weight[2] = dev::as_float(v.z),
+    weight[3] = dev::as_float(v.w);
   }
   DK_DEVICE void keep_weights(int quad, const float (&w)[4]) const {
-    dev::sts16(smem + (quads + quad) * 16, {dev::as_bits(w[0]), dev::as_bits(w[1]), dev::as_bits(w[2]), dev::as_bits(w[3])});
+    dev::sts16(smem + (quads + quad) * 16,
+               {dev::as_bits(w[0]), dev::as_bits(w[1]), dev::as_bits(w[2]), dev::as_bits(w[3])});
   }
 };
 
 // What the keys >= least weigh together; weigh(quad, keys, weights).
-template <class Row, class Weigh> DK_DEVICE double mass_from(uint32_t least, const Row& row, Reduce& reduce, const Weigh& weigh) {
+template <class Row, class Weigh>
+DK_DEVICE double mass_from(uint32_t least, const Row& row, Reduce& reduce, const Weigh& weigh) {
   double mass = 0.0;
   for (int quad = dev::tid(); quad < row.quads; quad += THREADS) {
     uint32_t key[4];
@@ -120,8 +128,8 @@ template <class Row, class Weigh> DK_DEVICE double mass_from(uint32_t least, con
   return reduce.block(mass, Sum());
 }
 
-// The largest key such that all keys from it up weigh `target` or more (its lower bits, in which no keys differ, are 0). That they weigh less the larger it is
-// holds for the rounded sums too: what is left out is added as 0.
+// The largest key such that all keys from it up weigh `target` or more (its lower bits, in which no keys differ, are
+// 0). That they weigh less the larger it is holds for the rounded sums too: what is left out is added as 0.
 template <class T, class Mass> DK_DEVICE uint32_t threshold(double target, const Mass& mass) {
   uint32_t found = 0;
   for (uint32_t bit = 0x80000000u; bit >= LOWEST_BIT<T>; bit >>= 1)
@@ -129,29 +137,36 @@ template <class T, class Mass> DK_DEVICE uint32_t threshold(double target, const
   return found;
 }
 
-template <class T, bool CACHED> DK_DEVICE uint32_t least_kept(const SampleTokensArgs& a, const Row<T, CACHED>& row, Reduce& reduce, float top) {
+template <class T, bool CACHED>
+DK_DEVICE uint32_t least_kept(const SampleTokensArgs& a, const Row<T, CACHED>& row, Reduce& reduce, float top) {
   uint32_t least = PADDING + 1;
   if (a.top_k > 0 && a.top_k < a.vocabulary) {
     const auto one = [](int, const uint32_t (&)[4], float (&w)[4]) { w[0] = w[1] = w[2] = w[3] = 1.0f; };
-    least = threshold<T>(static_cast<double>(a.top_k), [&](uint32_t from) { return mass_from(from, row, reduce, one); });
+    least =
+        threshold<T>(static_cast<double>(a.top_k), [&](uint32_t from) { return mass_from(from, row, reduce, one); });
   }
   if (a.top_p < 1.0) {
     const float scale = LOG2E / a.temperature;
     const auto compute = [&](int, const uint32_t (&key)[4], float (&w)[4]) {
-      DK_UNROLL_FOR (int i = 0; i < 4; ++i) w[i] = key[i] >= least ? dev::exp2_approx((value_of(key[i]) - top) * scale) : 0.0f;
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+        w[i] = key[i] >= least ? dev::exp2_approx((value_of(key[i]) - top) * scale) : 0.0f;
     };
     const auto first = [&](int quad, const uint32_t (&key)[4], float (&w)[4]) {
       compute(quad, key, w);
       if (CACHED) row.keep_weights(quad, w);
     };
-    const auto again = [&](int quad, const uint32_t (&key)[4], float (&w)[4]) { CACHED ? row.weights(quad, w) : compute(quad, key, w); };
+    const auto again = [&](int quad, const uint32_t (&key)[4], float (&w)[4]) {
+      CACHED ? row.weights(quad, w) : compute(quad, key, w);
+    };
     const double target = a.top_p * mass_from(least, row, reduce, first);
     return threshold<T>(target, [&](uint32_t from) { return mass_from(from, row, reduce, again); });
   }
   return least;
 }
 
-template <class Row> DK_DEVICE uint64_t draw(const SampleTokensArgs& a, const Row& row, Reduce& reduce, PhiloxKey philox_key, float top, uint32_t least) {
+template <class Row>
+DK_DEVICE uint64_t draw(const SampleTokensArgs& a, const Row& row, Reduce& reduce, PhiloxKey philox_key, float top,
+                        uint32_t least) {
   const float inverse_temperature = 1.0f / a.temperature;
   uint64_t best = 0;
   for (int quad = dev::tid(); quad < row.quads; quad += THREADS) {
@@ -173,8 +188,8 @@ template <class T, bool CACHED> DK_KERNEL(THREADS, 2) sample_row(DK_PARAM Sample
   const SampleTokensArgs& a = p.args;
   const int64_t index = dev::bid_x();
   Reduce reduce{dev::smem_base()};
-  const Row<T, CACHED> row{p, static_cast<const Stored<T>*>(a.logits) + index * a.row_stride, dev::smem_base() + Reduce::BYTES,
-                           static_cast<int>((a.vocabulary + 3) / 4)};
+  const Row<T, CACHED> row{p, static_cast<const Stored<T>*>(a.logits) + index * a.row_stride,
+                           dev::smem_base() + Reduce::BYTES, static_cast<int>((a.vocabulary + 3) / 4)};
   uint64_t best = 0;
   for (int quad = dev::tid(); quad < row.quads; quad += THREADS) {
     uint32_t key[4];
@@ -187,7 +202,8 @@ template <class T, bool CACHED> DK_KERNEL(THREADS, 2) sample_row(DK_PARAM Sample
   const uint32_t top_key = key_of_ranked(best);
   if (MINUS_INF_KEY < top_key && top_key < INF_KEY) {
     const float top = value_of(top_key);
-    const PhiloxKey philox_key{static_cast<uint64_t>(dev::ldg(a.seed + index)), static_cast<uint64_t>(dev::ldg(a.offset + index))};
+    const PhiloxKey philox_key{static_cast<uint64_t>(dev::ldg(a.seed + index)),
+                               static_cast<uint64_t>(dev::ldg(a.offset + index))};
     best = draw(a, row, reduce, philox_key, top, least_kept(a, row, reduce, top));
   }
   if (dev::tid() == 0) dev::stg(a.tokens + index, static_cast<int64_t>(token_of_ranked(best)));
@@ -203,7 +219,7 @@ template <class T> const char* launch(const SampleTokensArgs& a, void* stream) {
                      static_cast<uint32_t>(cached ? bytes : Reduce::BYTES), stream, SampleTokensParams{a, aligned});
 }
 
-}  // namespace
+}   // namespace
 
 const char* sample_tokens(const SampleTokensArgs& a, void* stream) {
   if (a.dtype == DType::float32) return launch<float>(a, stream);
@@ -211,4 +227,4 @@ const char* sample_tokens(const SampleTokensArgs& a, void* stream) {
   return launch<dev::Float16>(a, stream);
 }
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -1,5 +1,6 @@
-// Online softmax: a running maximum and a running sum of weights 2^(scale * (score - maximum)). What was weighted relative to an earlier maximum is rescaled
-// by alpha, the weight of that maximum. Roundings are written out where the compiler could choose to fuse, and might not in all kernels.
+// Online softmax: a running maximum and a running sum of weights 2^(scale * (score - maximum)). What was weighted
+// relative to an earlier maximum is rescaled by alpha, the weight of that maximum. Roundings are written out where the
+// compiler could choose to fuse, and might not in all kernels.
 #pragma once
 #include "cuda/device.h"
 
@@ -9,7 +10,9 @@ namespace dk {
 constexpr float EMPTY_MAXIMUM = -3.40282347e38f;
 
 // 1 for the maximum itself
-DK_DEVICE float weight(float score, float maximum, float scale) { return dev::exp2_approx(dev::mul_rn(score - maximum, scale)); }
+DK_DEVICE float weight(float score, float maximum, float scale) {
+  return dev::exp2_approx(dev::mul_rn(score - maximum, scale));
+}
 
 struct SoftmaxState {
   float maximum = EMPTY_MAXIMUM, sum = 0.0f;
@@ -23,4 +26,4 @@ struct SoftmaxState {
   }
 };
 
-}  // namespace dk
+}   // namespace dk

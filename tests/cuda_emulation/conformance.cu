@@ -1,10 +1,13 @@
-// Does a GPU do what the emulation (cuda_emulation.h) takes it to do? Every primitive of csrc/cuda/device.h, on random inputs, with all that each lane then holds
-// written out. The same source is compiled by nvcc for a GPU and by g++ under emulation; conformance.py builds, runs and compares:
+// Does a GPU do what the emulation (cuda_emulation.h) takes it to do? Every primitive of csrc/cuda/device.h, on random
+// inputs, with all that each lane then holds written out. The same source is compiled by nvcc for a GPU and by g++
+// under emulation; conformance.py builds, runs and compares:
 //
-//   python tests/cuda_emulation/conformance.py       exit status 0: they agree; 1: what differs first, by primitive, lane and word
+//   python tests/cuda_emulation/conformance.py       exit status 0: they agree; 1: what differs first, by primitive,
+//   lane and word
 //
 // What is random is drawn in statements of its own: the arguments of a call are evaluated in any order.
-// By itself the program prints a line for each primitive, block and lane: its name, how it is to be compared, block, lane, and the words in hexadecimal.
+// By itself the program prints a line for each primitive, block and lane: its name, how it is to be compared, block,
+// lane, and the words in hexadecimal.
 #include "cuda/device.h"
 
 #include <cstdio>
@@ -43,14 +46,15 @@ struct Lane {
   DK_DEVICE void put(int word, float v) { put(word, dev::as_bits(v)); }
 };
 
-// How words are compared: BITS exactly, FLOAT likewise but for the bits of a NaN, EXP2 and LOG2 within the errors that the PTX manual allows.
-#define DK_PROBE(NAME, COMPARED, WRITTEN)             \
-  struct NAME {                                       \
-    static constexpr const char* name = #NAME;        \
-    static constexpr const char* compared = COMPARED; \
-    static constexpr int words = WRITTEN;             \
+// How words are compared: BITS exactly, FLOAT likewise but for the bits of a NaN, EXP2 and LOG2 within the errors that
+// the PTX manual allows.
+#define DK_PROBE(NAME, COMPARED, WRITTEN)                \
+  struct NAME {                                          \
+    static constexpr const char* name = #NAME;           \
+    static constexpr const char* compared = COMPARED;    \
+    static constexpr int words = WRITTEN;                \
     static DK_DEVICE void run(Lane& l, uint32_t shared); \
-  };                                                  \
+  };                                                     \
   DK_DEVICE void NAME::run([[maybe_unused]] Lane& l, [[maybe_unused]] uint32_t shared)
 
 // -- where am I
@@ -112,7 +116,8 @@ DK_PROBE(cp_async, "bits", 12) {
 
 // -- a warp together
 DK_PROBE(shfl_xor, "bits", 10) {
-  DK_UNROLL_FOR (int i = 0; i < 5; ++i) l.put(i, dev::shfl_xor(l.random(), 1 << i)), l.put(5 + i, dev::shfl_xor(l.number(), 1 << i));
+  DK_UNROLL_FOR (int i = 0; i < 5; ++i)
+    l.put(i, dev::shfl_xor(l.random(), 1 << i)), l.put(5 + i, dev::shfl_xor(l.number(), 1 << i));
 }
 DK_PROBE(shfl, "bits", 4) {
   DK_UNROLL_FOR (int i = 0; i < 2; ++i) {
@@ -126,7 +131,8 @@ DK_PROBE(ballot, "bits", 2) {
 }
 template <bool TRANSPOSED> DK_DEVICE void load_matrices(Lane& l, uint32_t shared) {
   const uint32_t warp = shared + dev::tid() / 32 * 1024, lane = dev::tid() & 31;
-  DK_UNROLL_FOR (int i = 0; i < 2; ++i) dev::sts16(warp + lane * 32 + 16 * i, {l.random(), l.random(), l.random(), l.random()});
+  DK_UNROLL_FOR (int i = 0; i < 2; ++i)
+    dev::sts16(warp + lane * 32 + 16 * i, {l.random(), l.random(), l.random(), l.random()});
   dev::syncwarp();
   uint32_t r[4];
   const uint32_t row = warp + (lane * 13 + 5) % 32 * 32 + (lane & 16);   // rows in no order, and with gaps
@@ -171,18 +177,22 @@ DK_PROBE(unpack_float16, "float", 4) {
 // -- arithmetic
 DK_PROBE(exp2_approx, "exp2", 8) {
   DK_UNROLL_FOR (int i = 0; i < 5; ++i) l.put(i, dev::exp2_approx(l.number() * 0.25f));
-  l.put(5, dev::exp2_approx(-dev::inf())), l.put(6, dev::exp2_approx(dev::inf())), l.put(7, dev::exp2_approx(dev::as_float(l.random())));
+  l.put(5, dev::exp2_approx(-dev::inf())), l.put(6, dev::exp2_approx(dev::inf())),
+      l.put(7, dev::exp2_approx(dev::as_float(l.random())));
 }
 DK_PROBE(log2_approx, "log2", 8) {
   // 0.5 to 2
-  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, dev::log2_approx(dev::as_float(0x3f000000u + l.random() % 0x01000000u)));
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+    l.put(i, dev::log2_approx(dev::as_float(0x3f000000u + l.random() % 0x01000000u)));
   DK_UNROLL_FOR (int i = 4; i < 6; ++i) l.put(i, dev::log2_approx(dev::as_float(l.random())));
   l.put(6, dev::log2_approx(0.0f)), l.put(7, dev::log2_approx(dev::inf()));
 }
 DK_PROBE(arithmetic, "float", 9) {
-  const float a = l.number(), b = l.number(), c = l.number(), any = dev::as_float(l.random()), nan = dev::as_float(0x7fc00000u);
+  const float a = l.number(), b = l.number(), c = l.number(), any = dev::as_float(l.random()),
+              nan = dev::as_float(0x7fc00000u);
   l.put(0, dev::max(a, b)), l.put(1, dev::min(a, b)), l.put(2, dev::max(a, nan)), l.put(3, dev::min(nan, b));
-  l.put(4, dev::fma(a, b, c)), l.put(5, dev::mul_rn(a, any)), l.put(6, dev::add_rn(a, any)), l.put(7, dev::sub_rn(any, b));
+  l.put(4, dev::fma(a, b, c)), l.put(5, dev::mul_rn(a, any)), l.put(6, dev::add_rn(a, any)),
+      l.put(7, dev::sub_rn(any, b));
   l.put(8, dev::add_rn(dev::mul_rn(a, b), c));   // not fused
 }
 DK_PROBE(integer_arithmetic, "bits", 6) {
@@ -197,7 +207,8 @@ DK_PROBE(cluster, "bits", 5) {
   dev::sts_f32(shared + dev::tid() * 4, l.number());
   dev::cluster_sync();
   l.put(0, dev::cluster_rank());
-  DK_UNROLL_FOR (int rank = 0; rank < CLUSTER; ++rank) l.put(1 + rank, dev::lds_f32_of(rank, shared + (dev::tid() ^ 17) * 4));
+  DK_UNROLL_FOR (int rank = 0; rank < CLUSTER; ++rank)
+    l.put(1 + rank, dev::lds_f32_of(rank, shared + (dev::tid() ^ 17) * 4));
   dev::cluster_sync();
 }
 
@@ -214,7 +225,8 @@ template <class... Probes> DK_KERNEL(THREADS, 1) run_probes(DK_PARAM Params p) {
   (run(Probes{}), ...);
 }
 
-const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source, std::vector<uint32_t>& out);
+const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source,
+                          std::vector<uint32_t>& out);
 
 template <class... Probes> int run_and_print(int cluster) {
   const int64_t block_words = static_cast<int64_t>(THREADS) * sizeof...(Probes) * WORDS;
@@ -243,7 +255,8 @@ template <class... Probes> int run_and_print(int cluster) {
 }
 
 #if defined(__CUDACC__)
-const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source, std::vector<uint32_t>& out) {
+const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source,
+                          std::vector<uint32_t>& out) {
   uint32_t *source_there = nullptr, *out_there = nullptr;
   cudaMalloc(&source_there, source.size() * 4), cudaMalloc(&out_there, out.size() * 4);
   cudaMemcpy(source_there, source.data(), source.size() * 4, cudaMemcpyHostToDevice);
@@ -254,7 +267,8 @@ const char* run_on_device(const char* (*launch)(const Params&), Params p, std::v
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #else
-const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source, std::vector<uint32_t>& out) {
+const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source,
+                          std::vector<uint32_t>& out) {
   emulation::allow(source.data(), source.size() * 4), emulation::allow(out.data(), out.size() * 4);
   p.source = source.data(), p.out = out.data();
   if (const char* error = launch(p)) return error;
@@ -264,12 +278,14 @@ const char* run_on_device(const char* (*launch)(const Params&), Params p, std::v
 #endif
 
 int conformance() {
-  const int failed = run_and_print<place, ldg, stg, shared_memory, cp_async, shfl_xor, shfl, ballot, ldmatrix, ldmatrix_trans, mma_bfloat16, mma_float16,
-                                   pack_bfloat16, pack_float16, unpack_bfloat16, unpack_float16, exp2_approx, log2_approx, arithmetic, integer_arithmetic>(1);
+  const int failed =
+      run_and_print<place, ldg, stg, shared_memory, cp_async, shfl_xor, shfl, ballot, ldmatrix, ldmatrix_trans,
+                    mma_bfloat16, mma_float16, pack_bfloat16, pack_float16, unpack_bfloat16, unpack_float16,
+                    exp2_approx, log2_approx, arithmetic, integer_arithmetic>(1);
   if (failed || dev::compute_capability() < 90) return failed;
   return run_and_print<cluster>(CLUSTER);
 }
 
-}  // namespace dk
+}   // namespace dk
 
 int main() { return dk::conformance(); }

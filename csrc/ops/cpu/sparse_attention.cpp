@@ -1,4 +1,5 @@
-// sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, work items or tiles) over threads. Arguments were checked in Python.
+// sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, work items or tiles) over
+// threads. Arguments were checked in Python.
 #include <vector>
 
 #include "common/plan.h"
@@ -9,19 +10,23 @@ namespace dk {
 
 static void check_plan(const Tensor& plan, int64_t n) {
   const int32_t* p = static_cast<const int32_t*>(plan.data_ptr());
-  STD_TORCH_CHECK(plan.numel() >= Plan::HEADER_WORDS && p[plan_header::magic] == Plan::MAGIC && p[plan_header::version] == Plan::VERSION && p[plan_header::length] == plan.numel(),
+  STD_TORCH_CHECK(plan.numel() >= Plan::HEADER_WORDS && p[plan_header::magic] == Plan::MAGIC &&
+                      p[plan_header::version] == Plan::VERSION && p[plan_header::length] == plan.numel(),
                   "not a plan of this version");
-  STD_TORCH_CHECK(p[plan_header::n] == n && p[plan_header::rows] == TILE_ROWS && p[plan_header::columns] == GROUP_COLUMNS,
-                  "the plan was compiled for another length or tile shape");
+  STD_TORCH_CHECK(
+      p[plan_header::n] == n && p[plan_header::rows] == TILE_ROWS && p[plan_header::columns] == GROUP_COLUMNS,
+      "the plan was compiled for another length or tile shape");
 }
 
-// Most heads run whole, one per thread; the last heads % threads (all, where there are fewer than threads) are split across all threads.
+// Most heads run whole, one per thread; the last heads % threads (all, where there are fewer than threads) are split
+// across all threads.
 struct HeadSplit {
   explicit HeadSplit(const SparseAttentionArgs& a) {
     // minimum multiply-adds per thread: about 10 us. + 16 models the overhead of a row.
     constexpr int64_t PRODUCTS = 1 << 18;
     const Plan plan(a.plan);
-    const int64_t heads = a.batch * a.heads, products = heads * plan.tiles() * TILE_ROWS * (plan[plan_header::most_columns] + 16) * (a.head_dim + 16);
+    const int64_t heads = a.batch * a.heads, products = heads * plan.tiles() * TILE_ROWS *
+                                                        (plan[plan_header::most_columns] + 16) * (a.head_dim + 16);
     threads = std::clamp<int64_t>(products / PRODUCTS, 1, torch::stable::get_num_threads());
     split = heads % threads;
     whole = heads - split;
@@ -31,7 +36,8 @@ struct HeadSplit {
   int64_t threads, whole, split;
 };
 
-// The tiles from begin to end, the longest processing time first, so that no thread begins a long one when the others are done
+// The tiles from begin to end, the longest processing time first, so that no thread begins a long one when the others
+// are done
 static std::vector<int64_t> longest_first(const Plan& plan, int64_t begin, int64_t end) {
   std::vector<int64_t> tiles, groups(plan.tiles());
   for (int64_t t = begin; t < std::min<int64_t>(end, plan.tiles()); ++t) {
@@ -43,16 +49,21 @@ static std::vector<int64_t> longest_first(const Plan& plan, int64_t begin, int64
 }
 
 template <class Args, class Kernel>
-static void prepare_split_heads(const Args& a, const Kernel& kernel, const HeadSplit& heads, float* shared, int64_t head_floats) {
+static void prepare_split_heads(const Args& a, const Kernel& kernel, const HeadSplit& heads, float* shared,
+                                int64_t head_floats) {
   const int64_t parts = heads.parts(1);
-  for_each_item(heads.split * parts, 0, [&](int64_t item, float*) {
-    const int64_t head = item / parts;
-    kernel.prepare(a, heads.whole + head, item % parts, parts, shared + head * head_floats);
-  }, heads.threads);
+  for_each_item(
+      heads.split * parts, 0,
+      [&](int64_t item, float*) {
+        const int64_t head = item / parts;
+        kernel.prepare(a, heads.whole + head, item % parts, parts, shared + head * head_floats);
+      },
+      heads.threads);
 }
 
 // The whole heads, tile by tile
-static void forward_whole_heads(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel, const HeadSplit& heads) {
+static void forward_whole_heads(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel,
+                                const HeadSplit& heads) {
   const SparseAttentionSpace space = kernel.space(a);
   const Plan plan(a.plan);
   std::vector<Plan::Item> items;
@@ -60,40 +71,53 @@ static void forward_whole_heads(const SparseAttentionArgs& a, const SparseAttent
   std::sort(items.begin(), items.end(), [](const Plan::Item& x, const Plan::Item& y) { return x.begin < y.begin; });
   // more than a tile carries; what is not touched takes no memory
   const int64_t carry_floats = std::max(1, plan[plan_header::partials]) * space.carry;
-  for_each_item(heads.whole, space.head + carry_floats + space.thread, [&](int64_t bh, float* head) {
-    float *carry = head + space.head, *thread = carry + carry_floats;
-    kernel.prepare(a, bh, 0, 1, head);
-    for (auto item = items.begin(); item != items.end();) {
-      const int32_t tile = item->tile;
-      int64_t count = 0;
-      for (; item != items.end() && item->tile == tile; ++item) kernel.attend(a, bh, *item, head, carry + count++ * space.carry, thread);
-      kernel.finish(a, bh, tile, carry, count);
-    }
-  }, heads.threads);
+  for_each_item(
+      heads.whole, space.head + carry_floats + space.thread,
+      [&](int64_t bh, float* head) {
+        float *carry = head + space.head, *thread = carry + carry_floats;
+        kernel.prepare(a, bh, 0, 1, head);
+        for (auto item = items.begin(); item != items.end();) {
+          const int32_t tile = item->tile;
+          int64_t count = 0;
+          for (; item != items.end() && item->tile == tile; ++item)
+            kernel.attend(a, bh, *item, head, carry + count++ * space.carry, thread);
+          kernel.finish(a, bh, tile, carry, count);
+        }
+      },
+      heads.threads);
 }
 
 // The split heads: all work items, the longest processing time first, then the tiles that several items share
-static void forward_split_heads(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel, const HeadSplit& heads) {
+static void forward_split_heads(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel,
+                                const HeadSplit& heads) {
   const SparseAttentionSpace space = kernel.space(a);
   const Plan plan(a.plan);
   const int64_t head_floats = space.head + plan[plan_header::partials] * space.carry;
   float* shared = workspace<Buffer::shared>(heads.split * head_floats);
   if (space.head > 0) prepare_split_heads(a, kernel, heads, shared, head_floats);
-  for_each_item(heads.split * plan[plan_header::items], space.carry + space.thread, [&](int64_t i, float* own) {
-    const int64_t bh = heads.whole + i % heads.split;
-    const Plan::Item item = plan.item(i / heads.split);
-    float *head = shared + i % heads.split * head_floats, *carry = item.partial < 0 ? own : head + space.head + item.partial * space.carry;
-    kernel.attend(a, bh, item, head, carry, own + space.carry);
-    if (item.partial < 0) kernel.finish(a, bh, item.tile, carry, 1);
-  }, heads.threads);
-  for_each_item(heads.split * plan[plan_header::split_tiles], 0, [&](int64_t i, float*) {
-    const Plan::SplitTile tile = plan.split_tile(i / heads.split);
-    float* carry = shared + i % heads.split * head_floats + space.head + tile.first * space.carry;
-    kernel.finish(a, heads.whole + i % heads.split, tile.tile, carry, tile.count);
-  }, heads.threads);
+  for_each_item(
+      heads.split * plan[plan_header::items], space.carry + space.thread,
+      [&](int64_t i, float* own) {
+        const int64_t bh = heads.whole + i % heads.split;
+        const Plan::Item item = plan.item(i / heads.split);
+        float *head = shared + i % heads.split * head_floats,
+              *carry = item.partial < 0 ? own : head + space.head + item.partial * space.carry;
+        kernel.attend(a, bh, item, head, carry, own + space.carry);
+        if (item.partial < 0) kernel.finish(a, bh, item.tile, carry, 1);
+      },
+      heads.threads);
+  for_each_item(
+      heads.split * plan[plan_header::split_tiles], 0,
+      [&](int64_t i, float*) {
+        const Plan::SplitTile tile = plan.split_tile(i / heads.split);
+        float* carry = shared + i % heads.split * head_floats + space.head + tile.first * space.carry;
+        kernel.finish(a, heads.whole + i % heads.split, tile.tile, carry, tile.count);
+      },
+      heads.threads);
 }
 
-static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t>, double scale) {
+static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor,
+                                                   std::vector<int64_t>, double scale) {
   Tensor out = torch::stable::empty_like(q);
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)}, torch::headeronly::ScalarType::Float);
   check_plan(plan, q.size(2));
@@ -105,55 +129,72 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
-// The split heads: rounds of tiles, of which `queries` and then `keys` run in parallel. What a round carries should stay in the threads' caches.
-static void backward_split_heads(const SparseAttentionBackwardArgs& a, const SparseAttentionBackwardKernel& kernel, const HeadSplit& heads) {
+// The split heads: rounds of tiles, of which `queries` and then `keys` run in parallel. What a round carries should
+// stay in the threads' caches.
+static void backward_split_heads(const SparseAttentionBackwardArgs& a, const SparseAttentionBackwardKernel& kernel,
+                                 const HeadSplit& heads) {
   constexpr int64_t CARRY_FLOATS = 1 << 18;   // of a thread: 1 MB
   const SparseAttentionSpace space = kernel.space(a);
   const Plan plan(a.forward.plan);
   const int64_t fitting = heads.threads * CARRY_FLOATS / (heads.split * space.carry), parts = heads.parts(2);
   const int64_t round = std::min<int64_t>(plan.tiles(), std::max(heads.parts(4), fitting));
-  float *shared = workspace<Buffer::shared>(heads.split * (space.head + round * space.carry)), *carry = shared + heads.split * space.head;
+  float *shared = workspace<Buffer::shared>(heads.split * (space.head + round * space.carry)),
+        *carry = shared + heads.split * space.head;
   prepare_split_heads(a, kernel, heads, shared, space.head);
   for (int64_t begin = 0; begin < plan.tiles(); begin += round) {
     const std::vector<int64_t> order = longest_first(plan, begin, begin + round);
     const int64_t count = order.size();
-    for_each_item(heads.split * count, space.thread, [&](int64_t item, float* thread) {
-      const int64_t head = item % heads.split, tile = order[item / heads.split];
-      kernel.queries(a, heads.whole + head, tile, shared + head * space.head, carry + (head * round + tile - begin) * space.carry, thread);
-    }, heads.threads);
-    for_each_item(heads.split * parts, 0, [&](int64_t item, float*) {
-      const int64_t head = item / parts;
-      kernel.keys(a, heads.whole + head, begin, begin + count, item % parts, parts, shared + head * space.head, carry + head * round * space.carry);
-    }, heads.threads);
+    for_each_item(
+        heads.split * count, space.thread,
+        [&](int64_t item, float* thread) {
+          const int64_t head = item % heads.split, tile = order[item / heads.split];
+          kernel.queries(a, heads.whole + head, tile, shared + head * space.head,
+                         carry + (head * round + tile - begin) * space.carry, thread);
+        },
+        heads.threads);
+    for_each_item(
+        heads.split * parts, 0,
+        [&](int64_t item, float*) {
+          const int64_t head = item / parts;
+          kernel.keys(a, heads.whole + head, begin, begin + count, item % parts, parts, shared + head * space.head,
+                      carry + head * round * space.carry);
+        },
+        heads.threads);
   }
 }
 
-static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, Tensor,
+static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
+                                                                    Tensor out, Tensor lse, Tensor plan, Tensor,
                                                                     std::vector<int64_t>, double scale) {
-  Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k), grad_v = torch::stable::empty_like(v);
+  Tensor grad_q = torch::stable::empty_like(q), grad_k = torch::stable::empty_like(k),
+         grad_v = torch::stable::empty_like(v);
   SparseAttentionBackwardArgs a;
   check_plan(plan, q.size(2));
   a.forward = sparse_attention_args(q, k, v, out, lse, plan, scale);
-  a.grad_out = grad_out.data_ptr(), a.grad_q = grad_q.data_ptr(), a.grad_k = grad_k.data_ptr(), a.grad_v = grad_v.data_ptr();
+  a.grad_out = grad_out.data_ptr(), a.grad_q = grad_q.data_ptr(), a.grad_k = grad_k.data_ptr(),
+  a.grad_v = grad_v.data_ptr();
   a.grad_out_strides = strides_of(grad_out), a.grad_q_strides = strides_of(grad_q);
   a.grad_k_strides = strides_of(grad_k), a.grad_v_strides = strides_of(grad_v);
   const SparseAttentionBackwardKernel kernel = kernels().sparse_attention_backward(a);
   const SparseAttentionSpace space = kernel.space(a);
   const HeadSplit heads(a.forward);
   const int64_t tiles = Plan(a.forward.plan).tiles();
-  for_each_item(heads.whole, space.head + space.carry + space.thread, [&](int64_t bh, float* head) {
-    float *carry = head + space.head, *thread = carry + space.carry;
-    kernel.prepare(a, bh, 0, 1, head);
-    for (int64_t t = 0; t < tiles; ++t) {
-      kernel.queries(a, bh, t, head, carry, thread);
-      kernel.keys(a, bh, t, t + 1, 0, 1, head, carry);
-    }
-  }, heads.threads);
+  for_each_item(
+      heads.whole, space.head + space.carry + space.thread,
+      [&](int64_t bh, float* head) {
+        float *carry = head + space.head, *thread = carry + space.carry;
+        kernel.prepare(a, bh, 0, 1, head);
+        for (int64_t t = 0; t < tiles; ++t) {
+          kernel.queries(a, bh, t, head, carry, thread);
+          kernel.keys(a, bh, t, t + 1, 0, 1, head, carry);
+        }
+      },
+      heads.threads);
   if (heads.split) backward_split_heads(a, kernel, heads);
   return {grad_q, grad_k, grad_v};
 }
 
-}  // namespace dk
+}   // namespace dk
 
 STABLE_TORCH_LIBRARY_IMPL(dalle_kernels, CPU, m) {
   m.impl("sparse_attention", TORCH_BOX(&dk::sparse_attention));
