@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_triton_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
@@ -73,6 +74,7 @@ fuzz: $(DEV_STAMP)   ## fresh random numbers, N draws a test: prints the distrib
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 bench: $(DEV_STAMP)   ## operations and models against dense attention and plain PyTorch; K=... chooses benchmarks
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-quiet $(if $(K),-k "$(K)")

@@ -69,7 +69,7 @@ def test_missing_output_is_reported(expected):
 
 def test_swapped_fragment_registers_are_reported(expected, tmp_path):
     text = conformance.SOURCE.read_text()
-    right = "for (int i = 0; i < 4; ++i) l.put(i, c[i]);"
+    right = "DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, c[i]);"
     assert text.count(right) == 1
     swapped = tmp_path / "conformance.cu"
     swapped.write_text(text.replace(right, right.replace("c[i]", "c[i ^ 3]")))

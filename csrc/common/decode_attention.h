@@ -10,10 +10,10 @@ struct SequenceStrides {
 };
 
 struct DecodeAttentionArgs {
-  const void *q, *k, *v;                 // [P * C, H, D]
-  const void *prefix_k, *prefix_v;       // [P, H, T, D] contiguous
-  void *image_k, *image_v;               // [P * C, H, R, D], contiguous in R and D
-  void* out;                             // [P * C, H, D] contiguous
+  const void *q, *k, *v;             // [P * C, H, D]
+  const void *prefix_k, *prefix_v;   // [P, H, T, D] contiguous
+  void *image_k, *image_v;           // [P * C, H, R, D], contiguous in R and D
+  void* out;                         // [P * C, H, D] contiguous
   SequenceStrides q_strides, k_strides, v_strides, image_strides;
   int64_t prompts, candidates, heads, head_dim;
   const int64_t* step;
@@ -22,4 +22,4 @@ struct DecodeAttentionArgs {
   DType dtype;
 };
 
-}  // namespace dk
+}   // namespace dk

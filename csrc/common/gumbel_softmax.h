@@ -5,11 +5,11 @@
 
 namespace dk {
 
-// Tensors of logits' shape are seen as [outer, classes, inner] and lie so in memory, without gaps, or where `classes_last` (the CPU only) as
-// [outer, inner, classes]; statistics are contiguous float32 [outer, inner].
+// Tensors of logits' shape are seen as [outer, classes, inner] and lie so in memory, without gaps, or where
+// `classes_last` (the CPU only) as [outer, inner, classes]; statistics are contiguous float32 [outer, inner].
 struct GumbelSoftmaxArgs {
-  const void* logits;   // backward: null if neither hard nor with KL
-  void* y;              // backward: read unless hard
+  const void* logits;      // backward: null if neither hard nor with KL
+  void* y;                 // backward: read unless hard
   float *kl, *max, *sum;   // null without KL. max and sum of exp(logits - max) are kept for the backward pass
   int64_t outer, classes, inner;
   const int64_t* seed;
@@ -25,4 +25,4 @@ struct GumbelSoftmaxBackwardArgs {
   void* grad_logits;
 };
 
-}  // namespace dk
+}   // namespace dk

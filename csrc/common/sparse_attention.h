@@ -28,4 +28,4 @@ struct SparseAttentionBackwardArgs {
   Strides grad_out_strides, grad_q_strides, grad_k_strides, grad_v_strides;
 };
 
-}  // namespace dk
+}   // namespace dk

@@ -1,4 +1,5 @@
-// Cuts cache-line aligned buffers off a workspace. On a null pointer it only counts, so one constructor both sizes and lays out a kernel's buffers.
+// Cuts cache-line aligned buffers off a workspace. On a null pointer it only counts, so one constructor both sizes and
+// lays out a kernel's buffers.
 #pragma once
 #include <cstdint>
 #if defined(__SANITIZE_ADDRESS__)
@@ -12,7 +13,8 @@ struct Arena {
     float* p = base ? base + used : nullptr;
     used += (floats + 15) / 16 * 16;
 #if defined(__SANITIZE_ADDRESS__)   // a line that nobody may touch ends each buffer
-    if (p) __asan_unpoison_memory_region(p, (base + used - p) * sizeof(float)), __asan_poison_memory_region(base + used, 64);
+    if (p)
+      __asan_unpoison_memory_region(p, (base + used - p) * sizeof(float)), __asan_poison_memory_region(base + used, 64);
     used += 16;
 #endif
     return p;
@@ -21,4 +23,4 @@ struct Arena {
   int64_t used = 0;
 };
 
-}  // namespace dk
+}   // namespace dk

@@ -16,4 +16,4 @@ struct ArgMax {
   }
 };
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,21 +1,22 @@
-// Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast from their rows, so gathering
-// costs nothing and only Q and O are transposed.
+// Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast
+// from their rows, so gathering costs nothing and only Q and O are transposed.
 #pragma once
 #include "common/plan.h"
+#include "cpu/softmax.h"
 #include "cpu/sparse_attention.h"
 #include "cpu/vec.h"
 
 namespace dk::DK_ISA {
 
 constexpr int ROWS = TILE_ROWS;
-constexpr int PAIR = 2 * LANES;                    // queries per register block
-constexpr int BLOCK = LANES == 16 ? 8 : 4;         // keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
-constexpr int CHUNK = 128;                         // keys between two softmax rescalings
-constexpr double LOG2E = 1.4426950408889634, LN2 = 0.6931471805599453;
-constexpr float LOWEST = -3.0e38f;                 // a maximum over nothing; finite, so that differences stay numbers
+constexpr int PAIR = 2 * LANES;   // queries per register block
+// keys (or head dims) per register block: BLOCK x 2 accumulators fit the register file
+constexpr int BLOCK = LANES == 16 ? 8 : 4;
+constexpr int CHUNK_KEYS = 128;   // keys per update of the softmax
 
 // Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.
-template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
+template <class T, int DP>
+DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
   load_row(base + token * stride, out, head_dim);
   for (int d = head_dim; d < DP; ++d) out[d] = 0.0f;
 }
@@ -24,14 +25,15 @@ template <class T, int DP> DK_INLINE void fetch_row(const T* base, int64_t strid
 DK_INLINE void transpose_rows(const float* in, int64_t in_stride, int columns, float* out, int64_t out_stride) {
   for (int j = 0; j < columns; j += LANES) {
     Vec v[LANES];
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(in + i * in_stride + j);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = load(in + i * in_stride + j);
     transpose(v);
-    DK_UNROLL for (int i = 0; i < LANES; ++i) store(out + (j + i) * out_stride, v[i]);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(out + (j + i) * out_stride, v[i]);
   }
 }
 
 // LANES rows of a tile as floats, [LANES][DP]; padding rows are zero.
-template <class T, int DP> DK_INLINE void fetch_rows(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
+template <class T, int DP>
+DK_INLINE void fetch_rows(const T* base, int64_t stride, const int32_t* rows, int head_dim, float* out) {
   for (int i = 0; i < LANES; ++i) {
     if (rows[i] >= 0) fetch_row<T, DP>(base, stride, rows[i], head_dim, out + i * DP);
     else std::memset(out + i * DP, 0, DP * sizeof(float));
@@ -49,7 +51,8 @@ DK_INLINE void pack_transposed(const T* base, int64_t stride, const int32_t* row
 }
 
 template <class T, int DP>
-DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, float scale, T* base, int64_t stride) {
+DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_dim, float scale, T* base,
+                                 int64_t stride) {
   float unpacked[ROWS * DP];
   for (int d = 0; d < DP; d += LANES) transpose_rows(in + d * ROWS, ROWS, ROWS, unpacked + d, DP);
   for (int i = 0; i < ROWS * DP; ++i) unpacked[i] *= scale;
@@ -62,15 +65,15 @@ template <int DP> constexpr int SPAN = DP < 64 ? DP : 64;
 
 // out[j][32] = factor * sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`
 template <int DP> DK_INLINE void products(const float* a, const float* const* keys, float factor, float* out) {
-  constexpr int KEYS = BLOCK / 2;
+  constexpr int AT_ONCE = BLOCK / 2;
   for (int r = 0; r < ROWS; r += PAIR)
-    for (int j = 0; j < GROUP_COLUMNS; j += KEYS)
+    for (int j = 0; j < GROUP_COLUMNS; j += AT_ONCE)
       for (int from = 0; from < DP; from += SPAN<DP>) {
-        Vec even[KEYS][2] = {}, odd[KEYS][2] = {};
+        Vec even[AT_ONCE][2] = {}, odd[AT_ONCE][2] = {};
         for (int d = from; d < from + SPAN<DP>; d += 2) {
           const float* x = a + d * ROWS + r;
           const Vec even0 = load(x), even1 = load(x + LANES), odd0 = load(x + ROWS), odd1 = load(x + ROWS + LANES);
-          DK_UNROLL for (int i = 0; i < KEYS; ++i) {
+          DK_UNROLL_FOR (int i = 0; i < AT_ONCE; ++i) {
             const float key0 = keys[j + i][d], key1 = keys[j + i][d + 1];
             even[i][0] += even0 * key0;
             even[i][1] += even1 * key0;
@@ -78,8 +81,8 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
             odd[i][1] += odd1 * key1;
           }
         }
-        DK_UNROLL for (int i = 0; i < KEYS; ++i)
-          DK_UNROLL for (int half = 0; half < 2; ++half) {
+        DK_UNROLL_FOR (int i = 0; i < AT_ONCE; ++i)
+          DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
             float* o = out + (j + i) * ROWS + r + half * LANES;
             Vec sum = even[i][half] + odd[i][half];
             if (from) sum = load(o) + sum;
@@ -91,7 +94,8 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
 // s[j][32] = fill where the mask of key j has no bit for the query
 DK_INLINE void apply_mask(const uint32_t* mask, float fill, float* s) {
   for (int j = 0; j < GROUP_COLUMNS; ++j)
-    for (int r = 0; r < ROWS; r += LANES) store(s + j * ROWS + r, select(mask[j] >> r, load(s + j * ROWS + r), splat(fill)));
+    for (int r = 0; r < ROWS; r += LANES)
+      store(s + j * ROWS + r, select(mask[j] >> r, load(s + j * ROWS + r), splat(fill)));
 }
 
 // out[d][32] += sum_j w[j][32] * values[j][d], j < count
@@ -99,36 +103,31 @@ template <int DP> DK_INLINE void accumulate(const float* w, const float* const* 
   for (int r = 0; r < ROWS; r += PAIR)
     for (int d = 0; d < DP; d += BLOCK) {
       Vec acc[BLOCK][2];
-      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < BLOCK; ++i) {
         acc[i][0] = load(out + (d + i) * ROWS + r);
         acc[i][1] = load(out + (d + i) * ROWS + r + LANES);
       }
       for (int j = 0; j < count; ++j) {
         const Vec w0 = load(w + j * ROWS + r), w1 = load(w + j * ROWS + r + LANES);
         const float* value = values[j] + d;
-        DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+        DK_UNROLL_FOR (int i = 0; i < BLOCK; ++i) {
           acc[i][0] += w0 * value[i];
           acc[i][1] += w1 * value[i];
         }
       }
-      DK_UNROLL for (int i = 0; i < BLOCK; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < BLOCK; ++i) {
         store(out + (d + i) * ROWS + r, acc[i][0]);
         store(out + (d + i) * ROWS + r + LANES, acc[i][1]);
       }
     }
 }
 
-// K or V of one head as rows of DP floats: the tensor itself where it is float and needs no padding, else a converted copy.
+// Rows of DP floats
 struct FloatRows {
   const float* base;
   int64_t stride;
   const float* row(int32_t token) const { return base + token * stride; }
 };
-template <class T, int DP> DK_INLINE FloatRows float_rows(const T* base, int64_t stride, int64_t n, int head_dim, float* copy) {
-  if (sizeof(T) == sizeof(float) && head_dim == DP) return {reinterpret_cast<const float*>(base), stride};
-  for (int64_t i = 0; i < n; ++i) fetch_row<T, DP>(base, stride, i, head_dim, copy + i * DP);
-  return {copy, DP};
-}
 
 // The matrix of one (batch, head)
 template <class T> DK_INLINE const T* matrix_of(const void* p, const Strides& s, int64_t heads, int64_t bh) {
@@ -138,7 +137,8 @@ template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t hea
   return static_cast<T*>(p) + bh / heads * s.batch + bh % heads * s.head;
 }
 
-// K and V of one (batch, head), likewise; `copy` has `floats` floats, filled by `prepare` in parts.
+// K and V of one (batch, head) as rows of DP floats: the tensors themselves where they are float and need no padding,
+// else a converted copy of `floats` floats, filled by `prepare` in parts.
 template <class T, int DP> struct FloatHead {
   static bool in_place(const SparseAttentionArgs& a) { return sizeof(T) == sizeof(float) && a.head_dim == DP; }
   static int64_t floats(const SparseAttentionArgs& a) { return in_place(a) ? 0 : 2 * a.n * DP; }
@@ -160,7 +160,8 @@ template <class T, int DP> struct FloatHead {
   FloatRows k, v;
 };
 
-// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding slots repeat the group's first key.
+// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding slots
+// repeat the group's first key.
 template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t begin, int64_t end, const Visit& visit) {
   int32_t tokens[GROUP_COLUMNS];
   for (int64_t e = begin; e < end; ++e) {
@@ -182,25 +183,36 @@ template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t t
   for_each_group(plan, plan.begin(tile), plan.begin(tile + 1), visit);
 }
 
-// What the forward pass leaves of a work item: its sums of weighted values, in the kernel's own layout, and the softmax statistics of its queries.
-template <int DP> struct Partial {
-  alignas(64) float o[DP * ROWS], max[ROWS], sum[ROWS];
+// Online-softmax state of a tile's queries over some of their keys. The unnormalised output lies in the kernel's own
+// layout.
+template <int DP> struct TileState {
+  alignas(64) float out[DP * ROWS], maximum[ROWS], sum[ROWS];
+
+  // of the LANES queries from r on
+  DK_INLINE SoftmaxState<> at(int r) const { return {load(maximum + r), load(sum + r)}; }
+  DK_INLINE void put(int r, const SoftmaxState<>& state) {
+    store(maximum + r, state.maximum);
+    store(sum + r, state.sum);
+  }
+  DK_INLINE void clear_softmax() {
+    for (int r = 0; r < ROWS; r += LANES) put(r, {});
+  }
+  // The outputs are to be merged as out * alpha + other.out * beta. Scores are in units of `unit`.
+  DK_INLINE void merge_softmax(const TileState& other, float unit, float* alpha, float* beta) {
+    for (int r = 0; r < ROWS; r += LANES) {
+      SoftmaxState<> state = at(r);
+      const auto factors = state.merge(other.at(r), Exp{unit});
+      put(r, state);
+      store(alpha + r, factors.own);
+      store(beta + r, factors.other);
+    }
+  }
+  float log_sum_exp(int r, float unit) const { return static_cast<float>(maximum[r] * unit + __builtin_log(sum[r])); }
 };
 
-// Adds the statistics of `from` to those of `to`. Scores are in units of `unit`; the sums of values are to be added as to * keep + from * add.
-template <int DP> DK_INLINE void join_statistics(Partial<DP>& to, const Partial<DP>& from, float unit, float* keep, float* add) {
-  for (int r = 0; r < ROWS; r += LANES) {
-    const Vec most = max(load(to.max + r), load(from.max + r));
-    const Vec kept = exp((load(to.max + r) - most) * unit), added = exp((load(from.max + r) - most) * unit);
-    store(to.max + r, most);
-    store(to.sum + r, load(to.sum + r) * kept + load(from.sum + r) * added);
-    store(keep + r, kept);
-    store(add + r, added);
-  }
-}
-
 // Picks the kernel instance for an element type and the smallest padded head dim.
-template <template <class, int> class Instance, class... A> DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {
+template <template <class, int> class Instance, class... A>
+DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {
   auto by_dim = [&](auto element) {
     using T = decltype(element);
     if (head_dim <= 32) return Instance<T, 32>::call(a...);
@@ -212,4 +224,4 @@ template <template <class, int> class Instance, class... A> DK_INLINE auto dispa
   return by_dim(Float16{});
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -11,4 +11,4 @@ struct DecodeAttentionKernel {
   void (*run)(const DecodeAttentionArgs&, float* workspace, int64_t prompt, int64_t head, int64_t begin, int64_t end);
 };
 
-}  // namespace dk
+}   // namespace dk

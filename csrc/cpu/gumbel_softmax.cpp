@@ -1,19 +1,21 @@
-// Forward: one sweep over the logits leaves weights relative to the maximum so far; a second pass over those weights, still in the cache, normalises
-// them. The hard variant needs the argmax only.
+// Forward: one sweep over the logits leaves weights relative to the maximum so far; a second pass over those weights,
+// still in the cache, normalises them. The hard variant needs the argmax only.
 #include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
+namespace {
 
-static Cut forward_cut(const GumbelSoftmaxArgs& a) { return a.hard ? Cut(a, MAX_WIDTH) : cut_to_cache(a); }
+Cut forward_cut(const GumbelSoftmaxArgs& a) { return a.hard ? Cut(a, MAX_WIDTH) : cut_to_cache(a); }
 
-template <class T> struct Forward {
+template <class T> struct GumbelForward {
   // One-hot of the argmax; NaN where softmax would be.
   static void put_one_hot(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, const SweepSpace& w) {
     T* y = static_cast<T*>(a.y) + s.memory;
     if (s.lane_step > 1) {
       std::memset(static_cast<void*>(y), 0, s.lanes * s.lane_step * sizeof(T));
     } else {
-      for (int64_t r = 0; r < s.rows; ++r) std::memset(static_cast<void*>(y + r * s.row_step), 0, s.lanes_in(r) * sizeof(T));
+      for (int64_t r = 0; r < s.rows; ++r)
+        std::memset(static_cast<void*>(y + r * s.row_step), 0, s.lanes_in(r) * sizeof(T));
     }
     const auto write = [&](int64_t element, float best, bool nan, int64_t first, int64_t stride) {
       if (!nan && best - best == 0.0f) return from_float(1.0f, y + element);
@@ -36,12 +38,12 @@ template <class T> struct Forward {
     if (cut.merge) write(at, best, nan, 0, 1);
   }
 
-  static void put_kl(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, Softmax& plain) {
-    if (cut.merge) plain.merge(LOG2E);
+  static void put_kl(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, StripSoftmax& plain) {
+    if (cut.merge) plain.merge_lanes(LOG2E);
     const double log_classes = __builtin_log(static_cast<double>(a.classes));
     for (int i = 0; i < (cut.merge ? 1 : s.lanes); ++i) {
       const double sum = plain.sum[i];
-      a.max[s.stat + i] = plain.max[i];
+      a.max[s.stat + i] = plain.maximum[i];
       a.sum[s.stat + i] = plain.sum[i];
       a.kl[s.stat + i] = static_cast<float>(plain.weighted[i] / sum - __builtin_log(sum) + log_classes);
     }
@@ -60,8 +62,8 @@ template <class T> struct Forward {
         put_one_hot(a, cut, s, w);
         continue;
       }
-      for (int64_t row = 0; row < s.rows; row += CHUNK) {
-        const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
+      for (int64_t row = 0; row < s.rows; row += CHUNK_ROWS) {
+        const int count = static_cast<int>(s.rows - row < CHUNK_ROWS ? s.rows - row : CHUNK_ROWS);
         Sweep<T>::soft_rows(w, cut.width, row, count, w.x);
         put<T>(w.x, s, row, count, cut.width, a.y);
       }
@@ -69,15 +71,19 @@ template <class T> struct Forward {
   }
 };
 
-static int64_t strips(const GumbelSoftmaxArgs& a) { return forward_cut(a).strips; }
-static int64_t workspace(const GumbelSoftmaxArgs& a) {
+int64_t strips(const GumbelSoftmaxArgs& a) { return forward_cut(a).strips; }
+int64_t workspace(const GumbelSoftmaxArgs& a) {
   Arena arena{nullptr};
   SweepSpace(arena, forward_cut(a), !a.hard);
   return arena.used;
 }
-static void run(const GumbelSoftmaxArgs& a, float* workspace, int64_t begin, int64_t end) { dispatch<Forward>(a.dtype, a, workspace, begin, end); }
+void run(const GumbelSoftmaxArgs& a, float* workspace, int64_t begin, int64_t end) {
+  dispatch<GumbelForward>(a.dtype, a, workspace, begin, end);
+}
+
+}   // namespace
 
 extern const GumbelSoftmaxKernel gumbel_softmax;
 const GumbelSoftmaxKernel gumbel_softmax = {strips, workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -12,4 +12,4 @@ template <class Args> struct StripKernel {
 using GumbelSoftmaxKernel = StripKernel<GumbelSoftmaxArgs>;
 using GumbelSoftmaxBackwardKernel = StripKernel<GumbelSoftmaxBackwardArgs>;
 
-}  // namespace dk
+}   // namespace dk

@@ -1,28 +1,35 @@
-// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). Two passes over y and grad; the hard
-// variant first sweeps the logits again for its y, for nothing random was stored.
+// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). Two
+// passes over y and grad; the hard variant first sweeps the logits again for its y, for nothing random was stored.
 #include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
+namespace {
 
 constexpr int STREAM_WIDTH = 256;   // lanes of a strip that is read twice from memory: longer runs than the sweep's
 constexpr int ACROSS_WIDTH = 16;    // where runs follow the classes, few lanes: they may stay in the cache
 
-static Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) {
+Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) {
   if (a.forward.hard) return cut_to_cache(a.forward);
   return Cut(a.forward, a.forward.classes_last ? ACROSS_WIDTH : STREAM_WIDTH);
 }
 
 struct BackwardSpace {
   BackwardSpace(Arena& arena, const Cut& cut, bool hard)
-      : sweep(arena, cut, hard), y(arena.take(CHUNK * cut.width)), grad(arena.take(CHUNK * cut.width)), dot(arena.take(2 * cut.width)),
-        max(arena.take(cut.width)), shift(arena.take(cut.width)), kl_scale(arena.take(cut.width)) {}
+      : sweep(arena, cut, hard),
+        y(arena.take(CHUNK_ROWS * cut.width)),
+        grad(arena.take(CHUNK_ROWS * cut.width)),
+        dot(arena.take(2 * cut.width)),
+        max(arena.take(cut.width)),
+        shift(arena.take(cut.width)),
+        kl_scale(arena.take(cut.width)) {}
   SweepSpace sweep;
-  float *y, *grad, *dot;            // dot: sum of y * grad, a Sum per lane
-  float *max, *shift, *kl_scale;    // of the KL gradient: kl_scale * exp(x - max) * (x - max + shift)
+  float *y, *grad, *dot;           // dot: sum of y * grad, a KahanSum per lane
+  float *max, *shift, *kl_scale;   // of the KL gradient: kl_scale * exp(x - max) * (x - max + shift)
 };
 
-template <class T> struct Backward {
-  DK_INLINE static void fetch_rows(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, int64_t row, int count, BackwardSpace& w) {
+template <class T> struct GumbelBackward {
+  DK_INLINE static void fetch_rows(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, int64_t row,
+                                   int count, BackwardSpace& w) {
     fetch<T>(a.grad_y, s, row, count, cut.width, 0.0f, w.grad);
     if (a.forward.hard) {
       Sweep<T>::soft_rows(w.sweep, cut.width, row, count, w.y);
@@ -34,13 +41,13 @@ template <class T> struct Backward {
   static void dot_product(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, BackwardSpace& w) {
     const int width = cut.width;
     std::memset(w.dot, 0, 2 * width * sizeof(float));
-    for (int64_t row = 0; row < s.rows; row += CHUNK) {
-      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
+    for (int64_t row = 0; row < s.rows; row += CHUNK_ROWS) {
+      const int count = static_cast<int>(s.rows - row < CHUNK_ROWS ? s.rows - row : CHUNK_ROWS);
       fetch_rows(a, cut, s, row, count, w);
       for (int j = 0; j < width; j += LANES) {
         Vec chunk{};
         for (int r = 0; r < count; ++r) chunk += load(w.y + r * width + j) * load(w.grad + r * width + j);
-        Sum dot = Sum::at(w.dot + j, width);
+        KahanSum dot = KahanSum::at(w.dot + j, width);
         dot.add(chunk);
         dot.to(w.dot + j, width);
       }
@@ -65,8 +72,8 @@ template <class T> struct Backward {
   static void gradient(const GumbelSoftmaxBackwardArgs& a, const Cut& cut, const Strip& s, BackwardSpace& w) {
     const int width = cut.width;
     const float inverse_tau = 1.0f / *a.forward.tau;
-    for (int64_t row = 0; row < s.rows; row += CHUNK) {
-      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
+    for (int64_t row = 0; row < s.rows; row += CHUNK_ROWS) {
+      const int count = static_cast<int>(s.rows - row < CHUNK_ROWS ? s.rows - row : CHUNK_ROWS);
       fetch_rows(a, cut, s, row, count, w);
       for (int r = 0; r < count; ++r)
         for (int j = 0; j < width; j += LANES) {
@@ -106,17 +113,19 @@ template <class T> struct Backward {
   }
 };
 
-static int64_t strips(const GumbelSoftmaxBackwardArgs& a) { return backward_cut(a).strips; }
-static int64_t workspace(const GumbelSoftmaxBackwardArgs& a) {
+int64_t strips(const GumbelSoftmaxBackwardArgs& a) { return backward_cut(a).strips; }
+int64_t workspace(const GumbelSoftmaxBackwardArgs& a) {
   Arena arena{nullptr};
   BackwardSpace(arena, backward_cut(a), a.forward.hard);
   return arena.used;
 }
-static void run(const GumbelSoftmaxBackwardArgs& a, float* workspace, int64_t begin, int64_t end) {
-  dispatch<Backward>(a.forward.dtype, a, workspace, begin, end);
+void run(const GumbelSoftmaxBackwardArgs& a, float* workspace, int64_t begin, int64_t end) {
+  dispatch<GumbelBackward>(a.forward.dtype, a, workspace, begin, end);
 }
+
+}   // namespace
 
 extern const GumbelSoftmaxBackwardKernel gumbel_softmax_backward;
 const GumbelSoftmaxBackwardKernel gumbel_softmax_backward = {strips, workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

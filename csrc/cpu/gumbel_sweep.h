@@ -1,20 +1,20 @@
-// What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the sweep that draws the noise and
-// takes the softmax. Where the classes are the last dimension (inner = 1), one position is laid out as rows of `width` classes and its lanes are
-// merged at the end, so the same code serves both. Where they are last in memory alone, rows are transposed as they are read and written.
+// What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the
+// sweep that draws the noise and takes the softmax. Where the classes are the last dimension (inner = 1), one position
+// is laid out as rows of `width` classes and its lanes are merged at the end, so the same code serves both. Where they
+// are last in memory alone, rows are transposed as they are read and written.
 #pragma once
 #include "cpu/arena.h"
 #include "cpu/argmax.h"
 #include "cpu/gumbel_softmax.h"
 #include "cpu/philox.h"
+#include "cpu/softmax.h"
 
 namespace dk::DK_ISA {
 
-constexpr int CHUNK = 32;                     // rows between two looks at the maximum
-constexpr int MAX_WIDTH = 64;                 // lanes of a strip
-constexpr int64_t WEIGHT_FLOATS = 1 << 19;    // of a strip: they should stay in the cache
-constexpr float LOG2E = 1.44269504f;
-constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
-constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
+constexpr int CHUNK_ROWS = 32;               // rows per update of the softmax
+constexpr int MAX_WIDTH = 64;                // lanes of a strip
+constexpr int64_t WEIGHT_FLOATS = 1 << 19;   // of a strip: they should stay in the cache
+constexpr float FAR = -1e4f;                 // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- geometry
 
@@ -22,14 +22,15 @@ struct Strip {
   int64_t begin, stride;   // index of lane 0 in row 0; from row to row
   int64_t stat;            // of lane 0 in [outer, inner]
   int64_t rows;
-  int lanes, last_lanes;   // in every row but the last; in the last row
+  int lanes, last_lanes;                 // in every row but the last; in the last row
   int64_t memory, row_step, lane_step;   // as begin and stride, but of places in memory; from lane to lane
   int lanes_in(int64_t row) const { return row == rows - 1 ? last_lanes : lanes; }
 };
 
 // How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
 struct Cut {
-  Cut(const GumbelSoftmaxArgs& a, int max_width) : classes(a.classes), inner(a.inner), merge(a.inner == 1), classes_last(a.classes_last) {
+  Cut(const GumbelSoftmaxArgs& a, int max_width)
+      : classes(a.classes), inner(a.inner), merge(a.inner == 1), classes_last(a.classes_last) {
     const int64_t lanes = merge ? classes : inner, pieces = (lanes + max_width - 1) / max_width;
     width = static_cast<int>(((lanes + pieces - 1) / pieces + LANES - 1) / LANES * LANES);
     per_outer = merge ? 1 : (inner + width - 1) / width;
@@ -37,14 +38,16 @@ struct Cut {
     strips = a.outer * per_outer;
   }
   Strip strip(int64_t i) const {
-    if (merge) return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width), i * classes, width, 1};
+    if (merge)
+      return {i * classes, width, i, rows, width, static_cast<int>(classes - (rows - 1) * width),
+              i * classes, width, 1};
     const int64_t outer = i / per_outer, at = i % per_outer * width;
     const int lanes = static_cast<int>(inner - at < width ? inner - at : width);
     const int64_t first = outer * classes * inner, begin = first + at, stat = outer * inner + at;
     if (classes_last) return {begin, inner, stat, rows, lanes, lanes, first + at * classes, 1, classes};
     return {begin, inner, stat, rows, lanes, lanes, begin, inner, 1};
   }
-  int64_t chunks() const { return (rows + CHUNK - 1) / CHUNK; }
+  int64_t chunks() const { return (rows + CHUNK_ROWS - 1) / CHUNK_ROWS; }
 
   int64_t classes, inner, rows, per_outer, strips;
   int width;    // whole vectors
@@ -53,7 +56,7 @@ struct Cut {
 };
 
 // The strips of a sweep that keeps weights are as narrow as the cache asks.
-static Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
+inline Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
   int width = MAX_WIDTH;
   while (a.inner > 1 && width > LANES && width * a.classes > WEIGHT_FLOATS) width /= 2;
   return Cut(a, width);
@@ -64,11 +67,12 @@ static Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
 // Calls block(row, lane, rows, lanes) for every block of LANES x LANES, or what there is of it, in `count` rows.
 template <class Block> DK_INLINE void for_each_block(const Strip& s, int count, int width, const Block& block) {
   for (int j = 0; j < width; j += LANES)
-    for (int r = 0; r < count; r += LANES) block(r, j, count - r < LANES ? count - r : LANES, s.lanes - j < LANES ? s.lanes - j : LANES);
+    for (int r = 0; r < count; r += LANES)
+      block(r, j, count - r < LANES ? count - r : LANES, s.lanes - j < LANES ? s.lanes - j : LANES);
 }
 
 // fetch and put of rows that are neighbours in memory, while lanes are not
-template <class T> static void fetch_across(const T* in, const Strip& s, int count, int width, float fill, float* out) {
+template <class T> void fetch_across(const T* in, const Strip& s, int count, int width, float fill, float* out) {
   for_each_block(s, count, width, [&](int row, int lane, int rows, int lanes) {
     const T* from = in + lane * s.lane_step + row;
     float* to = out + row * width + lane;
@@ -78,12 +82,12 @@ template <class T> static void fetch_across(const T* in, const Strip& s, int cou
       return;
     }
     Vec v[LANES];
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(from + i * s.lane_step);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = load(from + i * s.lane_step);
     transpose(v);
-    DK_UNROLL for (int r = 0; r < LANES; ++r) store(to + r * width, v[r]);
+    DK_UNROLL_FOR (int r = 0; r < LANES; ++r) store(to + r * width, v[r]);
   });
 }
-template <class T> static void put_across(const float* in, const Strip& s, int count, int width, T* out) {
+template <class T> void put_across(const float* in, const Strip& s, int count, int width, T* out) {
   for_each_block(s, count, width, [&](int row, int lane, int rows, int lanes) {
     const float* from = in + row * width + lane;
     T* to = out + lane * s.lane_step + row;
@@ -93,14 +97,15 @@ template <class T> static void put_across(const float* in, const Strip& s, int c
       return;
     }
     Vec v[LANES];
-    DK_UNROLL for (int r = 0; r < LANES; ++r) v[r] = load(from + r * width);
+    DK_UNROLL_FOR (int r = 0; r < LANES; ++r) v[r] = load(from + r * width);
     transpose(v);
-    DK_UNROLL for (int i = 0; i < LANES; ++i) store_vec(v[i], to + i * s.lane_step);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store_vec(v[i], to + i * s.lane_step);
   });
 }
 
 // Rows of a strip <-> floats [count][width]; missing lanes are filled.
-template <class T> DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
+template <class T>
+DK_INLINE void fetch(const void* base, const Strip& s, int64_t row, int count, int width, float fill, float* out) {
   const T* in = static_cast<const T*>(base) + s.memory + row * s.row_step;
   if (s.lane_step > 1) return fetch_across(in, s, count, width, fill, out);
   for (int r = 0; r < count; ++r, out += width, in += s.row_step) {
@@ -115,27 +120,29 @@ template <class T> DK_INLINE void put(const float* in, const Strip& s, int64_t r
   for (int r = 0; r < count; ++r, in += width, out += s.row_step) store_row(in, out, s.lanes_in(row + r));
 }
 
-// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn in one go.
+// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn
+// in one go.
 struct Noise {
-  Noise(Arena& arena, int width) : buffer(arena.take(CHUNK * noise_capacity(width))) {}
+  Noise(Arena& arena, int width) : buffer(arena.take(CHUNK_ROWS * noise_capacity(width))) {}
   void draw(PhiloxKey key, const Strip& s, int64_t row, int count, int width) {
     const uint64_t first = s.begin + row * s.stride;
     if (s.stride <= width) {
       const float* noise = gumbel_noise(key, first, (count - 1) * s.stride + width, buffer);
       for (int r = 0; r < count; ++r) rows[r] = noise + r * s.stride;
     } else {
-      for (int r = 0; r < count; ++r) rows[r] = gumbel_noise(key, first + r * s.stride, width, buffer + r * noise_capacity(width));
+      for (int r = 0; r < count; ++r)
+        rows[r] = gumbel_noise(key, first + r * s.stride, width, buffer + r * noise_capacity(width));
     }
   }
   float* buffer;
-  const float* rows[CHUNK];
+  const float* rows[CHUNK_ROWS];
 };
 
 // -- running statistics, one per lane
 
 // A sum whose error does not grow with its length (Kahan).
-struct Sum {
-  static Sum at(const float* p, int width) { return {load(p), load(p + width)}; }
+struct KahanSum {
+  static KahanSum at(const float* p, int width) { return {load(p), load(p + width)}; }
   DK_INLINE void to(float* p, int width) const {
     store(p, total);
     store(p + width, excess);
@@ -149,95 +156,97 @@ struct Sum {
     excess = (t - total) - y;
     total = t;
   }
-  Vec total, excess;
+  Vec total = {}, excess = {};
 };
+DK_INLINE void rescale_and_add(KahanSum& sum, Vec alpha, Vec x) {
+  sum.scale(alpha);
+  sum.add(x);
+}
 
-// max, sum of exp(scale * (x - max)) and, for the entropy, sum of exp(x - max) * (x - max). NaN and +inf turn the sums into NaN.
-struct Softmax {
-  Softmax(Arena& arena, int w) : width(w), max(arena.take(w)), sum(arena.take(2 * w)), weighted(arena.take(2 * w)) {}
+// The softmax of every lane of a strip: running maximum, running sum of exp(scale * (x - maximum)) and, for the
+// entropy, of exp(x - maximum) * (x - maximum). NaN and +inf turn the sums into NaN.
+struct StripSoftmax {
+  StripSoftmax(Arena& arena, int w)
+      : width(w), maximum(arena.take(w)), sum(arena.take(2 * w)), weighted(arena.take(2 * w)) {}
   void clear() {
-    for (int i = 0; i < width; ++i) max[i] = LOWEST;
+    for (int i = 0; i < width; ++i) maximum[i] = EMPTY_MAXIMUM;
     std::memset(sum, 0, 2 * width * sizeof(float));
     std::memset(weighted, 0, 2 * width * sizeof(float));
   }
-
-  DK_INLINE Vec new_max(const float* x, int count, int j) const {
-    Vec m = load(max + j);
-    for (int r = 0; r < count; ++r) m = dk::DK_ISA::max(load(x + r * width + j), m);
-    return m;
+  DK_INLINE SoftmaxState<KahanSum> at(int j) const { return {load(maximum + j), KahanSum::at(sum + j, width)}; }
+  DK_INLINE void put(int j, const SoftmaxState<KahanSum>& state) const {
+    store(maximum + j, state.maximum);
+    state.sum.to(sum + j, width);
   }
 
-  // Takes in x [count][width] at lane j, and leaves there the weights relative to the new maximum.
-  DK_INLINE void absorb(float* x, int count, int j, float scale) {
-    const Vec now = new_max(x, count, j), keep = exp2((load(max + j) - now) * scale);
-    Vec chunk{};
-    for (int r = 0; r < count; ++r) {
-      const Vec weight = exp2((load(x + r * width + j) - now) * scale);
-      chunk += weight;
-      store(x + r * width + j, weight);
-    }
-    Sum s = Sum::at(sum + j, width);
-    s.scale(keep);
-    s.add(chunk);
-    s.to(sum + j, width);
-    store(max + j, now);
+  // Turns x [count][width] at lane j into weights and adds them.
+  DK_INLINE void update(float* x, int count, int j, float scale) {
+    SoftmaxState<KahanSum> state = at(j);
+    state.update(x + j, width, count, Exp2{scale});
+    put(j, state);
   }
 
-  DK_INLINE void absorb_entropy(const float* x, int count, int j) {
-    const Vec now = new_max(x, count, j), far = splat(FAR), d0 = dk::DK_ISA::max(far, load(max + j) - now), keep = exp2(d0 * LOG2E);
+  DK_INLINE void update_entropy(const float* x, int count, int j) {
+    SoftmaxState<KahanSum> state = at(j);
+    const Vec far = splat(FAR), now = running_maximum(state.maximum, x + j, width, count),
+              shift = max(far, state.maximum - now);
     Vec chunk{}, chunk_weighted{};
     for (int r = 0; r < count; ++r) {
-      const Vec d = dk::DK_ISA::max(far, load(x + r * width + j) - now), weight = exp2(d * LOG2E);
+      const Vec d = max(far, load(x + r * width + j) - now), weight = exp2(d * LOG2E);
       chunk += weight;
       chunk_weighted += weight * d;
     }
-    Sum s = Sum::at(sum + j, width), w = Sum::at(weighted + j, width);
-    w.add(s.total * d0);
-    w.scale(keep);
-    w.add(chunk_weighted);
-    s.scale(keep);
-    s.add(chunk);
-    s.to(sum + j, width);
+    KahanSum w = KahanSum::at(weighted + j, width);
+    w.add(state.sum.total * shift);
+    state.maximum = now;
+    const Vec alpha = exp2(shift * LOG2E);
+    rescale_and_add(w, alpha, chunk_weighted);
+    rescale_and_add(state.sum, alpha, chunk);
     w.to(weighted + j, width);
-    store(max + j, now);
+    put(j, state);
   }
 
-  // All lanes into one position; then every lane holds it.
-  void merge(double scale) {
-    float top = LOWEST;
-    for (int i = 0; i < width; ++i) top = max[i] > top ? max[i] : top;
+  // Merges all lanes into one position; then every lane holds it.
+  void merge_lanes(double scale) {
+    float top = EMPTY_MAXIMUM;
+    for (int i = 0; i < width; ++i) top = maximum[i] > top ? maximum[i] : top;
     double s = 0, w = 0;
     for (int i = 0; i < width; ++i) {
-      const float d = max[i] - top;
-      const double keep = __builtin_exp2(scale * d);
-      s += keep * sum[i];
-      w += keep * (weighted[i] + static_cast<double>(sum[i]) * (d < FAR ? FAR : d));
+      const float shift = maximum[i] - top;
+      const double alpha = __builtin_exp2(scale * shift);
+      s += alpha * sum[i];
+      w += alpha * (weighted[i] + static_cast<double>(sum[i]) * (shift < FAR ? FAR : shift));
     }
-    for (int i = 0; i < width; ++i) max[i] = top, sum[i] = static_cast<float>(s), weighted[i] = static_cast<float>(w);
+    for (int i = 0; i < width; ++i)
+      maximum[i] = top, sum[i] = static_cast<float>(s), weighted[i] = static_cast<float>(w);
   }
 
   int width;
-  float *max, *sum, *weighted;
+  float *maximum, *sum, *weighted;
 };
 
 // -- the sweep
 
 struct SweepSpace {
   SweepSpace(Arena& arena, const Cut& cut, bool weights_kept)
-      : x(arena.take(CHUNK * cut.width)), noise(arena, cut.width), noisy(arena, cut.width), plain(arena, cut.width) {
+      : x(arena.take(CHUNK_ROWS * cut.width)),
+        noise(arena, cut.width),
+        noisy(arena, cut.width),
+        plain(arena, cut.width) {
     if (!weights_kept) return;
     weights = arena.take(cut.rows * cut.width);
     factors = arena.take(cut.chunks() * cut.width);
   }
-  float* x;                      // [CHUNK][width]
+  float* x;   // [CHUNK_ROWS][width]
   Noise noise;
-  Softmax noisy, plain;          // of (logits + noise) / tau, of logits
+  StripSoftmax noisy, plain;                      // of (logits + noise) / tau, of logits
   float *weights = nullptr, *factors = nullptr;   // [rows][width], [chunks][width]: y = weight * factor
   ArgMax best[MAX_WIDTH / LANES];
 };
 
 template <class T> struct Sweep {
-  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the logits.
+  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the
+  // logits.
   static void run(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, bool soft, SweepSpace& w) {
     const int width = cut.width;
     const PhiloxKey key{static_cast<uint64_t>(*a.seed), 0};
@@ -245,45 +254,49 @@ template <class T> struct Sweep {
     w.noisy.clear();
     w.plain.clear();
     for (int j = 0; j < width; j += LANES) w.best[j / LANES] = ArgMax();
-    for (int64_t row = 0; row < s.rows; row += CHUNK) {
-      const int count = static_cast<int>(s.rows - row < CHUNK ? s.rows - row : CHUNK);
+    for (int64_t row = 0; row < s.rows; row += CHUNK_ROWS) {
+      const int count = static_cast<int>(s.rows - row < CHUNK_ROWS ? s.rows - row : CHUNK_ROWS);
       fetch<T>(a.logits, s, row, count, width, -INF, w.x);
       if (a.kl)
-        for (int j = 0; j < width; j += LANES) w.plain.absorb_entropy(w.x, count, j);
+        for (int j = 0; j < width; j += LANES) w.plain.update_entropy(w.x, count, j);
       w.noise.draw(key, s, row, count, width);
       float* noisy = soft ? w.weights + row * width : w.x;
       for (int r = 0; r < count; ++r)
-        for (int j = 0; j < width; j += LANES) store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j) * LN2);
+        for (int j = 0; j < width; j += LANES)
+          store(noisy + r * width + j, load(w.x + r * width + j) + load(w.noise.rows[r] + j) * LN2);
       for (int j = 0; j < width; j += LANES) {
         if (soft) {
-          w.noisy.absorb(noisy, count, j, scale);
-          store(w.factors + row / CHUNK * width + j, load(w.noisy.max + j));
+          w.noisy.update(noisy, count, j, scale);
+          store(w.factors + row / CHUNK_ROWS * width + j, load(w.noisy.maximum + j));
         } else {
-          for (int r = 0; r < count; ++r) w.best[j / LANES].take(load(noisy + r * width + j), static_cast<int32_t>(row + r));
+          for (int r = 0; r < count; ++r)
+            w.best[j / LANES].take(load(noisy + r * width + j), static_cast<int32_t>(row + r));
         }
       }
     }
     if (!soft) return;
-    if (cut.merge) w.noisy.merge(scale);
+    if (cut.merge) w.noisy.merge_lanes(scale);
     for (int64_t c = 0; c < cut.chunks(); ++c)
       for (int j = 0; j < width; j += LANES) {
         float* factor = w.factors + c * width + j;
-        store(factor, exp2((load(factor) - load(w.noisy.max + j)) * scale) / load(w.noisy.sum + j));
+        store(factor, exp2((load(factor) - load(w.noisy.maximum + j)) * scale) / load(w.noisy.sum + j));
       }
   }
 
-  // y of rows [row, row + count), row a multiple of CHUNK
+  // y of rows [row, row + count), row a multiple of CHUNK_ROWS
   DK_INLINE static void soft_rows(const SweepSpace& w, int width, int64_t row, int count, float* out) {
-    const float *weights = w.weights + row * width, *factor = w.factors + row / CHUNK * width;
+    const float *weights = w.weights + row * width, *factor = w.factors + row / CHUNK_ROWS * width;
     for (int r = 0; r < count; ++r)
-      for (int j = 0; j < width; j += LANES) store(out + r * width + j, load(weights + r * width + j) * load(factor + j));
+      for (int j = 0; j < width; j += LANES)
+        store(out + r * width + j, load(weights + r * width + j) * load(factor + j));
   }
 };
 
-template <template <class> class Instance, class Args> static void dispatch(DType dtype, const Args& a, float* workspace, int64_t begin, int64_t end) {
+template <template <class> class Instance, class Args>
+void dispatch(DType dtype, const Args& a, float* workspace, int64_t begin, int64_t end) {
   if (dtype == DType::float32) return Instance<float>::call(a, workspace, begin, end);
   if (dtype == DType::bfloat16) return Instance<BFloat16>::call(a, workspace, begin, end);
   Instance<Float16>::call(a, workspace, begin, end);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

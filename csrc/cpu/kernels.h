@@ -1,5 +1,6 @@
-// What the launchers (csrc/ops) may call: one table of kernels per instruction set, on raw pointers and strides. Nothing here knows torch.
-// Kernels run independent work items; the launcher spreads the items over threads and lends each thread a workspace.
+// What the launchers (csrc/ops) may call: one table of kernels per instruction set, on raw pointers and strides.
+// Nothing here knows torch. Kernels run independent work items; the launcher spreads the items over threads and lends
+// each thread a workspace.
 #pragma once
 #include "cpu/decode_attention.h"
 #include "cpu/gumbel_softmax.h"
@@ -17,6 +18,6 @@ struct Kernels {
   SampleTokensKernel sample_tokens;
 };
 
-const Kernels& kernels();  // of the active instruction set
+const Kernels& kernels();   // of the active instruction set
 
-}  // namespace dk
+}   // namespace dk

@@ -1,6 +1,7 @@
 // The matrix primitive of the bfloat16 kernels, on operands that lie in the first-level cache:
 //   C [16 M][16 N] floats  (+)=  A [16 M] rows of 2 * pairs bfloat16  x  B [pairs][16 N] dwords,
-// where a dword of B holds two consecutive rows of the right operand. AMX takes tiles of it; AVX512-BF16 broadcasts a dword of A, so that lanes are columns.
+// where a dword of B holds two consecutive rows of the right operand. AMX takes tiles of it; AVX512-BF16 broadcasts a
+// dword of A, so that lanes are columns.
 #pragma once
 #include "cpu/vec.h"
 
@@ -19,14 +20,17 @@ DK_INLINE __m512bh as_pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
 // (first[i], second[i]) rounded, lane by lane
 DK_INLINE Vec pair_up(Vec first, Vec second) {
   const __m512i halves = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   return _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, halves));
 }
 
 // Two rows of 32 elements become 32 pairs: out[d] = (first[d], second[d])
 DK_INLINE void interleave(Vec first, Vec second, uint32_t* out) {
-  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), a = _mm512_castps_si512(first), b = _mm512_castps_si512(second);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
+                                       5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16)), a = _mm512_castps_si512(first),
+                b = _mm512_castps_si512(second);
   _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, low, b));
   _mm512_storeu_si512(out + LANES, _mm512_permutex2var_epi16(a, high, b));
 }
@@ -57,7 +61,8 @@ struct MatrixUnit {
       uint16_t row_bytes[16];
       uint8_t rows[16];
     };
-    alignas(64) static const Config config = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    alignas(64) static const Config config = {
+        1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     _tile_loadconfig(&config);
   }
   ~MatrixUnit() { _tile_release(); }
@@ -66,7 +71,8 @@ struct MatrixUnit {
 
 // C of 2 x 2 tiles, so that a tile that was loaded is used twice.
 template <int M, int N>
-void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs, bool add) {
+void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs,
+              bool add) {
   static_assert(M % 2 == 0 && N % 2 == 0, "2 x 2 tiles");
   asm volatile("" ::: "memory");   // GCC does not know that a tile load reads memory
   for (int m = 0; m < M; m += 2)
@@ -112,7 +118,8 @@ struct MatrixUnit {
 
 // Blocks of 4 rows x 4 (or 2) vectors: enough sums to hide the latency, and few loads for each product.
 template <int M, int N>
-void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs, bool add) {
+void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs,
+              bool add) {
   static_assert(N % 2 == 0, "two vectors of columns");
   constexpr int TALL = 4, WIDE = N % 4 == 0 ? 4 : 2, STEPS = 4;
   for (int n = 0; n < 16 * N; n += WIDE * LANES)
@@ -121,24 +128,25 @@ void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, fl
       float* out = c + m * ldc + n;
       Vec sum[TALL][WIDE] = {};
       if (add) {
-        DK_UNROLL for (int i = 0; i < TALL; ++i)
-          DK_UNROLL for (int k = 0; k < WIDE; ++k) sum[i][k] = load(out + i * ldc + k * LANES);
+        DK_UNROLL_FOR (int i = 0; i < TALL; ++i)
+          DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) sum[i][k] = load(out + i * ldc + k * LANES);
       }
       for (int step = 0; step < pairs; step += STEPS)
-        DK_UNROLL for (int p = step; p < step + STEPS; ++p) {
+        DK_UNROLL_FOR (int p = step; p < step + STEPS; ++p) {
           __m512bh right[WIDE];
-          DK_UNROLL for (int k = 0; k < WIDE; ++k) right[k] = as_pairs(_mm512_loadu_si512(b + p * ldb + n + k * LANES));
-          DK_UNROLL for (int i = 0; i < TALL; ++i) {
+          DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) right[k] = as_pairs(_mm512_loadu_si512(b + p * ldb + n + k * LANES));
+          DK_UNROLL_FOR (int i = 0; i < TALL; ++i) {
             int32_t pair;
             std::memcpy(&pair, left + i * lda + 2 * p, sizeof(pair));
-            DK_UNROLL for (int k = 0; k < WIDE; ++k) sum[i][k] = _mm512_dpbf16_ps(sum[i][k], as_pairs(_mm512_set1_epi32(pair)), right[k]);
+            DK_UNROLL_FOR (int k = 0; k < WIDE; ++k)
+              sum[i][k] = _mm512_dpbf16_ps(sum[i][k], as_pairs(_mm512_set1_epi32(pair)), right[k]);
           }
         }
-      DK_UNROLL for (int i = 0; i < TALL; ++i)
-        DK_UNROLL for (int k = 0; k < WIDE; ++k) store(out + i * ldc + k * LANES, sum[i][k]);
+      DK_UNROLL_FOR (int i = 0; i < TALL; ++i)
+        DK_UNROLL_FOR (int k = 0; k < WIDE; ++k) store(out + i * ldc + k * LANES, sum[i][k]);
     }
 }
 
 #endif
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,4 +1,5 @@
-// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset, index).
+// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
+// index).
 #pragma once
 #include <cstdint>
 
@@ -10,7 +11,8 @@ struct PhiloxKey {
 
 constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57, PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
 
-// The four words of one block, in plain C++ (host routines; static, for this file is compiled once per instruction set).
+// The four words of one block, in plain C++ (host routines; static, for this file is compiled once per instruction
+// set).
 [[maybe_unused]] static inline void philox_block(PhiloxKey key, uint64_t block, uint32_t out[4]) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = static_cast<uint32_t>(key.offset), c3 = static_cast<uint32_t>(key.offset >> 32);
@@ -23,7 +25,7 @@ constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57, PHILOX_W0 = 0
   out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-}  // namespace dk
+}   // namespace dk
 
 #if defined(DK_ISA)
 #if defined(__SSE2__)
@@ -75,12 +77,14 @@ DK_INLINE Vec to_floats(UVec x) {
   return _mm512_cvtepu32_ps(reinterpret_cast<__m512i>(x));
 #else
   // both halves and high * 65536 are exact, so only the sum rounds
-  const Vec high = __builtin_convertvector(reinterpret_cast<IVec>(x >> 16), Vec), low = __builtin_convertvector(reinterpret_cast<IVec>(x & 0xFFFFu), Vec);
+  const Vec high = __builtin_convertvector(reinterpret_cast<IVec>(x >> 16), Vec),
+            low = __builtin_convertvector(reinterpret_cast<IVec>(x & 0xFFFFu), Vec);
   return high * 65536.0f + low;
 #endif
 }
 
-// The functions below compute N vectors side by side: the steps of one depend on each other, and alone they would leave the processor waiting.
+// The functions below compute N vectors side by side: the steps of one depend on each other, and alone they would leave
+// the processor waiting.
 
 // The random bits of N * LANES / 2 consecutive blocks, in the order of their indices.
 template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out)[2 * N]) {
@@ -90,13 +94,13 @@ template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out
     first[2 * i + 1] = LANES / 4 + i;
   }
   WVec c0[N], c1[N], c2[N], c3[N];
-  DK_UNROLL for (int i = 0; i < N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) {
     c0[i] = first + (block + i * (LANES / 2)), c1[i] = c0[i] >> 32;
     c2[i] = (key.offset & 0xFFFFFFFFu) - WVec{}, c3[i] = (key.offset >> 32) - WVec{};
   }
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  DK_UNROLL for (int round = 0; round < 10; ++round) {   // only the low 32 bits of a lane count
-    DK_UNROLL for (int i = 0; i < N; ++i) {
+  DK_UNROLL_FOR (int round = 0; round < 10; ++round) {   // only the low 32 bits of a lane count
+    DK_UNROLL_FOR (int i = 0; i < N; ++i) {
       const WVec a = multiply_low(c0[i], PHILOX_M0), b = multiply_low(c2[i], PHILOX_M1);
       c0[i] = (b >> 32) ^ c1[i] ^ static_cast<uint64_t>(k0);
       c2[i] = (a >> 32) ^ c3[i] ^ static_cast<uint64_t>(k1);
@@ -104,25 +108,29 @@ template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out
     }
     k0 += PHILOX_W0, k1 += PHILOX_W1;
   }
-  DK_UNROLL for (int i = 0; i < N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) {
     const WVec c01 = (c0[i] & 0xFFFFFFFFu) | (c1[i] << 32), c23 = (c2[i] & 0xFFFFFFFFu) | (c3[i] << 32);
     out[2 * i] = reinterpret_cast<UVec>(unpack_low(c01, c23));
     out[2 * i + 1] = reinterpret_cast<UVec>(unpack_high(c01, c23));
   }
 }
 
-// Splits x = 2^k * m, m in [0.75, 1.5): returns k * 2^23 as an integer, which is what the bits of 2^k and of x / m differ by.
+// Splits x = 2^k * m, m in [0.75, 1.5): returns k * 2^23 as an integer, which is what the bits of 2^k and of x / m
+// differ by.
 DK_INLINE UVec scaled_exponent(Vec x) { return (bits(x) - 0x3F400000u) & 0xFF800000u; }
 
-// x = -log2(2^k * (1 + f)) for f in [-0.25, 0.5], from k * 2^23; to two units in the last place, near f = 0 too where k is 0.
+// x = -log2(2^k * (1 + f)) for f in [-0.25, 0.5], from k * 2^23; to two units in the last place, near f = 0 too where k
+// is 0.
 template <int N> DK_INLINE void minus_log2(const UVec (&k)[N], const Vec (&f)[N], Vec (&x)[N]) {
-  constexpr float C[] = {7.806674006e-2f, -1.742302321e-1f, 2.163248654e-1f, -2.427235177e-1f, 2.881915044e-1f, -3.605759219e-1f,
-                         4.809020805e-1f, -7.213484784e-1f, 1.442695032f};   // log2(1 + f) / f, to 2.7e-8
-  DK_UNROLL for (int i = 0; i < N; ++i) x[i] = splat(C[0]);
-  DK_UNROLL for (int c = 1; c < 9; ++c) {
-    DK_UNROLL for (int i = 0; i < N; ++i) x[i] = x[i] * f[i] + C[c];
+  constexpr float C[] = {
+      7.806674006e-2f,  -1.742302321e-1f, 2.163248654e-1f,  -2.427235177e-1f, 2.881915044e-1f,
+      -3.605759219e-1f, 4.809020805e-1f,  -7.213484784e-1f, 1.442695032f};   // log2(1 + f) / f, to 2.7e-8
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) x[i] = splat(C[0]);
+  DK_UNROLL_FOR (int c = 1; c < 9; ++c) {
+    DK_UNROLL_FOR (int i = 0; i < N; ++i) x[i] = x[i] * f[i] + C[c];
   }
-  DK_UNROLL for (int i = 0; i < N; ++i) x[i] = -(x[i] * f[i] + __builtin_convertvector(reinterpret_cast<IVec>(k[i]) >> 23, Vec));
+  DK_UNROLL_FOR (int i = 0; i < N; ++i)
+    x[i] = -(x[i] * f[i] + __builtin_convertvector(reinterpret_cast<IVec>(k[i]) >> 23, Vec));
 }
 
 // The noise of N * LANES / 2 consecutive blocks, see below.
@@ -130,7 +138,7 @@ template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out
   UVec random[2 * N], k[2 * N];
   Vec f[2 * N], x[2 * N];
   philox<N>(key, block, random);
-  DK_UNROLL for (int i = 0; i < 2 * N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) {
     const Vec minus_u = max(splat(-0x1.FFFFFEp-1f), to_floats(random[i]) * -0x1p-32f - 0x1p-33f);
     k[i] = scaled_exponent(1.0f + minus_u);
     // 1 - u = 2^k (1 + f) with f = 2^-k - 1 - 2^-k u, which is exact: no digit of a small u is lost
@@ -138,16 +146,17 @@ template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out
     f[i] = (scale - 1.0f) + scale * minus_u;
   }
   minus_log2(k, f, x);
-  DK_UNROLL for (int i = 0; i < 2 * N; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) {
     k[i] = scaled_exponent(x[i]);
     f[i] = floats(bits(x[i]) - k[i]) - 1.0f;
   }
   minus_log2(k, f, x);
-  DK_UNROLL for (int i = 0; i < 2 * N; ++i) store(out + i * LANES, x[i]);
+  DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) store(out + i * LANES, x[i]);
 }
 
-// The noise of indices [first, first + count) as -log2(-log2(1 - u)); times log 2 it is the noise of philox.py less a constant, which neither a softmax
-// nor an argmax sees. Returns where it begins in `buffer`, which must hold noise_capacity(count) floats.
+// The noise of indices [first, first + count) as -log2(-log2(1 - u)); times log 2 it is the noise of philox.py less a
+// constant, which neither a softmax nor an argmax sees. Returns where it begins in `buffer`, which must hold
+// noise_capacity(count) floats.
 constexpr float LN2 = 6.93147181e-1f;
 constexpr int64_t noise_capacity(int64_t count) { return count + 3 + 2 * LANES; }
 static inline const float* gumbel_noise(PhiloxKey key, uint64_t first, int64_t count, float* buffer) {
@@ -159,5 +168,5 @@ static inline const float* gumbel_noise(PhiloxKey key, uint64_t first, int64_t c
   return buffer + skip;
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA
 #endif

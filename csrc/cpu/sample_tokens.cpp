@@ -1,5 +1,6 @@
-// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. Both keep all logits from a threshold up, which
-// is found digit by digit (a radix selection over the ordered bits of the floats), without sorting.
+// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. Both keep all
+// logits from a threshold up, which is found digit by digit (a radix selection over the ordered bits of the floats),
+// without sorting.
 #include "cpu/sample_tokens.h"
 
 #include "cpu/arena.h"
@@ -7,9 +8,9 @@
 #include "cpu/philox.h"
 
 namespace dk::DK_ISA {
+namespace {
 
-constexpr int64_t BLOCK = 16 * LANES;   // tokens drawn at a time
-constexpr float LOG2E = 1.44269504f;
+constexpr int64_t BLOCK_TOKENS = 16 * LANES;   // tokens drawn at a time
 constexpr int DIGIT_SIZE = 1 << 11;
 
 struct Digit {
@@ -19,11 +20,14 @@ constexpr Digit DIGITS[] = {{21, 11}, {10, 11}, {0, 10}};   // of a 32-bit key, 
 
 struct SampleSpace {
   SampleSpace(Arena& arena, int64_t vocabulary)
-      : padded((vocabulary + BLOCK - 1) / BLOCK * BLOCK), mass(reinterpret_cast<double*>(arena.take(2 * DIGIT_SIZE))),
-        noise(arena.take(noise_capacity(BLOCK))), x(arena.take(padded)), weight(arena.take(padded)) {}
+      : padded((vocabulary + BLOCK_TOKENS - 1) / BLOCK_TOKENS * BLOCK_TOKENS),
+        mass(reinterpret_cast<double*>(arena.take(2 * DIGIT_SIZE))),
+        noise(arena.take(noise_capacity(BLOCK_TOKENS))),
+        x(arena.take(padded)),
+        weight(arena.take(padded)) {}
   int64_t padded;
-  double* mass;                 // [DIGIT_SIZE]
-  float *noise, *x, *weight;    // weight: exp((x - max) / temperature), for top_p
+  double* mass;                // [DIGIT_SIZE]
+  float *noise, *x, *weight;   // weight: exp((x - max) / temperature), for top_p
 };
 
 // Unsigned integers in the order of the floats.
@@ -39,8 +43,9 @@ DK_INLINE float value_of(uint32_t key) {
   return x;
 }
 
-// The largest x[i] such that all values >= x[i] weigh `target` or more; the smallest that weighs anything if rounding leaves the target out of reach.
-template <class Weight> static float threshold(const float* x, int64_t n, double target, double* mass, const Weight& weight) {
+// The largest x[i] such that all values >= x[i] weigh `target` or more; the smallest that weighs anything if rounding
+// leaves the target out of reach.
+template <class Weight> float threshold(const float* x, int64_t n, double target, double* mass, const Weight& weight) {
   uint32_t found = 0, known = 0;
   for (const Digit& digit : DIGITS) {
     const uint32_t size = 1u << digit.bits;
@@ -64,11 +69,11 @@ template <class Weight> static float threshold(const float* x, int64_t n, double
 }
 
 // -inf for all values below the threshold
-static void keep_from(float* x, int64_t n, float threshold) {
+void keep_from(float* x, int64_t n, float threshold) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < threshold ? -INF : x[i];
 }
 
-static void keep_most_likely(const SampleTokensArgs& a, const SampleSpace& w, float top) {
+void keep_most_likely(const SampleTokensArgs& a, const SampleSpace& w, float top) {
   const int64_t n = a.vocabulary;
   if (a.top_k > 0 && a.top_k < n)
     keep_from(w.x, n, threshold(w.x, n, static_cast<double>(a.top_k), w.mass, [](int64_t) { return 1.0; }));
@@ -80,17 +85,19 @@ static void keep_most_likely(const SampleTokensArgs& a, const SampleSpace& w, fl
       store(w.weight + i, weight);
       total += reduce_add(weight);
     }
-    keep_from(w.x, n, threshold(w.x, n, a.top_p * total, w.mass, [&](int64_t i) { return static_cast<double>(w.weight[i]); }));
+    keep_from(w.x, n,
+              threshold(w.x, n, a.top_p * total, w.mass, [&](int64_t i) { return static_cast<double>(w.weight[i]); }));
   }
 }
 
-static int64_t draw(const SampleTokensArgs& a, const SampleSpace& w, PhiloxKey key, float top) {
+int64_t draw(const SampleTokensArgs& a, const SampleSpace& w, PhiloxKey key, float top) {
   const float inverse_temperature = 1.0f / a.temperature;
   ArgMax best;
-  for (int64_t block = 0; block < a.vocabulary; block += BLOCK) {
-    const float* noise = gumbel_noise(key, block, BLOCK, w.noise);
-    for (int64_t i = 0; i < BLOCK; i += LANES)
-      best.take((load(w.x + block + i) - top) * inverse_temperature + load(noise + i) * LN2, static_cast<int32_t>(block + i));
+  for (int64_t block = 0; block < a.vocabulary; block += BLOCK_TOKENS) {
+    const float* noise = gumbel_noise(key, block, BLOCK_TOKENS, w.noise);
+    for (int64_t i = 0; i < BLOCK_TOKENS; i += LANES)
+      best.take((load(w.x + block + i) - top) * inverse_temperature + load(noise + i) * LN2,
+                static_cast<int32_t>(block + i));
   }
   const IVec token = best.index + lane_index();
   int chosen = 0;
@@ -99,7 +106,7 @@ static int64_t draw(const SampleTokensArgs& a, const SampleSpace& w, PhiloxKey k
   return token[chosen];
 }
 
-template <class T> static void sample(const SampleTokensArgs& a, float* workspace, int64_t row) {
+template <class T> void sample(const SampleTokensArgs& a, float* workspace, int64_t row) {
   const FlushDenormals guard;
   Arena arena{workspace};
   const SampleSpace w(arena, a.vocabulary);
@@ -123,18 +130,20 @@ template <class T> static void sample(const SampleTokensArgs& a, float* workspac
   a.tokens[row] = token;
 }
 
-static int64_t workspace(const SampleTokensArgs& a) {
+int64_t workspace(const SampleTokensArgs& a) {
   Arena arena{nullptr};
   SampleSpace(arena, a.vocabulary);
   return arena.used;
 }
-static void run(const SampleTokensArgs& a, float* workspace, int64_t row) {
+void run(const SampleTokensArgs& a, float* workspace, int64_t row) {
   if (a.dtype == DType::float32) return sample<float>(a, workspace, row);
   if (a.dtype == DType::bfloat16) return sample<BFloat16>(a, workspace, row);
   sample<Float16>(a, workspace, row);
 }
 
+}   // namespace
+
 extern const SampleTokensKernel sample_tokens;
 const SampleTokensKernel sample_tokens = {workspace, run};
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

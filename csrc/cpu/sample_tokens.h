@@ -8,4 +8,4 @@ struct SampleTokensKernel {
   void (*run)(const SampleTokensArgs&, float* workspace, int64_t row);
 };
 
-}  // namespace dk
+}   // namespace dk

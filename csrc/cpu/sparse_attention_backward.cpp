@@ -1,9 +1,12 @@
-// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the same bits however the work is cut.
-// A tile keeps the weights of all its keys, so they are normalised exactly as in a plain softmax and neither out nor lse is read:
-//   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q * scale.
+// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the
+// same bits however the work is cut. A tile keeps the weights of all its keys, so they are normalised exactly as in a
+// plain softmax and neither out nor lse is read:
+//   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q *
+//   scale.
 #include "cpu/attention_tile.h"
 
 namespace dk::DK_ISA {
+namespace {
 
 // What a thread needs for a tile, transposed, and where the rows of its keys lie.
 template <int DP> struct QueriesSpace {
@@ -11,24 +14,21 @@ template <int DP> struct QueriesSpace {
   const float* keys[];
 };
 
-// What a tile leaves: rows of Q * scale and of dO, and for each of its keys, in plan order, S then P and dP then dS.
-template <int DP> struct TileLeft {
+// Passed from `queries` to `keys`, of a tile: rows of Q * scale and of dO, and for each of its keys, in plan order, S
+// then P and dP then dS.
+template <int DP> struct TileCarry {
   static int64_t floats(int64_t most_keys) { return 2 * ROWS * (DP + most_keys); }
-  TileLeft(float* left, int64_t most_keys) : q(left), g(q + ROWS * DP), p(g + ROWS * DP), ds(p + most_keys * ROWS) {}
+  TileCarry(float* carry, int64_t most_keys) : q(carry), g(q + ROWS * DP), p(g + ROWS * DP), ds(p + most_keys * ROWS) {}
   float *q, *g, *p, *ds;
 };
 
 // From scores and dP to P and dS, for all keys of the tile.
 DK_INLINE void softmax_backward(float* p, float* ds, int count) {
   for (int r = 0; r < ROWS; r += LANES) {
-    Vec most = splat(LOWEST), sum{}, delta{};
-    for (int j = 0; j < count; ++j) most = max(most, load(p + j * ROWS + r));
-    for (int j = 0; j < count; ++j) {
-      const Vec weight = exp(load(p + j * ROWS + r) - most);
-      store(p + j * ROWS + r, weight);
-      sum += weight;
-    }
-    sum = max(splat(1.0f), sum);   // it is at least 1 already, or NaN, but for padding rows that see nothing
+    const Vec maximum = running_maximum(splat(EMPTY_MAXIMUM), p + r, ROWS, count);
+    // at least 1 or NaN already, but for padding rows that see nothing
+    const Vec sum = max(splat(1.0f), weigh(p + r, ROWS, count, maximum, Exp{}));
+    Vec delta{};
     for (int j = 0; j < count; ++j) {
       const Vec weight = load(p + j * ROWS + r) / sum;
       store(p + j * ROWS + r, weight);
@@ -47,37 +47,41 @@ struct KeyUpdate {
   float *grad_v, *grad_k;
 };
 
-// out(i)[DP] += sum_r w(i)[r] * x[r][DP] for KEYS keys
-template <int DP, int KEYS> DK_INLINE void outer(const KeyUpdate* keys, const float* KeyUpdate::*w, const float* x, float* KeyUpdate::*out) {
+// out(i)[DP] += sum_r w(i)[r] * x[r][DP] for COUNT keys
+template <int DP, int COUNT>
+DK_INLINE void outer(const KeyUpdate* keys, const float* KeyUpdate::* w, const float* x, float* KeyUpdate::* out) {
   constexpr int WIDE = LANES == 16 && DP % 64 == 0 ? 4 : 2;   // vectors per register block
   for (int d = 0; d < DP; d += WIDE * LANES) {
-    Vec acc[KEYS][WIDE] = {};
+    Vec acc[COUNT][WIDE] = {};
     for (int r = 0; r < ROWS; ++r) {
       Vec row[WIDE];
-      DK_UNROLL for (int i = 0; i < WIDE; ++i) row[i] = load(x + r * DP + d + i * LANES);
-      DK_UNROLL for (int j = 0; j < KEYS; ++j)
-        DK_UNROLL for (int i = 0; i < WIDE; ++i) acc[j][i] += row[i] * (keys[j].*w)[r];
+      DK_UNROLL_FOR (int i = 0; i < WIDE; ++i) row[i] = load(x + r * DP + d + i * LANES);
+      DK_UNROLL_FOR (int j = 0; j < COUNT; ++j)
+        DK_UNROLL_FOR (int i = 0; i < WIDE; ++i) acc[j][i] += row[i] * (keys[j].*w)[r];
     }
-    DK_UNROLL for (int j = 0; j < KEYS; ++j)
-      DK_UNROLL for (int i = 0; i < WIDE; ++i) {
+    DK_UNROLL_FOR (int j = 0; j < COUNT; ++j)
+      DK_UNROLL_FOR (int i = 0; i < WIDE; ++i) {
         float* o = keys[j].*out + d + i * LANES;
         store(o, load(o) + acc[j][i]);
       }
   }
 }
-template <int DP, int KEYS> DK_INLINE void add_outer(const KeyUpdate* keys, const TileLeft<DP>& tile) {
-  outer<DP, KEYS>(keys, &KeyUpdate::p, tile.g, &KeyUpdate::grad_v);
-  outer<DP, KEYS>(keys, &KeyUpdate::ds, tile.q, &KeyUpdate::grad_k);
+template <int DP, int COUNT> DK_INLINE void add_outer(const KeyUpdate* keys, const TileCarry<DP>& tile) {
+  outer<DP, COUNT>(keys, &KeyUpdate::p, tile.g, &KeyUpdate::grad_v);
+  outer<DP, COUNT>(keys, &KeyUpdate::ds, tile.q, &KeyUpdate::grad_k);
 }
 
-// Which of `parts` owns a key: blocks of 16 keys are dealt out such that the blocks of any range of keys are spread evenly (Fibonacci hashing).
-DK_INLINE int64_t owner(int32_t token, int64_t parts) { return (static_cast<uint32_t>(token / 16) * 2654435769u * static_cast<uint64_t>(parts)) >> 32; }
+// Which of `parts` owns a key: blocks of 16 keys are dealt out such that the blocks of any range of keys are spread
+// evenly (Fibonacci hashing).
+DK_INLINE int64_t owner(int32_t token, int64_t parts) {
+  return (static_cast<uint32_t>(token / 16) * 2654435769u * static_cast<uint64_t>(parts)) >> 32;
+}
 
-template <class T, int DP> struct Backward {
+template <class T, int DP> struct AttentionBackward {
   // of a head: dK and dV, then copies of K and V
   static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
-    const int64_t most_keys = Plan(a.forward.plan)[Plan::MOST_COLUMNS], pointers = most_keys * sizeof(float*);
-    return {2 * a.forward.n * DP + FloatHead<T, DP>::floats(a.forward), TileLeft<DP>::floats(most_keys),
+    const int64_t most_keys = Plan(a.forward.plan)[plan_header::most_columns], pointers = most_keys * sizeof(float*);
+    return {2 * a.forward.n * DP + FloatHead<T, DP>::floats(a.forward), TileCarry<DP>::floats(most_keys),
             (static_cast<int64_t>(sizeof(QueriesSpace<DP>)) + pointers + 63) / 64 * 16};
   }
 
@@ -87,9 +91,11 @@ template <class T, int DP> struct Backward {
     FloatHead<T, DP>::prepare(a.forward, bh, part, parts, head + matrices);
   }
 
-  static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows, const TileLeft<DP>& tile, QueriesSpace<DP>& w) {
+  static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows,
+                            const TileCarry<DP>& tile, QueriesSpace<DP>& w) {
     const SparseAttentionArgs& f = a.forward;
-    const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh), *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
+    const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh),
+            *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
     for (int r = 0; r < ROWS; r += LANES) {
       fetch_rows<T, DP>(q, f.q_strides.token, rows + r, f.head_dim, tile.q + r * DP);
       fetch_rows<T, DP>(g, a.grad_out_strides.token, rows + r, f.head_dim, tile.g + r * DP);
@@ -99,12 +105,13 @@ template <class T, int DP> struct Backward {
     for (int i = 0; i < ROWS * DP; ++i) tile.q[i] *= f.scale;
   }
 
-  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* left, float* thread) {
+  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* carry,
+                      float* thread) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
     const FloatHead<T, DP> rows(f, bh, head + 2 * f.n * DP);
-    const TileLeft<DP> tile(left, plan[Plan::MOST_COLUMNS]);
+    const TileCarry<DP> tile(carry, plan[plan_header::most_columns]);
     auto& w = *reinterpret_cast<QueriesSpace<DP>*>(thread);
     fetch_queries(a, bh, plan.rows(t), tile, w);
     int count = 0;
@@ -126,10 +133,12 @@ template <class T, int DP> struct Backward {
     softmax_backward(tile.p, tile.ds, count);
     std::memset(w.dqt, 0, sizeof(w.dqt));
     accumulate<DP>(tile.ds, w.keys, count, w.dqt);
-    unpack_transposed<T, DP>(w.dqt, plan.rows(t), f.head_dim, f.scale, matrix_of<T>(a.grad_q, a.grad_q_strides, f.heads, bh), a.grad_q_strides.token);
+    unpack_transposed<T, DP>(w.dqt, plan.rows(t), f.head_dim, f.scale,
+                             matrix_of<T>(a.grad_q, a.grad_q_strides, f.heads, bh), a.grad_q_strides.token);
   }
 
-  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v, const TileLeft<DP>& tile) {
+  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v,
+                           const TileCarry<DP>& tile) {
     KeyUpdate updates[4];
     int count = 0, owned = 0;
     for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t*) {
@@ -147,17 +156,18 @@ template <class T, int DP> struct Backward {
     for (int i = 0; i < owned; ++i) add_outer<DP, 1>(updates + i, tile);
   }
 
-  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part, int64_t parts, float* head,
-                   const float* left) {
+  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
+                   int64_t parts, float* head, const float* carry) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
-    const int64_t most_keys = plan[Plan::MOST_COLUMNS];
+    const int64_t most_keys = plan[plan_header::most_columns];
     float *grad_k = head, *grad_v = head + f.n * DP;
-    for (int64_t t = tile_begin; t < tile_end; ++t, left += TileLeft<DP>::floats(most_keys))
-      keys_of_tile(plan, t, part, parts, grad_k, grad_v, TileLeft<DP>(const_cast<float*>(left), most_keys));
+    for (int64_t t = tile_begin; t < tile_end; ++t, carry += TileCarry<DP>::floats(most_keys))
+      keys_of_tile(plan, t, part, parts, grad_k, grad_v, TileCarry<DP>(const_cast<float*>(carry), most_keys));
     if (tile_end < plan.tiles()) return;
-    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, f.heads, bh), *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, f.heads, bh);
+    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, f.heads, bh),
+      *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, f.heads, bh);
     for (int64_t i = 0; i < f.n; ++i) {
       if (owner(i, parts) != part) continue;
       store_row(grad_k + i * DP, out_k + i * a.grad_k_strides.token, f.head_dim);
@@ -168,6 +178,10 @@ template <class T, int DP> struct Backward {
   static SparseAttentionBackwardKernel call() { return {space, prepare, queries, keys}; }
 };
 
-SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) { return dispatch<Backward>(a.forward.dtype, a.forward.head_dim); }
+}   // namespace
 
-}  // namespace dk::DK_ISA
+SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) {
+  return dispatch<AttentionBackward>(a.forward.dtype, a.forward.head_dim);
+}
+
+}   // namespace dk::DK_ISA

@@ -1,5 +1,6 @@
-// Backward in bfloat16: the steps of sparse_attention_backward.cpp, with products by the matrix primitive. P and dS are rounded to bfloat16 where they are
-// operands; all else between inputs and results is float. Other types go to avx512's kernel.
+// Backward in bfloat16: the steps of sparse_attention_backward.cpp, with products by the matrix primitive. P and dS are
+// rounded to bfloat16 where they are operands; all else between inputs and results is float. Other types go to avx512's
+// kernel.
 #include "cpu/arena.h"
 #include "cpu/attention_tile_bf16.h"
 
@@ -8,10 +9,12 @@ SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBac
 }
 
 namespace dk::DK_ISA {
+namespace {
 
-// What a tile leaves: its rows of dO and Q as pairs, and for each of its keys, in plan order, P and dS of the 32 queries.
-template <int DP> struct TileLeft {
-  TileLeft(float* base, int64_t most_keys) {
+// Passed from `queries` to `keys`, of a tile: its rows of dO and Q as pairs, and for each of its keys, in plan order, P
+// and dS of the 32 queries.
+template <int DP> struct TileCarry {
+  TileCarry(float* base, int64_t most_keys) {
     Arena arena{base};
     g = reinterpret_cast<uint32_t*>(arena.take(ROWS / 2 * DP));
     q = reinterpret_cast<uint32_t*>(arena.take(ROWS / 2 * DP));
@@ -26,11 +29,12 @@ template <int DP> struct TileLeft {
 
 // What a thread needs for a tile.
 template <int DP> struct QueriesSpace {
-  QueriesSpace(float* base, int64_t most_keys) : ds_stride(most_keys | KEYS) {   // an odd number of cache lines: rows lie in different sets
+  // an odd number of cache lines: rows lie in different sets
+  QueriesSpace(float* base, int64_t most_keys) : ds_stride(most_keys | BLOCK_KEYS) {
     Arena arena{base};
     q = reinterpret_cast<uint32_t*>(arena.take(ROWS * DP / 2));
     g = reinterpret_cast<uint32_t*>(arena.take(ROWS * DP / 2));
-    copy = reinterpret_cast<BFloat16*>(arena.take(KEYS * DP / 2));
+    copy = reinterpret_cast<BFloat16*>(arena.take(BLOCK_KEYS * DP / 2));
     s = arena.take(most_keys * ROWS);
     dp = arena.take(most_keys * ROWS);
     k = reinterpret_cast<uint32_t*>(arena.take(most_keys * DP / 2));
@@ -39,55 +43,56 @@ template <int DP> struct QueriesSpace {
     floats = arena.used;
   }
   int64_t ds_stride, floats;
-  uint32_t *q, *g;       // [DP / 2][32] pairs of columns
-  BFloat16* copy;        // [KEYS][DP]
-  float *s, *dp, *dq;    // [keys][32]: S, then weights; dP. [32][DP]
-  uint32_t* k;           // [keys / 2][DP] pairs of rows
-  BFloat16* ds;          // [32][ds_stride]
+  uint32_t *q, *g;      // [DP / 2][32] pairs of columns
+  BFloat16* copy;       // [BLOCK_KEYS][DP]
+  float *s, *dp, *dq;   // [keys][32]: S, then weights; dP. [32][DP]
+  uint32_t* k;          // [keys / 2][DP] pairs of rows
+  BFloat16* ds;         // [32][ds_stride]
 };
 
 // 32 keys that are multiplied at once.
 struct KeyBlock {
-  int32_t tokens[KEYS];
-  const uint32_t* masks[KEYS / GROUP_COLUMNS];
+  int32_t tokens[BLOCK_KEYS];
+  const uint32_t* masks[BLOCK_KEYS / GROUP_COLUMNS];
   int count = 0;
 
   bool add(const int32_t* group, const uint32_t* mask) {   // whether it is full now
     masks[count / GROUP_COLUMNS] = mask;
     std::memcpy(tokens + count, group, sizeof(int32_t) * GROUP_COLUMNS);
     count += GROUP_COLUMNS;
-    return count == KEYS;
+    return count == BLOCK_KEYS;
   }
   void fill() {   // up, with keys that are hidden
     static constexpr uint32_t hidden[GROUP_COLUMNS] = {};
     int32_t last[GROUP_COLUMNS];
     for (int j = 0; j < GROUP_COLUMNS; ++j) last[j] = tokens[count - 1];
-    while (!add(last, hidden)) {}
+    while (!add(last, hidden)) {
+    }
   }
 };
 
 // Scales and masks the scores of a block and masks dP; finds the largest scores.
-DK_INLINE void finish_scores(const KeyBlock& block, float factor, float* s, float* dp, Vec (&most)[2]) {
-  for (int j = 0; j < KEYS; ++j) {
+DK_INLINE void finish_scores(const KeyBlock& block, float factor, float* s, float* dp, Vec (&maximum)[2]) {
+  for (int j = 0; j < BLOCK_KEYS; ++j) {
     const uint32_t* mask = block.masks[j / GROUP_COLUMNS];
     const uint32_t visible = mask ? mask[j % GROUP_COLUMNS] : ~0u;
-    DK_UNROLL for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const int at = j * ROWS + half * LANES;
       const Vec score = select(visible >> half * LANES, load(s + at) * factor, splat(-INF));
       store(s + at, score);
-      most[half] = max(most[half], score);
+      maximum[half] = max(maximum[half], score);
       if (mask) store(dp + at, select(visible >> half * LANES, load(dp + at), Vec{}));
     }
   }
 }
 
 // P and dS of 32 keys from their weights and dP, a row for each key; dS also with a row for each query.
-DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&norm)[2], const Vec (&delta)[2], BFloat16* p, BFloat16* ds, BFloat16* ds_rows,
-                            int64_t ds_stride) {
-  alignas(64) uint32_t pairs[KEYS / 2][ROWS];
-  for (int i = 0; i < KEYS / 2; ++i) {
+DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&norm)[2], const Vec (&delta)[2],
+                            BFloat16* p, BFloat16* ds, BFloat16* ds_rows, int64_t ds_stride) {
+  alignas(64) uint32_t pairs[BLOCK_KEYS / 2][ROWS];
+  for (int i = 0; i < BLOCK_KEYS / 2; ++i) {
     Vec both[2];
-    DK_UNROLL for (int odd = 0; odd < 2; ++odd) {
+    DK_UNROLL_FOR (int odd = 0; odd < 2; ++odd) {
       const int at = (2 * i + odd) * ROWS;
       const Vec p0 = load(weights + at) * norm[0], p1 = load(weights + at + LANES) * norm[1];
       both[odd] = rounded(p0 * (load(dp + at) - delta[0]), p1 * (load(dp + at + LANES) - delta[1]));
@@ -98,71 +103,83 @@ DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&n
   }
   for (int r = 0; r < ROWS; r += LANES) {
     Vec v[LANES];
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = load(reinterpret_cast<const float*>(pairs[i] + r));
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = load(reinterpret_cast<const float*>(pairs[i] + r));
     transpose(v);
-    DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(ds_rows + (r + i) * ds_stride), v[i]);
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(ds_rows + (r + i) * ds_stride), v[i]);
   }
 }
 
 // From scores, the largest of each query, and dP to P and dS, for all keys of the tile.
-template <int DP> DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec (&most)[2], const TileLeft<DP>& tile) {
+template <int DP>
+DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec (&maximum)[2],
+                                const TileCarry<DP>& tile) {
   Vec sum[2] = {}, delta[2] = {}, norm[2];
   for (int j = 0; j < count; ++j)
-    DK_UNROLL for (int half = 0; half < 2; ++half) {
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
       const int at = j * ROWS + half * LANES;
-      const Vec weight = exp2_coarse(load(w.s + at) - most[half]);
+      const Vec weight = exp2_coarse(load(w.s + at) - maximum[half]);
       store(w.s + at, weight);
       sum[half] += weight;
       delta[half] += weight * load(w.dp + at);
     }
-  DK_UNROLL for (int half = 0; half < 2; ++half) {
-    norm[half] = 1.0f / max(splat(1.0f), sum[half]);   // it is at least 1 already, or NaN, but for padding rows that see nothing
+  DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
+    // it is at least 1 already, or NaN, but for padding rows that see nothing
+    norm[half] = 1.0f / max(splat(1.0f), sum[half]);
     delta[half] *= norm[half];
   }
-  for (int j = 0; j < count; j += KEYS)
-    finish_block(w.s + j * ROWS, w.dp + j * ROWS, norm, delta, tile.p + j * ROWS, tile.ds + j * ROWS, w.ds + j, w.ds_stride);
+  for (int j = 0; j < count; j += BLOCK_KEYS)
+    finish_block(w.s + j * ROWS, w.dp + j * ROWS, norm, delta, tile.p + j * ROWS, tile.ds + j * ROWS, w.ds + j,
+                 w.ds_stride);
 }
 
 // Up to 32 keys of a tile: their places in the tile and their tokens.
 struct KeyList {
-  int64_t places[KEYS], tokens[KEYS];
+  int64_t places[BLOCK_KEYS], tokens[BLOCK_KEYS];
   int count = 0;
 
   bool add(int64_t place, int64_t token) {   // whether it is full now
     places[count] = place;
     tokens[count++] = token;
-    return count == KEYS;
+    return count == BLOCK_KEYS;
   }
   bool consecutive() const {   // in the tile and in the sequence
-    bool yes = count == KEYS;
+    bool yes = count == BLOCK_KEYS;
     for (int j = 1; j < count; ++j) yes &= places[j] == places[0] + j && tokens[j] == tokens[0] + j;
     return yes;
   }
 };
 
-// out[token][DP] += sum_r w[place][r] * x[r][DP], x in pairs. Keys that do not lie together are copied together; the bits are the same.
+// out[token][DP] += sum_r w[place][r] * x[r][DP], x in pairs. Keys that do not lie together are copied together; the
+// bits are the same.
 template <int DP> DK_INLINE void outer(const KeyList& keys, const BFloat16* w, const uint32_t* x, float* out) {
   if (keys.consecutive())
-    return multiply<KEYS / 16, DP / 16>(w + keys.places[0] * ROWS, ROWS, x, DP, out + keys.tokens[0] * DP, DP, ROWS / 2, true);
-  alignas(64) BFloat16 rows[KEYS * ROWS] = {};
-  alignas(64) float sums[KEYS * DP] = {};
+    return multiply<BLOCK_KEYS / 16, DP / 16>(w + keys.places[0] * ROWS, ROWS, x, DP, out + keys.tokens[0] * DP, DP,
+                                              ROWS / 2, true);
+  alignas(64) BFloat16 rows[BLOCK_KEYS * ROWS] = {};
+  alignas(64) float sums[BLOCK_KEYS * DP] = {};
   for (int j = 0; j < keys.count; ++j) {
     std::memcpy(rows + j * ROWS, w + keys.places[j] * ROWS, ROWS * sizeof(BFloat16));
     std::memcpy(sums + j * DP, out + keys.tokens[j] * DP, DP * sizeof(float));
   }
-  multiply<KEYS / 16, DP / 16>(rows, ROWS, x, DP, sums, DP, ROWS / 2, true);
+  multiply<BLOCK_KEYS / 16, DP / 16>(rows, ROWS, x, DP, sums, DP, ROWS / 2, true);
   for (int j = 0; j < keys.count; ++j) std::memcpy(out + keys.tokens[j] * DP, sums + j * DP, DP * sizeof(float));
 }
 
-// Which of `parts` owns a key: blocks of 32 keys are dealt out such that the blocks of any range of keys are spread evenly (Fibonacci hashing).
-DK_INLINE int64_t owner(int32_t token, int64_t parts) { return (static_cast<uint32_t>(token / KEYS) * 2654435769u * static_cast<uint64_t>(parts)) >> 32; }
+// Which of `parts` owns a key: blocks of 32 keys are dealt out such that the blocks of any range of keys are spread
+// evenly (Fibonacci hashing).
+DK_INLINE int64_t owner(int32_t token, int64_t parts) {
+  return (static_cast<uint32_t>(token / BLOCK_KEYS) * 2654435769u * static_cast<uint64_t>(parts)) >> 32;
+}
 
-template <int DP> struct Backward {
-  static int64_t most_keys(const SparseAttentionBackwardArgs& a) { return (Plan(a.forward.plan)[Plan::MOST_COLUMNS] + KEYS - 1) / KEYS * KEYS; }
+template <int DP> struct AttentionBackward {
+  static int64_t most_keys(const SparseAttentionBackwardArgs& a) {
+    return (Plan(a.forward.plan)[plan_header::most_columns] + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS;
+  }
 
   // of a head: dK and dV
   static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
-    return {2 * a.forward.n * DP, TileLeft<DP>(nullptr, most_keys(a)).floats, QueriesSpace<DP>(nullptr, most_keys(a)).floats};
+    return {2 * a.forward.n * DP, TileCarry<DP>(nullptr, most_keys(a)).floats,
+            QueriesSpace<DP>(nullptr, most_keys(a)).floats};
   }
 
   static void prepare(const SparseAttentionBackwardArgs& a, int64_t, int64_t part, int64_t parts, float* head) {
@@ -170,32 +187,37 @@ template <int DP> struct Backward {
     std::memset(head + begin, 0, (end - begin) * sizeof(float));
   }
 
-  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float*, float* left, float* thread) {
+  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float*, float* carry,
+                      float* thread) {
     const FlushDenormals guard;
     const MatrixUnit unit;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
     const int32_t* tile_rows = plan.rows(t);
-    const TileLeft<DP> tile(left, most_keys(a));
+    const TileCarry<DP> tile(carry, most_keys(a));
     const QueriesSpace<DP> w(thread, most_keys(a));
-    const auto rows = [&](const void* p, const Strides& s) { return Rows{matrix_of<BFloat16>(p, s, f.heads, bh), s.token}; };
-    const Rows q = rows(f.q, f.q_strides), g = rows(a.grad_out, a.grad_out_strides), k = rows(f.k, f.k_strides), v = rows(f.v, f.v_strides);
+    const auto rows = [&](const void* p, const Strides& s) {
+      return BFloat16Rows{matrix_of<BFloat16>(p, s, f.heads, bh), s.token};
+    };
+    const BFloat16Rows q = rows(f.q, f.q_strides), g = rows(a.grad_out, a.grad_out_strides), k = rows(f.k, f.k_strides),
+                       v = rows(f.v, f.v_strides);
     pack_columns<DP>(q, tile_rows, f.head_dim, w.q);
     pack_columns<DP>(g, tile_rows, f.head_dim, w.g);
     pack_rows<DP>(q, tile_rows, ROWS, f.head_dim, tile.q);
     pack_rows<DP>(g, tile_rows, ROWS, f.head_dim, tile.g);
 
-    Vec most[2] = {splat(LOWEST), splat(LOWEST)};
+    Vec maximum[2] = {splat(EMPTY_MAXIMUM), splat(EMPTY_MAXIMUM)};
     int count = 0;
     KeyBlock block;
     const auto score = [&] {
-      const Rows keys = left_rows<DP>(k, block.tokens, f.head_dim, w.copy);
-      multiply<KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + count * ROWS, ROWS, DP / 2, false);
-      const Rows values = left_rows<DP>(v, block.tokens, f.head_dim, w.copy);
-      multiply<KEYS / 16, ROWS / 16>(values.base, values.stride, w.g, ROWS, w.dp + count * ROWS, ROWS, DP / 2, false);
-      pack_rows<DP>(k, block.tokens, KEYS, f.head_dim, w.k + count / 2 * DP);
-      finish_scores(block, f.scale * static_cast<float>(LOG2E), w.s + count * ROWS, w.dp + count * ROWS, most);
-      count += KEYS;
+      const BFloat16Rows keys = left_operand<DP>(k, block.tokens, f.head_dim, w.copy);
+      multiply<BLOCK_KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + count * ROWS, ROWS, DP / 2, false);
+      const BFloat16Rows values = left_operand<DP>(v, block.tokens, f.head_dim, w.copy);
+      multiply<BLOCK_KEYS / 16, ROWS / 16>(values.base, values.stride, w.g, ROWS, w.dp + count * ROWS, ROWS, DP / 2,
+                                           false);
+      pack_rows<DP>(k, block.tokens, BLOCK_KEYS, f.head_dim, w.k + count / 2 * DP);
+      finish_scores(block, f.scale * LOG2E, w.s + count * ROWS, w.dp + count * ROWS, maximum);
+      count += BLOCK_KEYS;
       block.count = 0;
     };
     for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
@@ -205,17 +227,20 @@ template <int DP> struct Backward {
       block.fill();
       score();
     }
-    softmax_backward(w, count, most, tile);
+    softmax_backward(w, count, maximum, tile);
 
     constexpr int SLAB = 128;   // keys whose pairs stay in the first-level cache
     for (int j = 0; j < count; j += SLAB)
-      multiply<ROWS / 16, DP / 16>(w.ds + j, w.ds_stride, w.k + j / 2 * DP, DP, w.dq, DP, (count - j < SLAB ? count - j : SLAB) / 2, j > 0);
+      multiply<ROWS / 16, DP / 16>(w.ds + j, w.ds_stride, w.k + j / 2 * DP, DP, w.dq, DP,
+                                   (count - j < SLAB ? count - j : SLAB) / 2, j > 0);
     BFloat16* out = matrix_of<BFloat16>(a.grad_q, a.grad_q_strides, f.heads, bh);
     for (int r = 0; r < ROWS; ++r)
-      if (tile_rows[r] >= 0) round_row<DP>(w.dq + r * DP, f.scale, f.head_dim, out + tile_rows[r] * a.grad_q_strides.token);
+      if (tile_rows[r] >= 0)
+        round_row<DP>(w.dq + r * DP, f.scale, f.head_dim, out + tile_rows[r] * a.grad_q_strides.token);
   }
 
-  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v, const TileLeft<DP>& tile) {
+  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v,
+                           const TileCarry<DP>& tile) {
     KeyList list;
     const auto add_outer = [&] {
       outer<DP>(list, tile.p, tile.g, grad_v);
@@ -232,20 +257,21 @@ template <int DP> struct Backward {
     if (list.count) add_outer();
   }
 
-  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part, int64_t parts, float* head,
-                   const float* left) {
+  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
+                   int64_t parts, float* head, const float* carry) {
     const FlushDenormals guard;
     const MatrixUnit unit;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
     float *grad_k = head, *grad_v = head + f.n * DP;
     for (int64_t t = tile_begin; t < tile_end; ++t) {
-      const TileLeft<DP> tile(const_cast<float*>(left), most_keys(a));
+      const TileCarry<DP> tile(const_cast<float*>(carry), most_keys(a));
       keys_of_tile(plan, t, part, parts, grad_k, grad_v, tile);
-      left += tile.floats;
+      carry += tile.floats;
     }
     if (tile_end < plan.tiles()) return;
-    BFloat16 *out_k = matrix_of<BFloat16>(a.grad_k, a.grad_k_strides, f.heads, bh), *out_v = matrix_of<BFloat16>(a.grad_v, a.grad_v_strides, f.heads, bh);
+    BFloat16 *out_k = matrix_of<BFloat16>(a.grad_k, a.grad_k_strides, f.heads, bh),
+             *out_v = matrix_of<BFloat16>(a.grad_v, a.grad_v_strides, f.heads, bh);
     for (int64_t i = 0; i < f.n; ++i) {
       if (owner(i, parts) != part) continue;
       round_row<DP>(grad_k + i * DP, f.scale, f.head_dim, out_k + i * a.grad_k_strides.token);
@@ -256,8 +282,11 @@ template <int DP> struct Backward {
   static SparseAttentionBackwardKernel call() { return {space, prepare, queries, keys}; }
 };
 
+}   // namespace
+
 SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) {
-  return a.forward.dtype == DType::bfloat16 ? dispatch_dim<Backward>(a.forward.head_dim) : avx512::sparse_attention_backward(a);
+  return a.forward.dtype == DType::bfloat16 ? dispatch_dim<AttentionBackward>(a.forward.head_dim)
+                                            : avx512::sparse_attention_backward(a);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,5 +1,5 @@
-// Forward in bfloat16: for every work item, softmax of 32 queries over the keys that the plan lists, online over chunks of keys. Other types go to avx512's
-// kernel.
+// AttentionForward in bfloat16: for every work item, softmax of 32 queries over the keys that the plan lists, online
+// over chunks of keys. Other types go to avx512's kernel.
 #include "cpu/attention_tile_bf16.h"
 
 namespace dk::avx512 {
@@ -7,16 +7,20 @@ SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
 }
 
 namespace dk::DK_ISA {
+namespace {
 
-// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of neighbouring rows, [n / 2][DP].
+// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of neighbouring
+// rows, [n / 2][DP].
 template <int DP> struct PackedHead {
   static int64_t floats(int64_t n) { return (n + 1) / 2 * 2 * DP; }
 
   PackedHead(int64_t n, const float* head) : PackedHead(n, const_cast<float*>(head)) {}
-  PackedHead(int64_t n, float* head) : k(reinterpret_cast<BFloat16*>(head)), v(reinterpret_cast<uint32_t*>(head + (n + 1) / 2 * DP)) {}
+  PackedHead(int64_t n, float* head)
+      : k(reinterpret_cast<BFloat16*>(head)), v(reinterpret_cast<uint32_t*>(head + (n + 1) / 2 * DP)) {}
 
   static void prepare(const SparseAttentionArgs& a, int64_t bh, int64_t part, int64_t parts, float* head) {
-    const Rows k{matrix_of<BFloat16>(a.k, a.k_strides, a.heads, bh), a.k_strides.token}, v{matrix_of<BFloat16>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
+    const BFloat16Rows k{matrix_of<BFloat16>(a.k, a.k_strides, a.heads, bh), a.k_strides.token},
+        v{matrix_of<BFloat16>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
     const PackedHead packed(a.n, head);
     const int64_t pairs = (a.n + 1) / 2;
     for (int64_t i = pairs * part / parts; i < pairs * (part + 1) / parts; ++i) {
@@ -29,8 +33,8 @@ template <int DP> struct PackedHead {
     }
   }
 
-  // Rows of values as pairs: as they lie where `tokens` are neighbours, else packed into `copy`.
-  const uint32_t* values(Rows rows, const int32_t* tokens, int count, int head_dim, uint32_t* copy) const {
+  // BFloat16Rows of values as pairs: as they lie where `tokens` are neighbours, else packed into `copy`.
+  const uint32_t* values(BFloat16Rows rows, const int32_t* tokens, int count, int head_dim, uint32_t* copy) const {
     int32_t off = tokens[0] % 2;
     for (int j = 0; j < count; ++j) off |= tokens[0] + j - tokens[j];
     if (off == 0) return v + tokens[0] / 2 * DP;
@@ -43,61 +47,65 @@ template <int DP> struct PackedHead {
 };
 
 template <int DP> struct ForwardSpace {
-  alignas(64) uint32_t q[DP / 2 * ROWS], v[CHUNK / 2 * DP];   // pairs
-  alignas(64) BFloat16 k[KEYS * DP], p[ROWS * CHUNK];
-  alignas(64) float s[CHUNK * ROWS], keep[ROWS];
-  int32_t tokens[CHUNK];
-  const uint32_t* masks[CHUNK / GROUP_COLUMNS];
+  alignas(64) uint32_t q[DP / 2 * ROWS], v[CHUNK_KEYS / 2 * DP];   // pairs
+  alignas(64) BFloat16 k[BLOCK_KEYS * DP], p[ROWS * CHUNK_KEYS];
+  alignas(64) float s[CHUNK_KEYS * ROWS], alpha[ROWS];
+  int32_t tokens[CHUNK_KEYS];
+  const uint32_t* masks[CHUNK_KEYS / GROUP_COLUMNS];
 };
 constexpr uint32_t HIDDEN[GROUP_COLUMNS] = {};
 
-// From the chunk's scores, in units of 2^unit, to weights p[query][key]; updates the softmax statistics.
-template <int DP> DK_INLINE void weigh(ForwardSpace<DP>& w, Partial<DP>& to, int count, float unit) {
+struct Exp2Coarse {
+  float scale;
+  DK_INLINE Vec operator()(Vec x) const { return exp2_coarse(x * scale); }
+};
+
+// From the chunk's scores to weights p[query][key]; updates the softmax.
+template <int DP>
+DK_INLINE void weigh_chunk(ForwardSpace<DP>& w, TileState<DP>& tile, int count, const Exp2Coarse& weight) {
   for (int r = 0; r < ROWS; r += LANES) {
     const float* s = w.s + r;
-    const Vec old_max = load(to.max + r);
-    Vec new_max = old_max, sum{};
-    for (int j = 0; j < count; ++j) new_max = max(new_max, load(s + j * ROWS));
-    for (int j = 0; j < count; j += KEYS) {
+    SoftmaxState<> state = tile.at(r);
+    const Vec maximum = running_maximum(state.maximum, s, ROWS, count);
+    Vec sum{};
+    for (int j = 0; j < count; j += BLOCK_KEYS) {
       Vec pairs[LANES];
-      DK_UNROLL for (int i = 0; i < LANES; ++i) {
-        const Vec first = exp2_coarse((load(s + (j + 2 * i) * ROWS) - new_max) * unit);
-        const Vec second = exp2_coarse((load(s + (j + 2 * i + 1) * ROWS) - new_max) * unit);
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i) {
+        const Vec first = weight(load(s + (j + 2 * i) * ROWS) - maximum);
+        const Vec second = weight(load(s + (j + 2 * i + 1) * ROWS) - maximum);
         sum += first + second;
         pairs[i] = pair_up(first, second);
       }
       transpose(pairs);
-      DK_UNROLL for (int i = 0; i < LANES; ++i) store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK + j), pairs[i]);
+      DK_UNROLL_FOR (int i = 0; i < LANES; ++i)
+        store(reinterpret_cast<float*>(w.p + (r + i) * CHUNK_KEYS + j), pairs[i]);
     }
-    const Vec keep = exp2_coarse((old_max - new_max) * unit);
-    store(to.max + r, new_max);
-    store(to.sum + r, load(to.sum + r) * keep + sum);
-    store(w.keep + r, keep);
+    store(w.alpha + r, state.update(maximum, sum, weight));
+    tile.put(r, state);
   }
 }
 
-template <int DP> struct Forward {
+template <int DP> struct AttentionForward {
   const SparseAttentionArgs& a;
-  const Rows q, v;
+  const BFloat16Rows q, v;
   const PackedHead<DP> head;
   ForwardSpace<DP>& w;
-  Partial<DP>& to;
+  TileState<DP>& tile;
 
   // Fills the chunk up with hidden keys, so that products are whole.
   int fill(int count) const {
-    for (; count % KEYS; count += GROUP_COLUMNS) {
+    for (; count % BLOCK_KEYS; count += GROUP_COLUMNS) {
       for (int j = 0; j < GROUP_COLUMNS; ++j) w.tokens[count + j] = w.tokens[count - 1];
       w.masks[count / GROUP_COLUMNS] = HIDDEN;
     }
     return count;
   }
 
-  // Adds a chunk of keys.
-  void absorb(int count, bool first) const {
+  void add_chunk(int count, bool first) const {
     count = fill(count);
-    for (int j = 0; j < count; j += KEYS) {
-      const Rows keys = left_rows<DP>({head.k, DP}, w.tokens + j, DP, w.k);
-      multiply<KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + j * ROWS, ROWS, DP / 2, false);
+    for (int j = 0; j < count; j += BLOCK_KEYS) {
+      const BFloat16Rows keys = left_operand<DP>({head.k, DP}, w.tokens + j, DP, w.k);
+      multiply<BLOCK_KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + j * ROWS, ROWS, DP / 2, false);
     }
     float unit = a.scale;
     if (!(unit > 0.0f)) {   // so that the largest score has the largest weight
@@ -106,77 +114,84 @@ template <int DP> struct Forward {
     }
     for (int g = 0; g < count / GROUP_COLUMNS; ++g)
       if (w.masks[g]) apply_mask(w.masks[g], -INF, w.s + g * GROUP_COLUMNS * ROWS);
-    weigh(w, to, count, unit * static_cast<float>(LOG2E));
+    weigh_chunk(w, tile, count, {unit * LOG2E});
     for (int r = 0; r < ROWS && !first; ++r)
-      for (int d = 0; d < DP; d += LANES) store(to.o + r * DP + d, load(to.o + r * DP + d) * w.keep[r]);
+      for (int d = 0; d < DP; d += LANES) store(tile.out + r * DP + d, load(tile.out + r * DP + d) * w.alpha[r]);
     const uint32_t* values = head.values(v, w.tokens, count, a.head_dim, w.v);
-    multiply<ROWS / 16, DP / 16>(w.p, CHUNK, values, DP, to.o, DP, count / 2, !first);
+    multiply<ROWS / 16, DP / 16>(w.p, CHUNK_KEYS, values, DP, tile.out, DP, count / 2, !first);
   }
 
-  void absorb_item(const Plan& plan, const Plan::Item& item) const {
+  void add_item(const Plan& plan, const Plan::Item& item) const {
     pack_columns<DP>(q, plan.rows(item.tile), a.head_dim, w.q);
-    for (int r = 0; r < ROWS; r += LANES) {
-      store(to.max + r, splat(LOWEST));
-      store(to.sum + r, Vec{});
-    }
+    tile.clear_softmax();
     int count = 0;
     bool first = true;
     for_each_group(plan, item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
       std::memcpy(w.tokens + count, tokens, sizeof(int32_t) * GROUP_COLUMNS);
       w.masks[count / GROUP_COLUMNS] = mask;
       count += GROUP_COLUMNS;
-      if (count == CHUNK) {
-        absorb(count, first);
+      if (count == CHUNK_KEYS) {
+        add_chunk(count, first);
         count = 0;
         first = false;
       }
     });
-    if (count) absorb(count, first);
+    if (count) add_chunk(count, first);
   }
 
   static SparseAttentionSpace space(const SparseAttentionArgs& a) {
-    return {PackedHead<DP>::floats(a.n), sizeof(Partial<DP>) / sizeof(float), (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
+    return {PackedHead<DP>::floats(a.n), sizeof(TileState<DP>) / sizeof(float),
+            (sizeof(ForwardSpace<DP>) + 63) / 64 * 16};
   }
 
-  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* left, float* thread) {
+  static void attend(const SparseAttentionArgs& a, int64_t bh, const Plan::Item& item, const float* head, float* carry,
+                     float* thread) {
     const FlushDenormals guard;
     const MatrixUnit unit;
-    const auto rows = [&](const void* p, const Strides& s) { return Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token}; };
-    const Forward forward = {a, rows(a.q, a.q_strides), rows(a.v, a.v_strides), PackedHead<DP>(a.n, head), *reinterpret_cast<ForwardSpace<DP>*>(thread),
-                             *reinterpret_cast<Partial<DP>*>(left)};
-    forward.absorb_item(Plan(a.plan), item);
+    const auto rows = [&](const void* p, const Strides& s) {
+      return BFloat16Rows{matrix_of<BFloat16>(p, s, a.heads, bh), s.token};
+    };
+    const AttentionForward forward = {a,
+                                      rows(a.q, a.q_strides),
+                                      rows(a.v, a.v_strides),
+                                      PackedHead<DP>(a.n, head),
+                                      *reinterpret_cast<ForwardSpace<DP>*>(thread),
+                                      *reinterpret_cast<TileState<DP>*>(carry)};
+    forward.add_item(Plan(a.plan), item);
   }
 
-  static void join(Partial<DP>& to, const Partial<DP>& from, float unit) {
-    alignas(64) float keep[ROWS], add[ROWS];
-    join_statistics(to, from, unit, keep, add);
+  static void merge(TileState<DP>& tile, const TileState<DP>& other, float unit) {
+    alignas(64) float alpha[ROWS], beta[ROWS];
+    tile.merge_softmax(other, unit, alpha, beta);
     for (int r = 0; r < ROWS; ++r)
       for (int d = 0; d < DP; d += LANES) {
         const int at = r * DP + d;
-        store(to.o + at, load(to.o + at) * keep[r] + load(from.o + at) * add[r]);
+        store(tile.out + at, load(tile.out + at) * alpha[r] + load(other.out + at) * beta[r]);
       }
   }
 
-  static void finish(const SparseAttentionArgs& a, int64_t bh, int64_t t, float* left, int64_t items) {
+  static void finish(const SparseAttentionArgs& a, int64_t bh, int64_t t, float* carry, int64_t items) {
     const FlushDenormals guard;
     const float unit = a.scale > 0.0f ? a.scale : 1.0f;
-    Partial<DP>& tile = *reinterpret_cast<Partial<DP>*>(left);
-    for (int64_t i = 1; i < items; ++i) join(tile, (&tile)[i], unit);
+    TileState<DP>& tile = *reinterpret_cast<TileState<DP>*>(carry);
+    for (int64_t i = 1; i < items; ++i) merge(tile, (&tile)[i], unit);
     const int32_t* rows = Plan(a.plan).rows(t);
     BFloat16* out = matrix_of<BFloat16>(a.out, a.out_strides, a.heads, bh);
     float* lse = a.lse + bh * a.n;
     for (int r = 0; r < ROWS; ++r) {
       if (rows[r] < 0) continue;
-      round_row<DP>(tile.o + r * DP, 1.0f / tile.sum[r], a.head_dim, out + rows[r] * a.out_strides.token);
-      lse[rows[r]] = static_cast<float>(tile.max[r] * unit + __builtin_log(tile.sum[r]));
+      round_row<DP>(tile.out + r * DP, 1.0f / tile.sum[r], a.head_dim, out + rows[r] * a.out_strides.token);
+      lse[rows[r]] = tile.log_sum_exp(r, unit);
     }
   }
 
   static SparseAttentionKernel call() { return {space, PackedHead<DP>::prepare, attend, finish}; }
 };
 
+}   // namespace
+
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {
-  return a.dtype == DType::bfloat16 ? dispatch_dim<Forward>(a.head_dim) : avx512::sparse_attention(a);
+  return a.dtype == DType::bfloat16 ? dispatch_dim<AttentionForward>(a.head_dim) : avx512::sparse_attention(a);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

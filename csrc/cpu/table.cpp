@@ -12,8 +12,8 @@ extern const SampleTokensKernel sample_tokens;
 
 const Kernels& table() {
   static const Kernels kernels = {sparse_attention, sparse_attention_backward, decode_attention,
-                                  gumbel_softmax, gumbel_softmax_backward, sample_tokens};
+                                  gumbel_softmax,   gumbel_softmax_backward,   sample_tokens};
   return kernels;
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -20,4 +20,4 @@ const Kernels& table() {
   return kernels;
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

@@ -1,5 +1,6 @@
-// The one place that knows the width of a vector. Kernels are written on GCC/Clang vector extensions, so the same source compiles for every
-// instruction set (and for aarch64); intrinsics stand here only where the extensions have no word for it.
+// The one place that knows the width of a vector. Kernels are written on GCC/Clang vector extensions, so the same
+// source compiles for every instruction set (and for aarch64); intrinsics stand here only where the extensions have no
+// word for it.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -8,7 +9,7 @@
 #endif
 
 #define DK_INLINE inline __attribute__((always_inline))
-#define DK_UNROLL _Pragma("GCC unroll 16")
+#define DK_UNROLL_FOR _Pragma("GCC unroll 16") for
 
 namespace dk::DK_ISA {
 
@@ -22,7 +23,7 @@ constexpr int LANES = 4;
 typedef float Vec __attribute__((vector_size(LANES * 4)));
 typedef int32_t IVec __attribute__((vector_size(LANES * 4)));
 typedef uint32_t UVec __attribute__((vector_size(LANES * 4)));
-constexpr float INF = __builtin_inff();
+constexpr float INF = __builtin_inff(), LOG2E = 1.44269504f;
 
 DK_INLINE Vec load(const float* p) {
   Vec v;
@@ -59,7 +60,7 @@ DK_INLINE Vec select(uint32_t mask, Vec a, Vec b) {
 #endif
 }
 
-DK_INLINE float reduce_add(Vec v) {  // pairwise, so the order is fixed and the error small
+DK_INLINE float reduce_add(Vec v) {   // pairwise, so the order is fixed and the error small
   float x[LANES];
   store(x, v);
   for (int w = LANES / 2; w; w /= 2)
@@ -98,29 +99,30 @@ DK_INLINE Vec zip_high(Vec a, Vec b) {
   return Vec{a[2], b[2], a[3], b[3]};
 #endif
 }
-// v[i] lane j <-> v[j] lane i: zipping row i with row i + LANES / 2 moves one bit of the row number into the lane number
+// v[i] lane j <-> v[j] lane i: zipping row i with row i + LANES / 2 moves one bit of the row number into the lane
+// number
 DK_INLINE void transpose(Vec (&v)[LANES]) {
   for (int stage = 1; stage < LANES; stage *= 2) {
     Vec zipped[LANES];
-    DK_UNROLL for (int i = 0; i < LANES / 2; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < LANES / 2; ++i) {
       zipped[2 * i] = zip_low(v[i], v[i + LANES / 2]);
       zipped[2 * i + 1] = zip_high(v[i], v[i + LANES / 2]);
     }
-    DK_UNROLL for (int i = 0; i < LANES; ++i) v[i] = zipped[i];
+    DK_UNROLL_FOR (int i = 0; i < LANES; ++i) v[i] = zipped[i];
   }
 }
 
 // lane i: the sum of v[i]'s lanes
 DK_INLINE Vec reduce_add_each(Vec (&v)[LANES]) {
-  DK_UNROLL for (int w = LANES / 2; w; w /= 2)
-    DK_UNROLL for (int i = 0; i < w; ++i) v[i] = zip_low(v[i], v[i + w]) + zip_high(v[i], v[i + w]);
+  DK_UNROLL_FOR (int w = LANES / 2; w; w /= 2)
+    DK_UNROLL_FOR (int i = 0; i < w; ++i) v[i] = zip_low(v[i], v[i + w]) + zip_high(v[i], v[i + w]);
   return v[0];
 }
 
 // 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7.
 DK_INLINE Vec exp2(Vec x) {
-  x = max(splat(-127.0f), x);   // in this order NaN stays NaN
-  const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to the nearest integer
+  x = max(splat(-127.0f), x);        // in this order NaN stays NaN
+  const float magic = 12582912.0f;   // 1.5 * 2^23: adding it rounds to the nearest integer
   const Vec n = (x + magic) - magic, f = x - n;
   Vec p = splat(1.535336191e-4f);
   p = p * f + 1.339887441e-3f;
@@ -133,7 +135,8 @@ DK_INLINE Vec exp2(Vec x) {
   return p * floats(reinterpret_cast<UVec>(e) << 23);
 }
 
-// e^x for x <= 88; below -88 the result is 0, -inf included. Relative error < 1e-7, as the argument is reduced without loss.
+// e^x for x <= 88; below -88 the result is 0, -inf included. Relative error < 1e-7, as the argument is reduced without
+// loss.
 DK_INLINE Vec exp(Vec x) {
   x = max(splat(-88.0f), x);   // in this order NaN stays NaN
   const float magic = 12582912.0f;
@@ -149,7 +152,8 @@ DK_INLINE Vec exp(Vec x) {
   return (p + 1.0f) * floats(reinterpret_cast<UVec>(e) << 23);
 }
 
-// Denormals cost a hundred times a normal operation; this flushes them in the calling thread and restores what was set before.
+// Denormals cost a hundred times a normal operation; this flushes them in the calling thread and restores what was set
+// before.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
@@ -188,7 +192,7 @@ DK_INLINE float to_float(Float16 v) {
   return static_cast<float>(h);
 }
 DK_INLINE void from_float(float v, float* out) { *out = v; }
-DK_INLINE void from_float(float v, BFloat16* out) {  // round to nearest even; NaN stays NaN
+DK_INLINE void from_float(float v, BFloat16* out) {   // round to nearest even; NaN stays NaN
   uint32_t u;
   std::memcpy(&u, &v, 4);
   const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
@@ -232,4 +236,4 @@ template <class T> DK_INLINE void store_row(const float* in, T* out, int n) {
   for (int i = 0; i < n; ++i) from_float(in[i], out + i);
 }
 
-}  // namespace dk::DK_ISA
+}   // namespace dk::DK_ISA

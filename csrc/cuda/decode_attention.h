@@ -6,4 +6,4 @@ namespace dk::cuda {
 // `text_len` and `slots` of the cache are what the schedule was made for. nullptr, or the error.
 const char* decode_attention(const DecodeAttentionArgs& a, int64_t text_len, void* stream);
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -1,9 +1,11 @@
-// The only file that knows the machine: everything a kernel may do beyond plain arithmetic. Two implementations of the same names: PTX here, and for tests on
-// a CPU an emulation that checks every access (tests/cuda_emulation/cuda_emulation.h).
+// The only file that knows the machine: everything a kernel may do beyond plain arithmetic. Two implementations of the
+// same names: PTX here, and for tests on a CPU an emulation that checks every access
+// (tests/cuda_emulation/cuda_emulation.h).
 //
-// Rules for kernels. Shared memory is addressed in bytes by uint32_t and touched only through these functions; so is global memory, whose rows must be as
-// aligned as the access is wide. Collectives (mma, ldmatrix, shfl, vote, syncwarp) stand under conditions that are equal in a warp, barriers under conditions
-// that are equal in a block (or cluster), and nobody returns before the last one. Register arrays are indexed by constants: loops over them are DK_UNROLLed.
+// Rules for kernels. Shared memory is addressed in bytes by uint32_t and touched only through these functions; so is
+// global memory, whose rows must be as aligned as the access is wide. Collectives (mma, ldmatrix, shfl, vote, syncwarp)
+// stand under conditions that are equal in a warp, barriers under conditions that are equal in a block (or cluster),
+// and nobody returns before the last one. Register arrays are indexed by constants: loops over them are DK_UNROLLed.
 #pragma once
 #include <cstdint>
 
@@ -19,7 +21,7 @@ struct Grid {
   int64_t y = 1;
   int cluster = 1;   // blocks along x that run together and can read each other's shared memory (sm_90 and later)
 };
-}  // namespace dk::dev
+}   // namespace dk::dev
 
 #ifndef __CUDACC__
 #include "cuda_emulation.h"
@@ -31,8 +33,8 @@ struct Grid {
 #define DK_DEVICE __device__ __forceinline__
 #define DK_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define DK_PARAM const __grid_constant__
-#define DK_UNROLL _Pragma("unroll")
-#define DK_ROLLED _Pragma("unroll 1")   // where unrolling would cost registers
+#define DK_UNROLL_FOR _Pragma("unroll") for
+#define DK_ROLLED_FOR _Pragma("unroll 1") for   // where unrolling would cost registers
 
 namespace dk::dev {
 
@@ -89,12 +91,17 @@ DK_DEVICE u32x2 lds8(uint32_t a) {
 }
 DK_DEVICE u32x4 lds16(uint32_t a) {
   u32x4 r;
-  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w) : "r"(a) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+               : "r"(a)
+               : "memory");
   return r;
 }
 DK_DEVICE void sts_u32(uint32_t a, uint32_t v) { asm volatile("st.shared.b32 [%0], %1;" ::"r"(a), "r"(v) : "memory"); }
 DK_DEVICE void sts_f32(uint32_t a, float v) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(a), "f"(v) : "memory"); }
-DK_DEVICE void sts8(uint32_t a, u32x2 v) { asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(v.x), "r"(v.y) : "memory"); }
+DK_DEVICE void sts8(uint32_t a, u32x2 v) {
+  asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(a), "r"(v.x), "r"(v.y) : "memory");
+}
 DK_DEVICE void sts16(uint32_t a, u32x4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
@@ -119,7 +126,8 @@ DK_DEVICE void cp_async4(uint32_t to, const void* from, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 DK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> DK_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }   // all but the N youngest groups have landed, this thread's
+// all but the N youngest groups have landed, this thread's
+template <int N> DK_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // -- a warp together
 DK_DEVICE void syncwarp() { __syncwarp(); }
@@ -130,10 +138,16 @@ DK_DEVICE uint32_t shfl(uint32_t v, int lane) { return __shfl_sync(0xffffffffu, 
 DK_DEVICE uint32_t ballot(bool v) { return __ballot_sync(0xffffffffu, v); }
 // Four 8 x 8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8.
 DK_DEVICE void ldmatrix_x4(uint32_t a, uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(a)
+               : "memory");
 }
 DK_DEVICE void ldmatrix_x4_trans(uint32_t a, uint32_t (&r)[4]) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(a) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(a)
+               : "memory");
 }
 
 // -- 16-bit types, held in pairs, the lower one first
@@ -141,14 +155,18 @@ struct BFloat16 {};
 struct Float16 {};
 // c [16, 8] += a [16, 16] b [16, 8], fragments as PTX lays them out for mma.m16n8k16
 DK_DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DK_DEVICE void mma(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 DK_DEVICE uint32_t pack(BFloat16, float low, float high) {
   uint32_t r;
@@ -209,12 +227,16 @@ inline const char* failure(const char* kernel, const char* what) {
   return text;
 }
 
-template <class P> const char* launch(const char* name, void (*kernel)(P), Grid grid, int threads, uint32_t smem, void* stream, const P& params) {
+template <class P>
+const char* launch(const char* name, void (*kernel)(P), Grid grid, int threads, uint32_t smem, void* stream,
+                   const P& params) {
   if (grid.x == 0 || grid.y == 0) return nullptr;
   if (grid.x > 0x7fffffff || grid.y > 65535) return failure(name, "the problem has more blocks than a grid can hold");
   cudaError_t error = cudaSuccess;
-  if (smem > 48 * 1024) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
-  if (error == cudaSuccess && grid.cluster > 8) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (smem > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(smem));
+  if (error == cudaSuccess && grid.cluster > 8)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) {
     cudaLaunchAttribute cluster;
     cluster.id = cudaLaunchAttributeClusterDimension;
@@ -234,16 +256,19 @@ template <class P> const char* launch(const char* name, void (*kernel)(P), Grid 
 // What the current device offers.
 inline int compute_capability() {   // 90 for sm_90; 0 if there is no device
   int device = 0, major = 0, minor = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) != cudaSuccess ||
       cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device) != cudaSuccess)
     return 0;
   return 10 * major + minor;
 }
 inline int shared_memory_per_block() {
   int device = 0, bytes = 0;
-  if (cudaGetDevice(&device) != cudaSuccess || cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess) return 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) != cudaSuccess)
+    return 0;
   return bytes;
 }
 
-}  // namespace dk::dev
+}   // namespace dk::dev
 #endif

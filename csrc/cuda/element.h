@@ -17,8 +17,12 @@ template <> struct Element<float> {
 template <class T> using Stored = typename Element<T>::Stored;
 
 // Four elements in one access, aligned to their size.
-DK_DEVICE dev::u32x4 packed_quad(float, const float (&x)[4]) { return {dev::as_bits(x[0]), dev::as_bits(x[1]), dev::as_bits(x[2]), dev::as_bits(x[3])}; }
-template <class T> DK_DEVICE dev::u32x2 packed_quad(T, const float (&x)[4]) { return {dev::pack(T{}, x[0], x[1]), dev::pack(T{}, x[2], x[3])}; }
+DK_DEVICE dev::u32x4 packed_quad(float, const float (&x)[4]) {
+  return {dev::as_bits(x[0]), dev::as_bits(x[1]), dev::as_bits(x[2]), dev::as_bits(x[3])};
+}
+template <class T> DK_DEVICE dev::u32x2 packed_quad(T, const float (&x)[4]) {
+  return {dev::pack(T{}, x[0], x[1]), dev::pack(T{}, x[2], x[3])};
+}
 DK_DEVICE void unpack_quad(float, dev::u32x4 v, float (&x)[4]) {
   x[0] = dev::as_float(v.x), x[1] = dev::as_float(v.y), x[2] = dev::as_float(v.z), x[3] = dev::as_float(v.w);
 }
@@ -34,8 +38,12 @@ template <class T> DK_DEVICE void store_quad(T, uint16_t* p, const float (&x)[4]
 
 // The same in shared memory.
 DK_DEVICE void load_shared_quad(float, uint32_t at, float (&x)[4]) { unpack_quad(float{}, dev::lds16(at), x); }
-template <class T> DK_DEVICE void load_shared_quad(T, uint32_t at, float (&x)[4]) { unpack_quad(T{}, dev::lds8(at), x); }
+template <class T> DK_DEVICE void load_shared_quad(T, uint32_t at, float (&x)[4]) {
+  unpack_quad(T{}, dev::lds8(at), x);
+}
 DK_DEVICE void store_shared_quad(float, uint32_t at, const float (&x)[4]) { dev::sts16(at, packed_quad(float{}, x)); }
-template <class T> DK_DEVICE void store_shared_quad(T, uint32_t at, const float (&x)[4]) { dev::sts8(at, packed_quad(T{}, x)); }
+template <class T> DK_DEVICE void store_shared_quad(T, uint32_t at, const float (&x)[4]) {
+  dev::sts8(at, packed_quad(T{}, x));
+}
 
-}  // namespace dk
+}   // namespace dk

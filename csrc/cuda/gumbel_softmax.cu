@@ -1,5 +1,6 @@
-// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum from the noisy logits that were kept.
-// They are computed again where shared memory is too small for them. The hard variant needs no more than the argmax for its second sweep.
+// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum
+// from the noisy logits that were kept. They are computed again where shared memory is too small for them. The hard
+// variant needs no more than the argmax for its second sweep.
 #include "cuda/gumbel_softmax.h"
 
 #include "cuda/gumbel_sweep.h"
@@ -20,9 +21,8 @@ struct Best {
   float best = -dev::inf();
   uint32_t at = 0;
 
-  template <class T> DK_DEVICE void absorb(const float (&x)[BATCH][4], int i, const Strip& s, const Batch<T>& batch) {
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) {
+  template <class T> DK_DEVICE void update(const float (&x)[BATCH][4], int i, const Strip& s, const Batch<T>& batch) {
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       const float value = x[r][i] == x[r][i] ? x[r][i] : dev::inf();
       if (value > best) best = value, at = batch.class_of(r) + (i >> s.log_width);
     }
@@ -65,19 +65,16 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       const Batch<T> batch(s, chunk, round);
       float x[BATCH][4];
       batch.load(a.logits, -dev::inf(), x);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i)
-        if constexpr (KL) plain[i].absorb(x, i);
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+        if constexpr (KL) plain[i].update(x, i);
       batch.add_noise(key, x);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (HARD) best[i].absorb(x, i, s, batch);
-        else noisy[i].absorb(x, i, scale);
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
+        if constexpr (HARD) best[i].update(x, i, s, batch);
+        else noisy[i].update(x, i, scale);
       }
       if constexpr (RESIDENT) kept.store(s, chunk, round, x);
     }
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
       if constexpr (HARD) best[i].put(v[i]);
       else noisy[i].put(v[i]);
       if constexpr (KL) plain[i].put(v[i] + PLAIN);
@@ -86,10 +83,10 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
   }
   reduction.strip(s, p.cut.chunks, v, merge);
 
-  DK_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
     if constexpr (KL)
-      if (s.chunk == 0 && 4 * dev::tid() + i < 1 << s.log_width && s.place(p.cut, i) >= 0) put_kl(a, s.place(p.cut, i), v[i] + PLAIN);
+      if (s.chunk == 0 && 4 * dev::tid() + i < 1 << s.log_width && s.place(p.cut, i) >= 0)
+        put_kl(a, s.place(p.cut, i), v[i] + PLAIN);
     // the factor of y in place of the sum; NaN in place of 1 where there is no largest
     if constexpr (HARD) v[i][0] = 1.0f + (v[i][0] - v[i][0]);
     else v[i][1] = 1.0f / v[i][1];
@@ -104,10 +101,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
         batch.load(a.logits, -dev::inf(), x);
         batch.add_noise(key, x);
       }
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
           if constexpr (HARD) {
             const bool largest = batch.class_of(r) + (i >> s.log_width) == dev::as_bits(v[i][1]);
             x[r][i] = largest || v[i][0] != v[i][0] ? v[i][0] : 0.0f;
@@ -125,8 +120,9 @@ template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxArg
   p.cut.aligned = aligned(a.logits, sizeof(Stored<T>)) && aligned(a.y, sizeof(Stored<T>));
   const int64_t kept = p.cut.kept_bytes(Kept<float>::QUAD), reduction = Reduction<WORDS<HARD, KL>>::bytes(p.cut);
   const bool resident = !HARD && kept + reduction <= dev::shared_memory_per_block();
-  return dev::launch("gumbel_softmax", resident ? forward<T, HARD, KL, !HARD> : forward<T, HARD, KL, false>, {p.cut.strips * p.cut.cluster, 1, p.cut.cluster},
-                     p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
+  return dev::launch("gumbel_softmax", resident ? forward<T, HARD, KL, !HARD> : forward<T, HARD, KL, false>,
+                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(),
+                     static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxArgs& a, void* stream) {
@@ -134,7 +130,7 @@ template <class T> const char* launch(const GumbelSoftmaxArgs& a, void* stream) 
   return a.kl ? launch<T, false, true>(a, stream) : launch<T, false, false>(a, stream);
 }
 
-}  // namespace
+}   // namespace
 
 const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream) {
   if (a.dtype == DType::float32) return launch<float>(a, stream);
@@ -142,4 +138,4 @@ const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream) {
   return launch<dev::Float16>(a, stream);
 }
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -6,4 +6,4 @@ namespace dk::cuda {
 const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream);   // nullptr, or the error
 const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* stream);
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -1,6 +1,7 @@
-// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). A first sweep takes the sum and keeps y and
-// grad for the second, or they are read twice. The hard variant keeps the noisy logits in place of y, which was not stored: its first sweep draws the noise
-// again and takes the softmax's statistics along with the sum.
+// Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). A
+// first sweep takes the sum and keeps y and grad for the second, or they are read twice. The hard variant keeps the
+// noisy logits in place of y, which was not stored: its first sweep draws the noise again and takes the softmax's
+// statistics along with the sum.
 #include "cuda/gumbel_softmax.h"
 #include "cuda/gumbel_sweep.h"
 
@@ -19,10 +20,9 @@ struct Dot {
   static constexpr int WORDS = 1;
   float sum = 0.0f;
 
-  DK_DEVICE void absorb(const float (&y)[BATCH][4], const float (&grad)[BATCH][4], int i) {
+  DK_DEVICE void update(const float (&y)[BATCH][4], const float (&grad)[BATCH][4], int i) {
     float chunk = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) chunk = dev::fma(y[r][i], grad[r][i], chunk);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) chunk = dev::fma(y[r][i], grad[r][i], chunk);
     sum = dev::add_rn(sum, chunk);
   }
   DK_DEVICE void put(float* v) const { v[0] = sum; }
@@ -56,7 +56,9 @@ template <class T> struct Kinds<T, true> {
 };
 template <class T, bool HARD> constexpr int QUAD_BYTES = Kept<typename Kinds<T, HARD>::First>::QUAD + Kept<T>::QUAD;
 
-template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, MIN_BLOCKS) backward(DK_PARAM Params p) {
+template <class T, bool HARD, bool KL, bool RESIDENT>
+DK_KERNEL(32 * MAX_WARPS, MIN_BLOCKS)
+backward(DK_PARAM Params p) {
   using First = typename Kinds<T, HARD>::First;
   using Statistics = typename Kinds<T, HARD>::Statistics;
   constexpr int N = Statistics::WORDS;
@@ -71,7 +73,7 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
     if constexpr (HARD) Statistics::merge(x, y, scale);
     else Statistics::merge(x, y);
   };
-  const auto read = [&](const Batch<T>& batch, float(&first)[BATCH][4], float(&grad)[BATCH][4]) {
+  const auto read = [&](const Batch<T>& batch, float (&first)[BATCH][4], float (&grad)[BATCH][4]) {
     batch.load(p.args.grad_y, 0.0f, grad);
     if constexpr (HARD) {
       batch.load(f.logits, -dev::inf(), first);
@@ -87,23 +89,20 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
     for (int round = 0; round < s.rounds; round += BATCH) {
       float first[BATCH][4], grad[BATCH][4];
       read(Batch<T>(s, chunk, round), first, grad);
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
-        if constexpr (HARD) statistics[i].absorb(first, grad, i, scale);
-        else statistics[i].absorb(first, grad, i);
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
+        if constexpr (HARD) statistics[i].update(first, grad, i, scale);
+        else statistics[i].update(first, grad, i);
       }
       if constexpr (RESIDENT) kept_first.store(s, chunk, round, first), kept_grad.store(s, chunk, round, grad);
     }
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) statistics[i].put(v[i]);
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) statistics[i].put(v[i]);
     reduction.chunk(chunk, v, merge);
   }
   reduction.strip(s, p.cut.chunks, v, merge);
 
   float dot[4], factor[4];   // factor: y = factor * exp(scale * (x - max))
   KLGradient kl[4];
-  DK_UNROLL
-  for (int i = 0; i < 4; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
     factor[i] = 1.0f;
     if constexpr (HARD) factor[i] = 1.0f / v[i][1];
     dot[i] = HARD ? dev::mul_rn(v[i][N - 1], factor[i]) : v[i][0];
@@ -116,10 +115,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       float first[BATCH][4], grad[BATCH][4];
       if constexpr (RESIDENT) kept_first.load(s, chunk, round, first), kept_grad.load(s, chunk, round, grad);
       else read(batch, first, grad);
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
           const float y = HARD ? dev::mul_rn(weight(first[r][i], v[i][0], scale), factor[i]) : first[r][i];
           grad[r][i] = dev::mul_rn(dev::mul_rn(y, inverse_tau), grad[r][i] - dot[i]);
         }
@@ -127,10 +124,8 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
       if constexpr (KL) {
         float x[BATCH][4];
         batch.load(f.logits, 0.0f, x);
-        DK_UNROLL
-        for (int r = 0; r < BATCH; ++r) {
-          DK_UNROLL
-          for (int i = 0; i < 4; ++i) grad[r][i] = dev::add_rn(grad[r][i], kl[i].at(x[r][i]));
+        DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+          DK_UNROLL_FOR (int i = 0; i < 4; ++i) grad[r][i] = dev::add_rn(grad[r][i], kl[i].at(x[r][i]));
         }
       }
       batch.store(p.args.grad_logits, grad);
@@ -140,12 +135,13 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
 template <class T, bool HARD, bool KL> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* stream) {
   constexpr int element = sizeof(Stored<T>), quad = QUAD_BYTES<T, HARD>;
   Params p{a, cut(a.forward, element, quad / 4)};
-  p.cut.aligned = aligned(a.forward.y, element) && aligned(a.forward.logits, element) && aligned(a.grad_y, element) && aligned(a.grad_logits, element);
+  p.cut.aligned = aligned(a.forward.y, element) && aligned(a.forward.logits, element) && aligned(a.grad_y, element) &&
+                  aligned(a.grad_logits, element);
   const int64_t kept = p.cut.kept_bytes(quad), reduction = Reduction<Kinds<T, HARD>::Statistics::WORDS>::bytes(p.cut);
   const bool resident = kept + reduction <= dev::shared_memory_per_block();
   return dev::launch("gumbel_softmax_backward", resident ? backward<T, HARD, KL, true> : backward<T, HARD, KL, false>,
-                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(), static_cast<uint32_t>(resident ? kept + reduction : reduction),
-                     stream, p);
+                     {p.cut.strips * p.cut.cluster, 1, p.cut.cluster}, p.cut.threads(),
+                     static_cast<uint32_t>(resident ? kept + reduction : reduction), stream, p);
 }
 
 template <class T> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* stream) {
@@ -153,7 +149,7 @@ template <class T> const char* launch(const GumbelSoftmaxBackwardArgs& a, void* 
   return a.grad_kl ? launch<T, false, true>(a, stream) : launch<T, false, false>(a, stream);
 }
 
-}  // namespace
+}   // namespace
 
 const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* stream) {
   if (a.forward.dtype == DType::float32) return launch<float>(a, stream);
@@ -161,4 +157,4 @@ const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* st
   return launch<dev::Float16>(a, stream);
 }
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

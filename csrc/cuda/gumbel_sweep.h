@@ -1,42 +1,47 @@
-// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a lane holds, running statistics and
-// their reduction.
+// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a
+// lane holds, running statistics and their reduction.
 //
-// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a quad: 4 elements that follow each other
-// in memory, which is also what one Philox block serves. Where there are 3 positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes.
-// Strips are cut into chunks of classes, a chunk into rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are merged
-// lanes first, then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the chunks, one block in turn or the blocks of a
-// cluster, each of which keeps its own in shared memory; nor on whether a block keeps what it has read or reads it twice.
+// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a
+// quad: 4 elements that follow each other in memory, which is also what one Philox block serves. Where there are 3
+// positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes. Strips are cut into chunks of
+// classes, a chunk into rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are
+// merged lanes first, then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the
+// chunks, one block in turn or the blocks of a cluster, each of which keeps its own in shared memory; nor on whether a
+// block keeps what it has read or reads it twice.
 #pragma once
 #include "common/gumbel_softmax.h"
 #include "cuda/element.h"
 #include "cuda/philox.h"
+#include "cuda/softmax.h"
 
 namespace dk::sweep {
 
-constexpr int MAX_WARPS = 8;                  // of a block
-constexpr int MIN_BLOCKS = 2;                 // of a multiprocessor: one reads while the other writes
-constexpr int BATCH = 4;                      // rounds whose loads are under way together
-constexpr int MAX_LOG_WIDTH = 5;              // of a strip, in positions
-constexpr int SECTOR = 32;                    // bytes that memory moves at least
-constexpr int MAX_CHUNKS = 8;                 // the blocks of a portable cluster
-constexpr int64_t CHUNK_BYTES = 64 * 1024;    // to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
-constexpr float LOWEST = -3.40282347e38f;     // a maximum over nothing; finite, so that differences stay numbers
-constexpr float FAR = -1e4f;                  // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
+constexpr int MAX_WARPS = 8;       // of a block
+constexpr int MIN_BLOCKS = 2;      // of a multiprocessor: one reads while the other writes
+constexpr int BATCH = 4;           // rounds whose loads are under way together
+constexpr int MAX_LOG_WIDTH = 5;   // of a strip, in positions
+constexpr int SECTOR = 32;         // bytes that memory moves at least
+constexpr int MAX_CHUNKS = 8;      // the blocks of a portable cluster
+// to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
+constexpr int64_t CHUNK_BYTES = 64 * 1024;
+constexpr float FAR = -1e4f;   // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- how the work is cut
 
 struct Cut {
   int64_t classes, inner, strips_per_outer, strips;
-  int log_width;         // positions of a strip
-  int warps;             // of a block
-  int chunks, rounds;    // of a strip; of a chunk
-  int cluster;           // blocks per strip
-  bool aligned;          // all tensors may be accessed by quads
+  int log_width;        // positions of a strip
+  int warps;            // of a block
+  int chunks, rounds;   // of a strip; of a chunk
+  int cluster;          // blocks per strip
+  bool aligned;         // all tensors may be accessed by quads
 
   int width() const { return 1 << log_width; }
   int threads() const { return 32 * warps; }
   int chunks_per_block() const { return chunks / cluster; }
-  int64_t kept_bytes(int quad_bytes) const { return static_cast<int64_t>(chunks_per_block()) * rounds * threads() * quad_bytes; }
+  int64_t kept_bytes(int quad_bytes) const {
+    return static_cast<int64_t>(chunks_per_block()) * rounds * threads() * quad_bytes;
+  }
 };
 
 // `kept`: bytes per element that a second sweep can take from shared memory.
@@ -57,22 +62,30 @@ inline Cut cut(const GumbelSoftmaxArgs& a, int element_bytes, int kept) {
   return c;
 }
 
-inline bool aligned(const void* p, int element_bytes) { return reinterpret_cast<uintptr_t>(p) % (4 * element_bytes) == 0; }
+inline bool aligned(const void* p, int element_bytes) {
+  return reinterpret_cast<uintptr_t>(p) % (4 * element_bytes) == 0;
+}
 
 // -- what a lane holds
 
 struct Strip {
-  int64_t first;               // element that the quad of chunk 0, round 0 begins with
+  int64_t first;   // element that the quad of chunk 0, round 0 begins with
   int64_t inner;
   uint32_t first_class, classes;
-  int quad;                    // elements of a quad that are positions of the strip
+  int quad;   // elements of a quad that are positions of the strip
   int log_width, threads, chunks_per_block, rounds;
-  uint32_t chunk;              // the first of this block
+  uint32_t chunk;   // the first of this block
   bool aligned;
 
   DK_DEVICE explicit Strip(const Cut& c)
-      : inner(c.inner), classes(c.classes), log_width(c.log_width), threads(32 * c.warps), chunks_per_block(c.chunks / c.cluster), rounds(c.rounds),
-        chunk(dev::cluster_rank() * (c.chunks / c.cluster)), aligned(c.aligned) {
+      : inner(c.inner),
+        classes(c.classes),
+        log_width(c.log_width),
+        threads(32 * c.warps),
+        chunks_per_block(c.chunks / c.cluster),
+        rounds(c.rounds),
+        chunk(dev::cluster_rank() * (c.chunks / c.cluster)),
+        aligned(c.aligned) {
     const int64_t at = position(c);
     first_class = 4 * dev::tid() >> log_width;
     first = (outer(c) * c.classes + first_class) * inner + at;
@@ -81,9 +94,12 @@ struct Strip {
   static DK_DEVICE int64_t index(const Cut& c) { return dev::bid_x() / c.cluster; }
   static DK_DEVICE int64_t outer(const Cut& c) { return index(c) / c.strips_per_outer; }
   // of a quad's first element
-  static DK_DEVICE int64_t position(const Cut& c) { return ((index(c) % c.strips_per_outer) << c.log_width) + (4 * dev::tid() & ((1 << c.log_width) - 1)); }
+  static DK_DEVICE int64_t position(const Cut& c) {
+    return ((index(c) % c.strips_per_outer) << c.log_width) + (4 * dev::tid() & ((1 << c.log_width) - 1));
+  }
 
-  DK_DEVICE int column(int i) const { return (4 * dev::tid() + i) & ((1 << log_width) - 1); }   // in the strip, of a quad's elements
+  // in the strip, of a quad's elements
+  DK_DEVICE int column(int i) const { return (4 * dev::tid() + i) & ((1 << log_width) - 1); }
   // Their place in [outer, inner], or -1 if they have none.
   DK_DEVICE int64_t place(const Cut& c, int i) const {
     const int64_t at = position(c) + (i & ((1 << c.log_width) - 1));
@@ -93,10 +109,10 @@ struct Strip {
 
 // A lane's quads in BATCH rounds.
 template <class T> struct Batch {
-  int64_t at, stride;         // element that the first begins with; from round to round
+  int64_t at, stride;   // element that the first begins with; from round to round
   uint32_t first_class, classes, classes_per_round;
   int quad, log_width;
-  bool full;                  // all elements exist, and may be accessed by quads
+  bool full;   // all elements exist, and may be accessed by quads
 
   DK_DEVICE Batch(const Strip& s, int chunk, int round)
       : classes(s.classes), classes_per_round(4 * s.threads >> s.log_width), quad(s.quad), log_width(s.log_width) {
@@ -108,33 +124,31 @@ template <class T> struct Batch {
   DK_DEVICE uint32_t class_of(int r) const { return first_class + r * classes_per_round; }
   // Elements that exist; they come first. (Beyond 2^31 classes there are only some that do not exist.)
   DK_DEVICE int count(int r) const {
-    const int left = static_cast<int>(classes - class_of(r)), elements = (left < 0 ? 0 : left < 4 ? left : 4) << log_width;
+    const int remaining = static_cast<int>(classes - class_of(r)), elements = (remaining < 0   ? 0
+                                                                               : remaining < 4 ? remaining
+                                                                                               : 4)
+                                                                              << log_width;
     return elements < quad ? elements : quad;
   }
 
   DK_DEVICE void load(const void* base, float fill, float (&x)[BATCH][4]) const {
     const Stored<T>* p = static_cast<const Stored<T>*>(base) + at;
     if (full) {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) load_quad(T{}, p + r * stride, x[r]);
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) load_quad(T{}, p + r * stride, x[r]);
     } else {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i) x[r][i] = i < count(r) ? Element<T>::widen(dev::ldg(p + r * stride + i)) : fill;
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+          x[r][i] = i < count(r) ? Element<T>::widen(dev::ldg(p + r * stride + i)) : fill;
       }
     }
   }
   DK_DEVICE void store(void* base, const float (&x)[BATCH][4]) const {
     Stored<T>* p = static_cast<Stored<T>*>(base) + at;
     if (full) {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) store_quad(T{}, p + r * stride, x[r]);
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) store_quad(T{}, p + r * stride, x[r]);
     } else {
-      DK_UNROLL
-      for (int r = 0; r < BATCH; ++r) {
-        DK_UNROLL
-        for (int i = 0; i < 4; ++i)
+      DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i)
           if (i < count(r)) dev::stg(p + r * stride + i, Element<T>::narrow(x[r][i]));
       }
     }
@@ -142,8 +156,7 @@ template <class T> struct Batch {
   // An element's noise index is its place in the tensor, in 64 bits.
   DK_DEVICE void add_noise(PhiloxKey key, float (&x)[BATCH][4]) const {
     const int skip = static_cast<int>(at % 4);
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       if (count(r) == 0) continue;
       const uint64_t block = static_cast<uint64_t>(at + r * stride) / 4;
       dev::u32x4 w = philox(key, block);
@@ -163,51 +176,45 @@ template <class T> struct Kept {
   static constexpr int QUAD = 4 * sizeof(Stored<T>);
   uint32_t base;
 
-  DK_DEVICE uint32_t end(const Strip& s) const { return base + static_cast<uint32_t>(s.chunks_per_block * s.rounds * s.threads) * QUAD; }
+  DK_DEVICE uint32_t end(const Strip& s) const {
+    return base + static_cast<uint32_t>(s.chunks_per_block * s.rounds * s.threads) * QUAD;
+  }
   DK_DEVICE uint32_t address(const Strip& s, int chunk, int round) const {
     return base + static_cast<uint32_t>((chunk * s.rounds + round) * s.threads + dev::tid()) * QUAD;
   }
   DK_DEVICE void store(const Strip& s, int chunk, int round, const float (&x)[BATCH][4]) const {
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) store_shared_quad(T{}, address(s, chunk, round + r), x[r]);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) store_shared_quad(T{}, address(s, chunk, round + r), x[r]);
   }
   DK_DEVICE void load(const Strip& s, int chunk, int round, float (&x)[BATCH][4]) const {
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) load_shared_quad(T{}, address(s, chunk, round + r), x[r]);
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) load_shared_quad(T{}, address(s, chunk, round + r), x[r]);
   }
 };
 
-// -- running statistics of one element of a lane's quads, a short chain of the long sums. Roundings are written out where the compiler could choose to fuse,
-// and might not in all kernels.
+// -- online-softmax states of one element of a lane's quads, a short chain of the long sums. `scale` is log2(e) / tau.
 
-// exp(x - max) where the product is with log2(e) / tau: 1 for the maximum itself
-DK_DEVICE float weight(float x, float max, float scale) { return dev::exp2_approx(dev::mul_rn(x - max, scale)); }
 DK_DEVICE float not_below_far(float d) { return d < FAR ? FAR : d; }   // NaN stays
 
-DK_DEVICE float new_max(float max, const float (&x)[BATCH][4], int i) {
-  DK_UNROLL
-  for (int r = 0; r < BATCH; ++r) max = dev::max(max, x[r][i]);
-  return max;
+DK_DEVICE float running_maximum(float maximum, const float (&x)[BATCH][4], int i) {
+  DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) maximum = dev::max(maximum, x[r][i]);
+  return maximum;
 }
 
-// Maximum, and sum of exp(scale * (x - maximum)). NaN and +inf turn the sum into NaN.
+// Running maximum, and running sum of exp(scale * (x - maximum)). NaN and +inf turn the sum into NaN.
 struct Softmax {
   static constexpr int WORDS = 2;
-  float max = LOWEST, sum = 0.0f;
+  SoftmaxState state;
 
-  DK_DEVICE void absorb(const float (&x)[BATCH][4], int i, float scale) {
-    const float now = new_max(max, x, i);
-    float chunk = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) chunk += weight(x[r][i], now, scale);
-    sum = dev::fma(sum, weight(max, now, scale), chunk);
-    max = now;
+  DK_DEVICE void update(const float (&x)[BATCH][4], int i, float scale) {
+    const float now = running_maximum(state.maximum, x, i);
+    float batch = 0.0f;
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) batch += weight(x[r][i], now, scale);
+    state.update(now, batch, scale);
   }
-  DK_DEVICE void put(float* v) const { v[0] = max, v[1] = sum; }
+  DK_DEVICE void put(float* v) const { v[0] = state.maximum, v[1] = state.sum; }
   static DK_DEVICE void merge(float* a, const float* b, float scale) {
-    const float max = dev::max(a[0], b[0]);
-    a[1] = dev::add_rn(dev::mul_rn(a[1], weight(a[0], max, scale)), dev::mul_rn(b[1], weight(b[0], max, scale)));
-    a[0] = max;
+    const float now = dev::max(a[0], b[0]);
+    a[1] = dev::add_rn(dev::mul_rn(a[1], weight(a[0], now, scale)), dev::mul_rn(b[1], weight(b[0], now, scale)));
+    a[0] = now;
   }
 };
 
@@ -217,51 +224,52 @@ struct WeightedSoftmax {
   Softmax softmax;
   float weighted = 0.0f;
 
-  DK_DEVICE void absorb(const float (&x)[BATCH][4], const float (&v)[BATCH][4], int i, float scale) {
-    const float now = new_max(softmax.max, x, i);
-    float chunk = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) chunk = dev::fma(weight(x[r][i], now, scale), v[r][i], chunk);
-    weighted = dev::fma(weighted, weight(softmax.max, now, scale), chunk);
-    softmax.absorb(x, i, scale);
+  DK_DEVICE void update(const float (&x)[BATCH][4], const float (&v)[BATCH][4], int i, float scale) {
+    const float old = softmax.state.maximum, now = running_maximum(old, x, i);
+    float batch = 0.0f;
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) batch = dev::fma(weight(x[r][i], now, scale), v[r][i], batch);
+    weighted = dev::fma(weighted, weight(old, now, scale), batch);
+    softmax.update(x, i, scale);
   }
   DK_DEVICE void put(float* v) const { softmax.put(v), v[2] = weighted; }
   static DK_DEVICE void merge(float* a, const float* b, float scale) {
-    const float max = dev::max(a[0], b[0]);
-    a[2] = dev::add_rn(dev::mul_rn(a[2], weight(a[0], max, scale)), dev::mul_rn(b[2], weight(b[0], max, scale)));
+    const float now = dev::max(a[0], b[0]);
+    a[2] = dev::add_rn(dev::mul_rn(a[2], weight(a[0], now, scale)), dev::mul_rn(b[2], weight(b[0], now, scale)));
     Softmax::merge(a, b, scale);
   }
 };
 
-// Maximum, sum of exp(x - maximum), and sum of exp(x - maximum) * (x - maximum).
+// Running maximum, running sum of exp(x - maximum), and of exp(x - maximum) * (x - maximum).
 struct Entropy {
   static constexpr int WORDS = 3;
-  float max = LOWEST, sum = 0.0f, weighted = 0.0f;
+  SoftmaxState state;
+  float weighted = 0.0f;
 
-  DK_DEVICE void absorb(const float (&x)[BATCH][4], int i) {
-    const float now = new_max(max, x, i), shift = not_below_far(max - now), keep = weight(shift, 0.0f, LOG2E);
-    float chunk = 0.0f, chunk_weighted = 0.0f;
-    DK_UNROLL
-    for (int r = 0; r < BATCH; ++r) {
+  DK_DEVICE void update(const float (&x)[BATCH][4], int i) {
+    const float now = running_maximum(state.maximum, x, i), shift = not_below_far(state.maximum - now),
+                alpha = weight(shift, 0.0f, LOG2E);
+    float batch = 0.0f, batch_weighted = 0.0f;
+    DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
       const float d = not_below_far(x[r][i] - now), w = weight(d, 0.0f, LOG2E);
-      chunk += w;
-      chunk_weighted = dev::fma(w, d, chunk_weighted);
+      batch += w;
+      batch_weighted = dev::fma(w, d, batch_weighted);
     }
-    weighted = dev::fma(dev::fma(sum, shift, weighted), keep, chunk_weighted);
-    sum = dev::fma(sum, keep, chunk);
-    max = now;
+    weighted = dev::fma(dev::fma(state.sum, shift, weighted), alpha, batch_weighted);
+    state = {now, dev::fma(state.sum, alpha, batch)};
   }
-  DK_DEVICE void put(float* v) const { v[0] = max, v[1] = sum, v[2] = weighted; }
+  DK_DEVICE void put(float* v) const { v[0] = state.maximum, v[1] = state.sum, v[2] = weighted; }
   static DK_DEVICE void merge(float* a, const float* b) {
-    const float max = dev::max(a[0], b[0]), da = not_below_far(a[0] - max), db = not_below_far(b[0] - max);
-    const float ka = weight(da, 0.0f, LOG2E), kb = weight(db, 0.0f, LOG2E);
-    a[2] = dev::add_rn(dev::mul_rn(ka, dev::fma(a[1], da, a[2])), dev::mul_rn(kb, dev::fma(b[1], db, b[2])));
-    a[1] = dev::add_rn(dev::mul_rn(ka, a[1]), dev::mul_rn(kb, b[1]));
-    a[0] = max;
+    const float now = dev::max(a[0], b[0]), shift_a = not_below_far(a[0] - now), shift_b = not_below_far(b[0] - now);
+    const float alpha = weight(shift_a, 0.0f, LOG2E), beta = weight(shift_b, 0.0f, LOG2E);
+    a[2] = dev::add_rn(dev::mul_rn(alpha, dev::fma(a[1], shift_a, a[2])),
+                       dev::mul_rn(beta, dev::fma(b[1], shift_b, b[2])));
+    a[1] = dev::add_rn(dev::mul_rn(alpha, a[1]), dev::mul_rn(beta, b[1]));
+    a[0] = now;
   }
 };
 
-// -- the reduction of N numbers per element; merge(a, b) is symmetric, for lanes find the same results by different ways
+// -- the reduction of N numbers per element; merge(a, b) is symmetric, for lanes find the same results by different
+// ways
 
 template <int N> struct Reduction {
   uint32_t warps, chunks, whole;   // [warps of the block][width][N], [chunks per block][width][N], [width][N]
@@ -271,25 +279,23 @@ template <int N> struct Reduction {
   DK_DEVICE Reduction(const Strip& s, uint32_t smem) : warps(smem), log_width(s.log_width), warp_count(s.threads / 32) {
     chunks = at(warps, warp_count, 0), whole = at(chunks, s.chunks_per_block, 0);
   }
-  DK_DEVICE uint32_t at(uint32_t table, int row, int column) const { return table + ((row << log_width) + column) * N * 4; }
+  DK_DEVICE uint32_t at(uint32_t table, int row, int column) const {
+    return table + ((row << log_width) + column) * N * 4;
+  }
   static DK_DEVICE void put(uint32_t at, const float* v) {
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) dev::sts_f32(at + 4 * k, v[k]);
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) dev::sts_f32(at + 4 * k, v[k]);
   }
   static DK_DEVICE void get(uint32_t rank, uint32_t at, float* v) {
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) v[k] = dev::lds_f32_of(rank, at + 4 * k);
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) v[k] = dev::lds_f32_of(rank, at + 4 * k);
   }
   static DK_DEVICE void get(uint32_t at, float* v) {
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) v[k] = dev::lds_f32(at + 4 * k);
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) v[k] = dev::lds_f32(at + 4 * k);
   }
 
   // Elements `i` and `j` of a quad that belong to one position.
   template <class Merge> static DK_DEVICE void merge_pair(float* i, float* j, const Merge& merge) {
     merge(i, j);
-    DK_UNROLL
-    for (int k = 0; k < N; ++k) j[k] = i[k];
+    DK_UNROLL_FOR (int k = 0; k < N; ++k) j[k] = i[k];
   }
 
   // The lanes of every warp, then the warps.
@@ -297,17 +303,14 @@ template <int N> struct Reduction {
     if (log_width < 2) merge_pair(v[0], v[2], merge), merge_pair(v[1], v[3], merge);
     if (log_width < 1) merge_pair(v[0], v[1], merge);
     for (int lanes = 16; 4 * lanes >= 1 << log_width && lanes; lanes >>= 1) {
-      DK_UNROLL
-      for (int i = 0; i < 4; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
         float other[N];
-        DK_UNROLL
-        for (int k = 0; k < N; ++k) other[k] = dev::shfl_xor(v[i][k], lanes);
+        DK_UNROLL_FOR (int k = 0; k < N; ++k) other[k] = dev::shfl_xor(v[i][k], lanes);
         merge(v[i], other);
       }
     }
     const int tid = dev::tid(), warp = tid / 32, width = 1 << log_width;
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
       const int column = tid % 32 * 4 + i;
       if (column < width) put(at(warps, warp, column), v[i]);
     }
@@ -338,9 +341,8 @@ template <int N> struct Reduction {
       put(at(whole, 0, tid), a);
     }
     dev::cluster_sync();
-    DK_UNROLL
-    for (int i = 0; i < 4; ++i) get(at(whole, 0, s.column(i)), v[i]);
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i) get(at(whole, 0, s.column(i)), v[i]);
   }
 };
 
-}  // namespace dk::sweep
+}   // namespace dk::sweep

@@ -1,4 +1,5 @@
-// Exponential and logarithm whose error is bounded on every device; dev::exp2_approx and dev::log2_approx are for where 16 bits are kept.
+// Exponential and logarithm whose error is bounded on every device; dev::exp2_approx and dev::log2_approx are for where
+// 16 bits are kept.
 #pragma once
 #include "cuda/device.h"
 
@@ -9,7 +10,8 @@ constexpr float LOG2E = 1.44269504f;
 // 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7 on every device; NaN stays NaN.
 DK_DEVICE float exp2(float x) {
   x = x < -127.0f ? -127.0f : x;
-  const float shifted = dev::add_rn(x, 12582912.0f), f = x - dev::sub_rn(shifted, 12582912.0f);   // 1.5 * 2^23: rounds to the nearest integer
+  // 1.5 * 2^23: rounds to the nearest integer
+  const float shifted = dev::add_rn(x, 12582912.0f), f = x - dev::sub_rn(shifted, 12582912.0f);
   float p = 1.535336191e-4f;
   p = dev::fma(p, f, 1.339887441e-3f);
   p = dev::fma(p, f, 9.618437358e-3f);
@@ -20,11 +22,14 @@ DK_DEVICE float exp2(float x) {
   return p * dev::as_float((dev::as_bits(shifted) + 127) << 23);   // the integer stands in the lowest bits
 }
 
-// Splits x = 2^e * m, m in [0.75, 1.5): returns e * 2^23 as an integer, which is what the bits of 2^e and of x / m differ by.
-DK_DEVICE int32_t scaled_exponent(float x) { return static_cast<int32_t>((dev::as_bits(x) - 0x3F400000u) & 0xFF800000u); }
+// Splits x = 2^e * m, m in [0.75, 1.5): returns e * 2^23 as an integer, which is what the bits of 2^e and of x / m
+// differ by.
+DK_DEVICE int32_t scaled_exponent(float x) {
+  return static_cast<int32_t>((dev::as_bits(x) - 0x3F400000u) & 0xFF800000u);
+}
 
-// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23; to a unit in the last place, near f = 0 too where e is 0. Whatever the compiler fuses, the bits
-// stay: products that are not fused by hand are exact.
+// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23; to a unit in the last place, near f = 0 too where e is 0.
+// Whatever the compiler fuses, the bits stay: products that are not fused by hand are exact.
 DK_DEVICE float log_split(int32_t scaled_e, float f) {
   float p = -4.49095816e-2f;
   p = dev::fma(p, f, 1.04483288e-1f);
@@ -47,4 +52,4 @@ DK_DEVICE float natural_log(float x) {
   return log_split(e, dev::as_float(dev::as_bits(x) - static_cast<uint32_t>(e)) - 1.0f);
 }
 
-}  // namespace dk
+}   // namespace dk

@@ -1,4 +1,5 @@
-// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset, index).
+// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
+// index).
 #pragma once
 #include "cuda/device.h"
 #include "cuda/math.h"
@@ -15,8 +16,7 @@ DK_DEVICE dev::u32x4 philox(PhiloxKey key, uint64_t block) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = static_cast<uint32_t>(key.offset), c3 = static_cast<uint32_t>(key.offset >> 32);
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  DK_UNROLL
-  for (int round = 0; round < 10; ++round, k0 += W0, k1 += W1) {
+  DK_UNROLL_FOR (int round = 0; round < 10; ++round, k0 += W0, k1 += W1) {
     const uint64_t a = static_cast<uint64_t>(c0) * M0, b = static_cast<uint64_t>(c2) * M1;
     c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0, c1 = static_cast<uint32_t>(b);
     c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1, c3 = static_cast<uint32_t>(a);
@@ -33,4 +33,4 @@ DK_DEVICE float gumbel(uint32_t bits) {
   return -natural_log(-log_split(e, dev::fma(-scale, u, scale - 1.0f)));
 }
 
-}  // namespace dk
+}   // namespace dk

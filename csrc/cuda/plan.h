@@ -1,4 +1,5 @@
-// Reads a packed plan (csrc/common/plan.h) from device memory. Tiles have 64 rows, groups COLUMNS columns, and every entry is one group.
+// Reads a packed plan (csrc/common/plan.h) from device memory. Tiles have 64 rows, groups COLUMNS columns, and every
+// entry is one group.
 #pragma once
 #include "common/plan.h"
 #include "cuda/device.h"
@@ -11,32 +12,39 @@ template <int COLUMNS> struct DevicePlan {
   static constexpr int PARTS = COLUMNS / 16;   // parts of 16 x 16 across a group
 
   explicit DK_DEVICE DevicePlan(const int32_t* packed)
-      : p(packed), rows_at(at(Plan::ROWS_AT)), entries_at(at(Plan::ENTRIES_AT)), gather_at(at(Plan::GATHER_AT)), masks_at(at(Plan::MASKS_AT)) {}
+      : p(packed),
+        rows_at(at(plan_header::rows_at)),
+        entries_at(at(plan_header::entries_at)),
+        gather_at(at(plan_header::gathered_at)),
+        masks_at(at(plan_header::masks_at)) {}
 
   using Item = Plan::Item;
   DK_DEVICE Item item(int64_t i) const {
-    const dev::u32x4 w = dev::ldg16(p + at(Plan::ITEMS_AT) + i * Plan::ITEM_WORDS);
+    const dev::u32x4 w = dev::ldg16(p + at(plan_header::items_at) + i * Plan::ITEM_WORDS);
     return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.y), static_cast<int32_t>(w.z), static_cast<int32_t>(w.w)};
   }
 
   using SplitTile = Plan::SplitTile;
   DK_DEVICE SplitTile split_tile(int64_t i) const {
-    const int32_t* words = p + at(Plan::SPLIT_AT) + i * Plan::SPLIT_WORDS;
+    const int32_t* words = p + at(plan_header::split_tiles_at) + i * Plan::SPLIT_WORDS;
     return {dev::ldg(words), dev::ldg(words + 1), dev::ldg(words + 2)};
   }
 
-  DK_DEVICE int32_t row(int64_t tile, int r) const { return dev::ldg(p + rows_at + tile * TILE_ROWS + r); }   // token, -1 = padding
+  // token, -1 = padding
+  DK_DEVICE int32_t row(int64_t tile, int r) const { return dev::ldg(p + rows_at + tile * TILE_ROWS + r); }
 
   struct Entry {
     int32_t keys, mask;
     uint32_t live;
-    DK_DEVICE uint32_t live_parts(int row_part) const { return live >> row_part * PARTS & ((1u << PARTS) - 1); }   // bit c: columns 16 c to 16 c + 15
+    // bit c: columns 16 c to 16 c + 15
+    DK_DEVICE uint32_t live_parts(int row_part) const { return live >> row_part * PARTS & ((1u << PARTS) - 1); }
   };
   DK_DEVICE Entry entry(int64_t i) const {
     const dev::u32x4 w = dev::ldg16(p + entries_at + i * Plan::ENTRY_WORDS);
     return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.z), w.w};
   }
-  DK_DEVICE int32_t keys(int64_t i) const { return dev::ldg(p + entries_at + i * Plan::ENTRY_WORDS); }   // of an entry
+  // of an entry
+  DK_DEVICE int32_t keys(int64_t i) const { return dev::ldg(p + entries_at + i * Plan::ENTRY_WORDS); }
 
   // Token of column `column` of the entry with these `keys`, -1 = padding.
   DK_DEVICE int32_t column(int32_t keys, int column) const {
@@ -52,7 +60,7 @@ template <int COLUMNS> struct DevicePlan {
   int32_t rows_at, entries_at, gather_at, masks_at;
 
  private:
-  DK_DEVICE int32_t at(Plan::Field field) const { return dev::ldg(p + field); }
+  DK_DEVICE int32_t at(plan_header::PlanHeader word) const { return dev::ldg(p + word); }
 };
 
-}  // namespace dk
+}   // namespace dk

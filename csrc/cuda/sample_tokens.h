@@ -5,4 +5,4 @@ namespace dk::cuda {
 
 const char* sample_tokens(const SampleTokensArgs& a, void* stream);   // nullptr, or the error
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

@@ -1,5 +1,6 @@
-// Forward: a block takes one work item of the plan for one (batch, head), and runs softmax over its keys, online over groups of 64. Where several items share
-// a tile, each leaves a partial result and a second kernel adds these up in the plan's order.
+// Forward: a block takes one work item of the plan for one (batch, head), and runs softmax over its keys, online over
+// groups of 64. Where several items share a tile, each leaves a partial result and a second kernel adds these up in the
+// plan's order.
 #include "cuda/sparse_attention.h"
 
 #include <algorithm>
@@ -7,7 +8,6 @@
 #include <limits>
 
 #include "cuda/element.h"
-#include "cuda/philox.h"
 #include "cuda/plan.h"
 #include "cuda/tile.h"
 
@@ -26,21 +26,28 @@ struct ForwardParams {
   uint32_t negate;           // the sign bits that a negative scale flips
 };
 
-// What a block works on.
-struct Work {
+// What a block works on. Blocks of one item run side by side.
+struct WorkByItem {
   int64_t item, bh, b, h;
-  DK_DEVICE explicit Work(const SparseAttentionArgs& a) {
-    const uint32_t block = static_cast<uint32_t>(dev::bid_x()), heads = static_cast<uint32_t>(a.heads), pairs = static_cast<uint32_t>(a.batch) * heads;
-    item = block / pairs, bh = block % pairs, b = static_cast<uint32_t>(bh) / heads, h = static_cast<uint32_t>(bh) % heads;
+  DK_DEVICE explicit WorkByItem(const SparseAttentionArgs& a) {
+    const uint32_t block = static_cast<uint32_t>(dev::bid_x()), heads = static_cast<uint32_t>(a.heads),
+                   pairs = static_cast<uint32_t>(a.batch) * heads;
+    item = block / pairs, bh = block % pairs, b = static_cast<uint32_t>(bh) / heads,
+    h = static_cast<uint32_t>(bh) % heads;
   }
-  template <class T> DK_DEVICE const T* head(const void* p, const Strides& s) const { return static_cast<const T*>(p) + b * s.batch + h * s.head; }
-  template <class T> DK_DEVICE T* head(void* p, const Strides& s) const { return static_cast<T*>(p) + b * s.batch + h * s.head; }
+  template <class T> DK_DEVICE const T* head(const void* p, const Strides& s) const {
+    return static_cast<const T*>(p) + b * s.batch + h * s.head;
+  }
+  template <class T> DK_DEVICE T* head(void* p, const Strides& s) const {
+    return static_cast<T*>(p) + b * s.batch + h * s.head;
+  }
 };
 
 // The partial result of an item: values [64, D] before the division by `sum`, and the maximum of the scores.
 template <int D> struct Partial {
   static constexpr int64_t FLOATS = TILE_ROWS * (D + 2);
-  DK_DEVICE Partial(const ForwardParams& p, int64_t number, int64_t bh) : values(p.scratch + (number * (p.a.batch * p.a.heads) + bh) * FLOATS) {}
+  DK_DEVICE Partial(const ForwardParams& p, int64_t number, int64_t bh)
+      : values(p.scratch + (number * (p.a.batch * p.a.heads) + bh) * FLOATS) {}
   DK_DEVICE float* at(int row, int column) const { return values + row * D + column; }
   DK_DEVICE float* max(int row) const { return values + TILE_ROWS * D + row; }
   DK_DEVICE float* sum(int row) const { return values + TILE_ROWS * (D + 1) + row; }
@@ -48,39 +55,48 @@ template <int D> struct Partial {
 };
 
 // (The logarithm takes any bits for a number: sum - sum is NaN where the sum is.)
-DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) { return dev::fma(max, p.scale, natural_log(sum)) + dev::sub_rn(sum, sum); }
+DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) {
+  return dev::fma(max, p.scale, natural_log(sum)) + dev::sub_rn(sum, sum);
+}
 
-// The maximum of a row so far as something to subtract: where the row has seen nothing it is -inf, and -inf - 0 serves as well.
+// The running maximum, or 0 while it is still -inf, so that inf - inf cannot arise.
 DK_DEVICE float finite(float max) { return max == -dev::inf() ? 0.0f : max; }
 
 // Copies the mask of a group along with its keys; -1 has none.
 DK_DEVICE void copy_mask(uint32_t to, const ForwardPlan& plan, int32_t mask) {
-  if (mask >= 0 && dev::tid() * 16 < static_cast<int>(MASK_BYTES)) dev::cp_async16(to + dev::tid() * 16, plan.mask(mask) + dev::tid() * 4);
+  if (mask >= 0 && dev::tid() * 16 < static_cast<int>(MASK_BYTES))
+    dev::cp_async16(to + dev::tid() * 16, plan.mask(mask) + dev::tid() * 4);
 }
 
 // -- bfloat16 and float16, on tensor cores: a warp has 16 rows of the tile
-constexpr int half_blocks(int d, bool aligned) { return (d == 128 ? 2 : 4) - !aligned; }   // per multiprocessor, as registers allow
+// per multiprocessor, as registers allow
+constexpr int half_blocks(int d, bool aligned) { return (d == 128 ? 2 : 4) - !aligned; }
 template <int D> struct HalfForward {
-  static constexpr uint32_t TILE = Tile<D>::bytes(COLUMNS), STAGE = 2 * TILE + MASK_BYTES, SMEM = 2 * STAGE;   // a stage: keys, values, mask
+  // a stage: keys, values, mask
+  static constexpr uint32_t TILE = Tile<D>::bytes(COLUMNS), STAGE = 2 * TILE + MASK_BYTES, SMEM = 2 * STAGE;
 };
 
-template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNED)) half_forward(DK_PARAM ForwardParams p) {
+template <class T, int D, bool ALIGNED>
+DK_KERNEL(THREADS, half_blocks(D, ALIGNED))
+half_forward(DK_PARAM ForwardParams p) {
   using C = HalfForward<D>;
   using Share = RowShare<D, COLUMNS, THREADS>;
   constexpr int PARTS = COLUMNS / 16;
   const int warp = dev::tid() / 32, lane = dev::tid() % 32, g = lane / 4, t = lane % 4;
   const int head_dim = static_cast<int>(p.a.head_dim);
-  const Work work(p.a);
+  const WorkByItem work(p.a);
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::Item item = plan.item(work.item);
   const uint16_t *k = work.head<uint16_t>(p.a.k, p.a.k_strides), *v = work.head<uint16_t>(p.a.v, p.a.v_strides);
-  const uint32_t stages = dev::smem_base(), q_tile = stages + C::STAGE;   // the queries lie in stage 1 until they are in registers
+  // the queries lie in stage 1 until they are in registers
+  const uint32_t stages = dev::smem_base(), q_tile = stages + C::STAGE;
 
-  // Three entries before its turn an entry's `keys` are read, two before the tokens, and one before the rows are copied.
+  // Three entries before its turn an entry's `keys` are read, two before the tokens, and one before the rows are
+  // copied.
   int32_t tokens[Share::COUNT], keys_ahead = plan.keys(item.begin);
   const auto read_tokens = [&](int32_t e) {
     if (e >= item.end) return;
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys_ahead, Share::row(i));
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys_ahead, Share::row(i));
     if (e + 1 < item.end) keys_ahead = plan.keys(e + 1);
   };
   const auto copy_entry = [&](int32_t e) {
@@ -91,8 +107,9 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     copy_mask(stage + 2 * C::TILE, plan, plan.entry(e).mask);
   };
 
-  DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
-  copy_rows<ALIGNED, D, TILE_ROWS, THREADS>(q_tile, work.head<uint16_t>(p.a.q, p.a.q_strides), p.a.q_strides.token, head_dim, tokens);
+  DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
+  copy_rows<ALIGNED, D, TILE_ROWS, THREADS>(q_tile, work.head<uint16_t>(p.a.q, p.a.q_strides), p.a.q_strides.token,
+                                            head_dim, tokens);
   dev::cp_async_commit();
   read_tokens(item.begin);
   copy_entry(item.begin);
@@ -101,9 +118,9 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
   dev::cp_async_wait<1>();
   dev::syncthreads();
   uint32_t q[D / 16][4];
-  DK_UNROLL for (int i = 0; i < D / 16; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < D / 16; ++i) {
     Tile<D>::load_a(q_tile, warp * 16, i * 2, q[i]);
-    DK_UNROLL for (int r = 0; r < 4; ++r) q[i][r] ^= p.negate;
+    DK_UNROLL_FOR (int r = 0; r < 4; ++r) q[i][r] ^= p.negate;
   }
 
   float acc[D / 8][4] = {}, max[2] = {-dev::inf(), -dev::inf()}, sum[2] = {};   // of rows g and g + 8
@@ -118,19 +135,19 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     if (!live) continue;
 
     float s[2 * PARTS][4];
-    DK_UNROLL for (int part = 0; part < PARTS; ++part) {
-      float(&left)[4] = s[2 * part], (&right)[4] = s[2 * part + 1];
+    DK_UNROLL_FOR (int part = 0; part < PARTS; ++part) {
+      float (&left)[4] = s[2 * part], (&right)[4] = s[2 * part + 1];
       const bool computed = live >> part & 1;
-      DK_UNROLL for (int i = 0; i < 4; ++i) left[i] = right[i] = computed ? 0.0f : -dev::inf();
+      DK_UNROLL_FOR (int i = 0; i < 4; ++i) left[i] = right[i] = computed ? 0.0f : -dev::inf();
       if (!computed) continue;
-      DK_UNROLL for (int i = 0; i < D / 16; ++i) {
+      DK_UNROLL_FOR (int i = 0; i < D / 16; ++i) {
         uint32_t b[4];
         Tile<D>::load_b(stage, part * 16, i * 2, b);
         dev::mma(T{}, left, q[i], b[0], b[1]);
         dev::mma(T{}, right, q[i], b[2], b[3]);
       }
       if (entry.mask >= 0) {
-        DK_UNROLL for (int n = 2 * part; n < 2 * part + 2; ++n) {
+        DK_UNROLL_FOR (int n = 2 * part; n < 2 * part + 2; ++n) {
           const dev::u32x2 words = dev::lds8(stage + 2 * C::TILE + (warp / 2 * COLUMNS + n * 8 + 2 * t) * 4);
           const uint32_t first = words.x >> (warp % 2 * 16 + g), second = words.y >> (warp % 2 * 16 + g);
           s[n][0] = first & 1 ? s[n][0] : -dev::inf(), s[n][1] = second & 1 ? s[n][1] : -dev::inf();
@@ -139,30 +156,30 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
       }
     }
 
-    float less[2];   // what is subtracted from scaled scores
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    float safe_maximum[2];   // scaled
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       float most = -dev::inf();
-      DK_UNROLL for (int n = 0; n < 2 * PARTS; ++n) most = dev::max(most, dev::max(s[n][2 * r], s[n][2 * r + 1]));
+      DK_UNROLL_FOR (int n = 0; n < 2 * PARTS; ++n) most = dev::max(most, dev::max(s[n][2 * r], s[n][2 * r + 1]));
       most = dev::max(most, dev::shfl_xor(most, 1));
       most = dev::max(most, dev::shfl_xor(most, 2));
       const float old = max[r];
       max[r] = dev::max(old, most);
-      less[r] = finite(max[r]) * p.scale_log2;
-      const float keep = dev::exp2_approx(dev::fma(old, p.scale_log2, -less[r]));
-      sum[r] *= keep;
-      DK_UNROLL for (int n = 0; n < D / 8; ++n) acc[n][2 * r] *= keep, acc[n][2 * r + 1] *= keep;
+      safe_maximum[r] = finite(max[r]) * p.scale_log2;
+      const float alpha = dev::exp2_approx(dev::fma(old, p.scale_log2, -safe_maximum[r]));
+      sum[r] *= alpha;
+      DK_UNROLL_FOR (int n = 0; n < D / 8; ++n) acc[n][2 * r] *= alpha, acc[n][2 * r + 1] *= alpha;
     }
-    DK_UNROLL for (int part = 0; part < PARTS; ++part) {
+    DK_UNROLL_FOR (int part = 0; part < PARTS; ++part) {
       if (!(live >> part & 1)) continue;
-      DK_UNROLL for (int n = 2 * part; n < 2 * part + 2; ++n) {
-        DK_UNROLL for (int i = 0; i < 4; ++i) {
-          s[n][i] = dev::exp2_approx(dev::fma(s[n][i], p.scale_log2, -less[i / 2]));
+      DK_UNROLL_FOR (int n = 2 * part; n < 2 * part + 2; ++n) {
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
+          s[n][i] = dev::exp2_approx(dev::fma(s[n][i], p.scale_log2, -safe_maximum[i / 2]));
           sum[i / 2] += s[n][i];
         }
       }
       uint32_t a[4];
       pack_a(T{}, s[2 * part], s[2 * part + 1], a);
-      DK_UNROLL for (int n = 0; n < D / 8; n += 2) {
+      DK_UNROLL_FOR (int n = 0; n < D / 8; n += 2) {
         uint32_t b[4];
         Tile<D>::load_b_of_rows(stage + C::TILE, part * 16, n, b);
         dev::mma(T{}, acc[n], a, b[0], b[1]);
@@ -171,72 +188,75 @@ template <class T, int D, bool ALIGNED> DK_KERNEL(THREADS, half_blocks(D, ALIGNE
     }
   }
 
-  DK_UNROLL for (int r = 0; r < 2; ++r) {
+  DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
     sum[r] += dev::shfl_xor(sum[r], 1);
     sum[r] += dev::shfl_xor(sum[r], 2);
   }
   if (item.partial >= 0) {
     const Partial<D> partial(p, item.partial, work.bh);
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       const int row = warp * 16 + r * 8 + g;
       if (t == 0) dev::stg(partial.max(row), max[r]), dev::stg(partial.sum(row), sum[r]);
-      DK_UNROLL for (int n = 0; n < D / 8; ++n)
+      DK_UNROLL_FOR (int n = 0; n < D / 8; ++n)
         dev::stg8(partial.at(row, n * 8 + 2 * t), {dev::as_bits(acc[n][2 * r]), dev::as_bits(acc[n][2 * r + 1])});
     }
   } else {
     // Each warp passes its rows through shared memory, to write whole chunks.
     dev::syncthreads();   // nobody reads a stage any more
-    DK_UNROLL for (int r = 0; r < 2; ++r) {
+    DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       const int row = warp * 16 + r * 8 + g, token = plan.row(item.tile, row);
       if (t == 0 && token >= 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max[r], sum[r]));
       const float inverse = 1.0f / sum[r];
-      DK_UNROLL for (int n = 0; n < D / 8; ++n)
-        dev::sts_u32(stages + Tile<D>::at(row, n) + 4 * t, dev::pack(T{}, acc[n][2 * r] * inverse, acc[n][2 * r + 1] * inverse));
+      DK_UNROLL_FOR (int n = 0; n < D / 8; ++n)
+        dev::sts_u32(stages + Tile<D>::at(row, n) + 4 * t,
+                     dev::pack(T{}, acc[n][2 * r] * inverse, acc[n][2 * r + 1] * inverse));
     }
     dev::syncwarp();
     uint16_t* out = work.head<uint16_t>(p.a.out, p.a.out_strides);
-    DK_UNROLL for (int i = 0; i < D / 16; ++i) {
-      const int row = warp * 16 + (i * 32 + lane) / Tile<D>::CHUNKS, chunk = lane % Tile<D>::CHUNKS, token = plan.row(item.tile, row);
-      if (token >= 0) store_chunk<ALIGNED>(out + token * p.a.out_strides.token, chunk, head_dim, dev::lds16(stages + Tile<D>::at(row, chunk)));
+    DK_UNROLL_FOR (int i = 0; i < D / 16; ++i) {
+      const int row = warp * 16 + (i * 32 + lane) / Tile<D>::CHUNKS, chunk = lane % Tile<D>::CHUNKS,
+                token = plan.row(item.tile, row);
+      if (token >= 0)
+        store_chunk<ALIGNED>(out + token * p.a.out_strides.token, chunk, head_dim,
+                             dev::lds16(stages + Tile<D>::at(row, chunk)));
     }
   }
 }
 
-// -- float32, by multiply-adds: a thread has 4 rows, and of these 8 columns of scores (8 i + its place in the row) and D / 8 of values
+// -- float32, by multiply-adds: a thread has 4 rows, and of these 8 columns of scores (8 i + its place in the row) and
+// D / 8 of values
 template <int D> struct FloatForward {
   static constexpr int BLOCKS = D == 128 ? 1 : 3;
-  static constexpr uint32_t ROW = (D + 4) * 4, WEIGHT_ROW = (COLUMNS + 4) * 4;   // bytes; moved by a chunk, so that rows of one chunk lie in different banks
-  static constexpr uint32_t KEYS = TILE_ROWS * ROW, VALUES = KEYS + COLUMNS * ROW, WEIGHTS = VALUES + COLUMNS * ROW, MASK = WEIGHTS + TILE_ROWS * WEIGHT_ROW,
-                            SMEM = MASK + MASK_BYTES;
+  // bytes; moved by a chunk, so that rows of one chunk lie in different banks
+  static constexpr uint32_t ROW = (D + 4) * 4, WEIGHT_ROW = (COLUMNS + 4) * 4;
+  static constexpr uint32_t KEYS_AT = TILE_ROWS * ROW, VALUES_AT = KEYS_AT + COLUMNS * ROW,
+                            WEIGHTS_AT = VALUES_AT + COLUMNS * ROW, MASK_AT = WEIGHTS_AT + TILE_ROWS * WEIGHT_ROW,
+                            SMEM = MASK_AT + MASK_BYTES;
 };
-
-DK_DEVICE void lds_floats(uint32_t at, float (&x)[4]) {
-  const dev::u32x4 v = dev::lds16(at);
-  x[0] = dev::as_float(v.x), x[1] = dev::as_float(v.y), x[2] = dev::as_float(v.z), x[3] = dev::as_float(v.w);
-}
 
 template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float_forward(DK_PARAM ForwardParams p) {
   using C = FloatForward<D>;
-  using Share = RowShare<2 * D, COLUMNS, THREADS>;   // (a chunk is four floats)
+  using Share = RowShare<2 * D, COLUMNS, THREADS>;                                      // (a chunk is four floats)
   const int warp = dev::tid() / 32, place = dev::tid() % 8, row = dev::tid() / 8 * 4;   // a warp has 16 rows
   const int head_dim = static_cast<int>(p.a.head_dim);
-  const Work work(p.a);
+  const WorkByItem work(p.a);
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::Item item = plan.item(work.item);
   const float *k = work.head<float>(p.a.k, p.a.k_strides), *v = work.head<float>(p.a.v, p.a.v_strides);
-  const uint32_t queries = dev::smem_base(), keys = queries + C::KEYS, values = queries + C::VALUES, weights = queries + C::WEIGHTS, mask = queries + C::MASK;
+  const uint32_t queries = dev::smem_base(), keys = queries + C::KEYS_AT, values = queries + C::VALUES_AT,
+                 weights = queries + C::WEIGHTS_AT, mask = queries + C::MASK_AT;
 
   ForwardPlan::Entry entry = plan.entry(item.begin);
   int32_t tokens[Share::COUNT];
   const auto copy = [&](uint32_t to, const float* base, int64_t stride) {
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i)
-      copy_chunk<ALIGNED>(to + Share::row(i) * C::ROW + Share::chunk() * 16, base + (tokens[i] < 0 ? 0 : tokens[i]) * stride, Share::chunk(), head_dim,
-                           tokens[i] >= 0);
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i)
+      copy_chunk<ALIGNED>(to + Share::row(i) * C::ROW + Share::chunk() * 16,
+                          base + (tokens[i] < 0 ? 0 : tokens[i]) * stride, Share::chunk(), head_dim, tokens[i] >= 0);
   };
   const auto read_tokens = [&] {
-    DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(entry.keys, Share::row(i));
+    DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(entry.keys, Share::row(i));
   };
-  DK_UNROLL for (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
+  DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.row(item.tile, Share::row(i));
   copy(queries, work.head<float>(p.a.q, p.a.q_strides), p.a.q_strides.token);
   read_tokens();
   copy(keys, k, p.a.k_strides.token);
@@ -246,28 +266,30 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
   dev::cp_async_commit();
 
   float acc[4][D / 8] = {}, max[4], sum[4] = {};
-  DK_UNROLL for (int r = 0; r < 4; ++r) max[r] = -dev::inf();
+  DK_UNROLL_FOR (int r = 0; r < 4; ++r) max[r] = -dev::inf();
   for (int32_t e = item.begin; e < item.end; ++e) {
     const bool live = entry.live_parts(warp) != 0, more = e + 1 < item.end;
     dev::cp_async_wait<1>();
     dev::syncthreads();   // the keys are there
     float s[4][8] = {};
     if (live) {
-      float odd[4][8] = {};   // even and odd elements are summed apart: shorter chains err less
-      DK_ROLLED for (int d = 0; d < D; d += 4) {
+      float odd[4][8] = {};   // even and odd elements are summed apart: shorter chains err safe_maximum
+      DK_ROLLED_FOR (int d = 0; d < D; d += 4) {
         float a[4][4], b[4];
-        DK_UNROLL for (int r = 0; r < 4; ++r) lds_floats(queries + (row + r) * C::ROW + d * 4, a[r]);
-        DK_UNROLL for (int c = 0; c < 8; ++c) {
-          lds_floats(keys + (place + 8 * c) * C::ROW + d * 4, b);
-          DK_UNROLL for (int r = 0; r < 4; ++r) {
+        DK_UNROLL_FOR (int r = 0; r < 4; ++r) load_shared_quad(float{}, queries + (row + r) * C::ROW + d * 4, a[r]);
+        DK_UNROLL_FOR (int c = 0; c < 8; ++c) {
+          load_shared_quad(float{}, keys + (place + 8 * c) * C::ROW + d * 4, b);
+          DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
             s[r][c] = dev::fma(a[r][2], b[2], dev::fma(a[r][0], b[0], s[r][c]));
             odd[r][c] = dev::fma(a[r][3], b[3], dev::fma(a[r][1], b[1], odd[r][c]));
           }
         }
       }
-      DK_UNROLL for (int c = 0; c < 8; ++c) {
-        const uint32_t bits = entry.mask < 0 ? ~0u : dev::lds_u32(mask + (row / 32 * COLUMNS + place + 8 * c) * 4) >> row % 32;
-        DK_UNROLL for (int r = 0; r < 4; ++r) s[r][c] = bits >> r & 1 ? dev::as_float(dev::as_bits(s[r][c] + odd[r][c]) ^ p.negate) : -dev::inf();
+      DK_UNROLL_FOR (int c = 0; c < 8; ++c) {
+        const uint32_t bits =
+            entry.mask < 0 ? ~0u : dev::lds_u32(mask + (row / 32 * COLUMNS + place + 8 * c) * 4) >> row % 32;
+        DK_UNROLL_FOR (int r = 0; r < 4; ++r)
+          s[r][c] = bits >> r & 1 ? dev::as_float(dev::as_bits(s[r][c] + odd[r][c]) ^ p.negate) : -dev::inf();
       }
     }
     dev::syncthreads();   // keys and mask have been read
@@ -279,31 +301,32 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     }
     dev::cp_async_commit();
     if (live) {
-      DK_UNROLL for (int r = 0; r < 4; ++r) {
+      DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
         float most = max[r];
-        DK_UNROLL for (int c = 0; c < 8; ++c) most = dev::max(most, s[r][c]);
-        DK_UNROLL for (int lanes = 1; lanes < 8; lanes *= 2) most = dev::max(most, dev::shfl_xor(most, lanes));
-        const float less = finite(most), keep = exp2((max[r] - less) * p.scale_log2);
-        max[r] = most, sum[r] *= keep;
-        DK_UNROLL for (int c = 0; c < 8; ++c) {
-          const float weight = exp2((s[r][c] - less) * p.scale_log2);
+        DK_UNROLL_FOR (int c = 0; c < 8; ++c) most = dev::max(most, s[r][c]);
+        DK_UNROLL_FOR (int lanes = 1; lanes < 8; lanes *= 2) most = dev::max(most, dev::shfl_xor(most, lanes));
+        const float safe_maximum = finite(most), alpha = exp2((max[r] - safe_maximum) * p.scale_log2);
+        max[r] = most, sum[r] *= alpha;
+        DK_UNROLL_FOR (int c = 0; c < 8; ++c) {
+          const float weight = exp2((s[r][c] - safe_maximum) * p.scale_log2);
           sum[r] += weight;
           dev::sts_f32(weights + (row + r) * C::WEIGHT_ROW + (place + 8 * c) * 4, weight);
         }
-        DK_UNROLL for (int d = 0; d < D / 8; ++d) acc[r][d] *= keep;
+        DK_UNROLL_FOR (int d = 0; d < D / 8; ++d) acc[r][d] *= alpha;
       }
     }
     dev::cp_async_wait<1>();
     dev::syncthreads();   // the values are there, and the weights
     if (live) {
-      DK_ROLLED for (int j = 0; j < COLUMNS; j += 4) {
+      DK_ROLLED_FOR (int j = 0; j < COLUMNS; j += 4) {
         float a[4][4], b[4];
-        DK_UNROLL for (int r = 0; r < 4; ++r) lds_floats(weights + (row + r) * C::WEIGHT_ROW + j * 4, a[r]);
-        DK_UNROLL for (int i = 0; i < 4; ++i) {
-          DK_UNROLL for (int d = 0; d < D / 32; ++d) {
-            lds_floats(values + (j + i) * C::ROW + (d * 8 + place) * 16, b);
-            DK_UNROLL for (int r = 0; r < 4; ++r) {
-              DK_UNROLL for (int x = 0; x < 4; ++x) acc[r][d * 4 + x] = dev::fma(a[r][i], b[x], acc[r][d * 4 + x]);
+        DK_UNROLL_FOR (int r = 0; r < 4; ++r)
+          load_shared_quad(float{}, weights + (row + r) * C::WEIGHT_ROW + j * 4, a[r]);
+        DK_UNROLL_FOR (int i = 0; i < 4; ++i) {
+          DK_UNROLL_FOR (int d = 0; d < D / 32; ++d) {
+            load_shared_quad(float{}, values + (j + i) * C::ROW + (d * 8 + place) * 16, b);
+            DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
+              DK_UNROLL_FOR (int x = 0; x < 4; ++x) acc[r][d * 4 + x] = dev::fma(a[r][i], b[x], acc[r][d * 4 + x]);
             }
           }
         }
@@ -314,17 +337,18 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
     dev::cp_async_commit();
   }
 
-  DK_UNROLL for (int r = 0; r < 4; ++r) {
-    DK_UNROLL for (int lanes = 1; lanes < 8; lanes *= 2) sum[r] += dev::shfl_xor(sum[r], lanes);
+  DK_UNROLL_FOR (int r = 0; r < 4; ++r) {
+    DK_UNROLL_FOR (int lanes = 1; lanes < 8; lanes *= 2) sum[r] += dev::shfl_xor(sum[r], lanes);
     const int token = plan.row(item.tile, row + r);
     if (item.partial >= 0) {
       const Partial<D> partial(p, item.partial, work.bh);
       if (place == 0) dev::stg(partial.max(row + r), max[r]), dev::stg(partial.sum(row + r), sum[r]);
-      DK_UNROLL for (int d = 0; d < D / 8; ++d) dev::stg(partial.at(row + r, (d / 4 * 8 + place) * 4 + d % 4), acc[r][d]);
+      DK_UNROLL_FOR (int d = 0; d < D / 8; ++d)
+        dev::stg(partial.at(row + r, (d / 4 * 8 + place) * 4 + d % 4), acc[r][d]);
     } else if (token >= 0) {
       if (place == 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max[r], sum[r]));
       float* out = work.head<float>(p.a.out, p.a.out_strides) + token * p.a.out_strides.token;
-      DK_UNROLL for (int d = 0; d < D / 8; ++d) {
+      DK_UNROLL_FOR (int d = 0; d < D / 8; ++d) {
         const int column = (d / 4 * 8 + place) * 4 + d % 4;
         if (column < head_dim) dev::stg(out + column, acc[r][d] / sum[r]);
       }
@@ -334,11 +358,13 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
 
 // -- the sum of the partial results of a split tile; a warp takes a row at a time
 DK_DEVICE void store(float, float* to, float x) { dev::stg(to, x); }
-template <class T> DK_DEVICE void store(T, uint16_t* to, float x) { dev::stg(to, static_cast<uint16_t>(dev::pack(T{}, x, 0.0f))); }
+template <class T> DK_DEVICE void store(T, uint16_t* to, float x) {
+  dev::stg(to, static_cast<uint16_t>(dev::pack(T{}, x, 0.0f)));
+}
 
 template <class T, int D> DK_KERNEL(THREADS, 4) combine(DK_PARAM ForwardParams p) {
   const int warp = dev::tid() / 32, lane = dev::tid() % 32;
-  const Work work(p.a);
+  const WorkByItem work(p.a);
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::SplitTile tile = plan.split_tile(work.item);
   const auto partial = [&](int i) { return Partial<D>(p, tile.first + i, work.bh); };
@@ -350,31 +376,37 @@ template <class T, int D> DK_KERNEL(THREADS, 4) combine(DK_PARAM ForwardParams p
     for (int i = 0; i < tile.count; ++i) {
       const float weight = exp2((dev::ldg(partial(i).max(row)) - max) * p.scale_log2);
       sum = dev::fma(weight, dev::ldg(partial(i).sum(row)), sum);
-      DK_UNROLL for (int d = 0; d < D / 32; ++d) acc[d] = dev::fma(weight, dev::ldg(partial(i).at(row, d * 32 + lane)), acc[d]);
+      DK_UNROLL_FOR (int d = 0; d < D / 32; ++d)
+        acc[d] = dev::fma(weight, dev::ldg(partial(i).at(row, d * 32 + lane)), acc[d]);
     }
     if (lane == 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max, sum));
     Stored<T>* out = work.head<Stored<T>>(p.a.out, p.a.out_strides) + token * p.a.out_strides.token;
-    DK_UNROLL for (int d = 0; d < D / 32; ++d)
+    DK_UNROLL_FOR (int d = 0; d < D / 32; ++d)
       if (d * 32 + lane < p.a.head_dim) store(T{}, out + d * 32 + lane, acc[d] / sum);
   }
 }
 
-template <class T, int D> const char* launch(const ForwardParams& p, const PlanSizes& sizes, bool aligned, void* stream) {
+template <class T, int D>
+const char* launch(const ForwardParams& p, const PlanSizes& sizes, bool aligned, void* stream) {
   const int64_t pairs = p.a.batch * p.a.heads;
   const dev::Grid items{sizes.items * pairs}, split{sizes.split_tiles * pairs};
   const char* error = nullptr;
   if constexpr (std::is_same_v<T, float>) {
-    error = dev::launch("sparse_attention", aligned ? float_forward<D, true> : float_forward<D, false>, items, THREADS, FloatForward<D>::SMEM, stream, p);
+    error = dev::launch("sparse_attention", aligned ? float_forward<D, true> : float_forward<D, false>, items, THREADS,
+                        FloatForward<D>::SMEM, stream, p);
   } else {
-    error = dev::launch("sparse_attention", aligned ? half_forward<T, D, true> : half_forward<T, D, false>, items, THREADS, HalfForward<D>::SMEM, stream, p);
+    error = dev::launch("sparse_attention", aligned ? half_forward<T, D, true> : half_forward<T, D, false>, items,
+                        THREADS, HalfForward<D>::SMEM, stream, p);
   }
   return error ? error : dev::launch("sparse_attention (combine)", combine<T, D>, split, THREADS, 0, stream, p);
 }
 
-template <int D> const char* launch(const SparseAttentionArgs& a, const PlanSizes& sizes, float* scratch, void* stream) {
+template <int D>
+const char* launch(const SparseAttentionArgs& a, const PlanSizes& sizes, float* scratch, void* stream) {
   const int64_t size = a.dtype == DType::float32 ? 4 : 2;
-  const bool aligned = rows_aligned(a.q, a.q_strides, a.head_dim, size) && rows_aligned(a.k, a.k_strides, a.head_dim, size) &&
-                       rows_aligned(a.v, a.v_strides, a.head_dim, size) && rows_aligned(a.out, a.out_strides, a.head_dim, size);
+  const bool aligned =
+      rows_aligned(a.q, a.q_strides, a.head_dim, size) && rows_aligned(a.k, a.k_strides, a.head_dim, size) &&
+      rows_aligned(a.v, a.v_strides, a.head_dim, size) && rows_aligned(a.out, a.out_strides, a.head_dim, size);
   // Never 0, because -inf is multiplied by it.
   const float scale = std::max(std::abs(a.scale), 4 * std::numeric_limits<float>::min());
   const uint32_t negate = a.scale >= 0 ? 0 : a.dtype == DType::float32 ? 0x80000000u : 0x80008000u;
@@ -383,7 +415,7 @@ template <int D> const char* launch(const SparseAttentionArgs& a, const PlanSize
   return with_element(a.dtype, [&](auto element) { return launch<decltype(element), D>(p, sizes, aligned, stream); });
 }
 
-}  // namespace
+}   // namespace
 
 namespace cuda {
 
@@ -400,6 +432,6 @@ const char* sparse_attention(const SparseAttentionArgs& a, const PlanSizes& size
   return with_head_dim(a.head_dim, [&](auto d) { return launch<d>(a, sizes, scratch, stream); });
 }
 
-}  // namespace cuda
+}   // namespace cuda
 
-}  // namespace dk
+}   // namespace dk

@@ -15,6 +15,6 @@ namespace cuda {
 int64_t sparse_attention_scratch(const SparseAttentionArgs&, const PlanSizes&);
 const char* sparse_attention(const SparseAttentionArgs&, const PlanSizes&, float* scratch, void* stream);
 
-}  // namespace cuda
+}   // namespace cuda
 
-}  // namespace dk
+}   // namespace dk

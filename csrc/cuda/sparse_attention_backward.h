@@ -5,7 +5,9 @@
 namespace dk::cuda {
 
 // Floats of scratch memory: statistics of the queries, and partial results of split tiles.
-int64_t sparse_attention_backward_scratch(const SparseAttentionBackwardArgs&, const PlanSizes& plan, const PlanSizes& backward_plan);
-const char* sparse_attention_backward(const SparseAttentionBackwardArgs&, const PlanSizes& plan, const PlanSizes& backward_plan, float* scratch, void* stream);
+int64_t sparse_attention_backward_scratch(const SparseAttentionBackwardArgs&, const PlanSizes& plan,
+                                          const PlanSizes& backward_plan);
+const char* sparse_attention_backward(const SparseAttentionBackwardArgs&, const PlanSizes& plan,
+                                      const PlanSizes& backward_plan, float* scratch, void* stream);
 
-}  // namespace dk::cuda
+}   // namespace dk::cuda

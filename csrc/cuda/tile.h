@@ -1,5 +1,5 @@
-// Tiles of rows in shared memory, and fragments of them for mma.m16n8k16. (On sm_90 and later, bulk copies and wgmma would enter here and in the loops that use
-// this; mma and cp.async run on every device since sm_80.)
+// Tiles of rows in shared memory, and fragments of them for mma.m16n8k16. (On sm_90 and later, bulk copies and wgmma
+// would enter here and in the loops that use this; mma and cp.async run on every device since sm_80.)
 #pragma once
 #include <type_traits>
 
@@ -9,7 +9,8 @@
 
 namespace dk {
 
-// -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that 8 rows of one chunk lie in different banks
+// -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that 8 rows of one chunk lie in different
+// banks
 template <int D> struct Tile {
   static constexpr int CHUNKS = D / 8;
   static_assert(D % 32 == 0, "two rows or more fill all banks");
@@ -26,7 +27,8 @@ template <int D> struct Tile {
     const int lane = dev::tid() & 31;
     dev::ldmatrix_x4(tile + at(row + (lane & 15), chunk + (lane >> 4)), a);
   }
-  // b [16, 16] as two fragments {b[0], b[1]}, {b[2], b[3]} of 8 columns each. Its columns are rows of the tile (products over the elements of rows) ...
+  // b [16, 16] as two fragments {b[0], b[1]}, {b[2], b[3]} of 8 columns each. Its columns are rows of the tile
+  // (products over the elements of rows) ...
   static DK_DEVICE void load_b(uint32_t tile, int row, int chunk, uint32_t (&b)[4]) {
     const int lane = dev::tid() & 31;
     dev::ldmatrix_x4(tile + at(row + (lane & 7) + (lane >> 4 << 3), chunk + (lane >> 3 & 1)), b);
@@ -45,14 +47,15 @@ template <class T> DK_DEVICE void pack_a(T, const float (&left)[4], const float 
 }
 
 // -- rows of global memory
-// Copies elements 8 chunk to 8 chunk + 7 of a row to `to`; zeros beyond head_dim and where not `valid`. ALIGNED: rows begin at multiples of 16 bytes and
-// head_dim is a multiple of 8; the copy lands when it is waited for. Otherwise the elements are read one by one and are there at once (to other threads: after
-// the same barrier).
-template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* row, int chunk, int head_dim, bool valid) {
+// Copies elements 8 chunk to 8 chunk + 7 of a row to `to`; zeros beyond head_dim and where not `valid`. ALIGNED: rows
+// begin at multiples of 16 bytes and head_dim is a multiple of 8; the copy lands when it is waited for. Otherwise the
+// elements are read one by one and are there at once (to other threads: after the same barrier).
+template <bool ALIGNED>
+DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* row, int chunk, int head_dim, bool valid) {
   if constexpr (ALIGNED) {
     dev::cp_async16(to, row + chunk * 8, valid && chunk * 8 < head_dim);
   } else {
-    DK_ROLLED for (int i = 0; i < 8; i += 2) {
+    DK_ROLLED_FOR (int i = 0; i < 8; i += 2) {
       const uint32_t low = valid && chunk * 8 + i < head_dim ? dev::ldg(row + chunk * 8 + i) : 0;
       const uint32_t high = valid && chunk * 8 + i + 1 < head_dim ? dev::ldg(row + chunk * 8 + i + 1) : 0;
       dev::sts_u32(to + i * 2, low | high << 16);
@@ -60,12 +63,14 @@ template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* r
   }
 }
 
-// The same for floats: elements 4 chunk to 4 chunk + 3. Not ALIGNED, they are copied one by one; either way the copy lands when it is waited for.
+// The same for floats: elements 4 chunk to 4 chunk + 3. Not ALIGNED, they are copied one by one; either way the copy
+// lands when it is waited for.
 template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const float* row, int chunk, int head_dim, bool valid) {
   if constexpr (ALIGNED) {
     dev::cp_async16(to, row + chunk * 4, valid && chunk * 4 < head_dim);
   } else {
-    DK_UNROLL for (int i = 0; i < 4; ++i) dev::cp_async4(to + i * 4, row + chunk * 4 + i, valid && chunk * 4 + i < head_dim);
+    DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+      dev::cp_async4(to + i * 4, row + chunk * 4 + i, valid && chunk * 4 + i < head_dim);
   }
 }
 
@@ -75,7 +80,7 @@ template <bool ALIGNED> DK_DEVICE void store_chunk(uint16_t* row, int chunk, int
     if (chunk * 8 < head_dim) dev::stg16(row + chunk * 8, elements);
   } else {
     const uint32_t pairs[4] = {elements.x, elements.y, elements.z, elements.w};
-    DK_UNROLL for (int i = 0; i < 8; ++i)
+    DK_UNROLL_FOR (int i = 0; i < 8; ++i)
       if (chunk * 8 + i < head_dim) dev::stg(row + chunk * 8 + i, static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16));
   }
 }
@@ -90,12 +95,14 @@ template <int D, int ROWS, int THREADS> struct RowShare {
 
 // Copies this thread's share of the rows `tokens` (-1: zeros) of a [N, head_dim] matrix to the tile at `to`.
 template <bool ALIGNED, int D, int ROWS, int THREADS, int COUNT>
-DK_DEVICE void copy_rows(uint32_t to, const uint16_t* base, int64_t stride, int head_dim, const int32_t (&tokens)[COUNT]) {
+DK_DEVICE void copy_rows(uint32_t to, const uint16_t* base, int64_t stride, int head_dim,
+                         const int32_t (&tokens)[COUNT]) {
   using Share = RowShare<D, ROWS, THREADS>;
   static_assert(COUNT == Share::COUNT, "one token for each row of the share");
-  DK_UNROLL for (int i = 0; i < COUNT; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < COUNT; ++i) {
     const bool valid = tokens[i] >= 0;
-    copy_chunk<ALIGNED>(to + Tile<D>::at(Share::row(i), Share::chunk()), base + (valid ? tokens[i] : 0) * stride, Share::chunk(), head_dim, valid);
+    copy_chunk<ALIGNED>(to + Tile<D>::at(Share::row(i), Share::chunk()), base + (valid ? tokens[i] : 0) * stride,
+                        Share::chunk(), head_dim, valid);
   }
 }
 
@@ -115,4 +122,4 @@ template <class Strides> bool rows_aligned(const void* p, const Strides& s, int6
   return (reinterpret_cast<uintptr_t>(p) | s.batch * size | s.head * size | s.token * size | head_dim * size) % 16 == 0;
 }
 
-}  // namespace dk
+}   // namespace dk

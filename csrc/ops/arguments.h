@@ -1,5 +1,6 @@
 // Tensors as the arguments that the kernels of every device take. What a tensor must be was checked before.
 #pragma once
+#include "common/decode_attention.h"
 #include "common/gumbel_softmax.h"
 #include "common/sample_tokens.h"
 #include "common/sparse_attention.h"
@@ -9,12 +10,13 @@ namespace dk {
 
 inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
-inline SparseAttentionArgs sparse_attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, const Tensor& plan,
-                                                 double scale) {
+inline SparseAttentionArgs sparse_attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                                                 const Tensor& lse, const Tensor& plan, double scale) {
   SparseAttentionArgs a;
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
   a.lse = static_cast<float*>(lse.data_ptr());
-  a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v), a.out_strides = strides_of(out);
+  a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v),
+  a.out_strides = strides_of(out);
   a.batch = q.size(0), a.heads = q.size(1), a.n = q.size(2), a.head_dim = q.size(3);
   a.plan = static_cast<const int32_t*>(plan.data_ptr());
   a.scale = static_cast<float>(scale);
@@ -22,7 +24,30 @@ inline SparseAttentionArgs sparse_attention_args(const Tensor& q, const Tensor& 
   return a;
 }
 
-inline GumbelSoftmaxArgs gumbel_softmax_args(const Tensor& like, const Tensor& seed, const Tensor& tau, bool hard, int64_t dim) {
+inline SequenceStrides sequence_strides_of(const Tensor& t) { return {t.stride(0), t.stride(1)}; }
+
+inline DecodeAttentionArgs decode_attention_args(const Tensor& q, const Tensor& k, const Tensor& v,
+                                                 const Tensor& prefix_k, const Tensor& prefix_v, const Tensor& image_k,
+                                                 const Tensor& image_v, const Tensor& out, const Tensor& schedule,
+                                                 const Tensor& step, double scale) {
+  STD_TORCH_CHECK(image_k.stride(0) == image_v.stride(0) && image_k.stride(1) == image_v.stride(1),
+                  "keys and values must be stored alike");
+  DecodeAttentionArgs a;
+  a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
+  a.prefix_k = prefix_k.data_ptr(), a.prefix_v = prefix_v.data_ptr(), a.image_k = image_k.data_ptr(),
+  a.image_v = image_v.data_ptr();
+  a.q_strides = sequence_strides_of(q), a.k_strides = sequence_strides_of(k), a.v_strides = sequence_strides_of(v);
+  a.image_strides = sequence_strides_of(image_k);
+  a.prompts = prefix_k.size(0), a.candidates = q.size(0) / a.prompts, a.heads = q.size(1), a.head_dim = q.size(2);
+  a.schedule = static_cast<const int32_t*>(schedule.data_ptr());
+  a.step = static_cast<const int64_t*>(step.data_ptr());
+  a.scale = static_cast<float>(scale);
+  a.dtype = dtype_of(q);
+  return a;
+}
+
+inline GumbelSoftmaxArgs gumbel_softmax_args(const Tensor& like, const Tensor& seed, const Tensor& tau, bool hard,
+                                             int64_t dim) {
   GumbelSoftmaxArgs a{};
   a.outer = a.inner = 1;
   for (int64_t i = 0; i < dim; ++i) a.outer *= like.size(i);
@@ -41,8 +66,8 @@ inline void set_stats(GumbelSoftmaxArgs& a, const Tensor& kl, const Tensor& stat
   a.sum = a.max + a.outer * a.inner;
 }
 
-inline SampleTokensArgs sample_tokens_args(const Tensor& logits, const Tensor& seed, const Tensor& offset, const Tensor& tokens, double temperature, int64_t top_k,
-                                           double top_p) {
+inline SampleTokensArgs sample_tokens_args(const Tensor& logits, const Tensor& seed, const Tensor& offset,
+                                           const Tensor& tokens, double temperature, int64_t top_k, double top_p) {
   SampleTokensArgs a;
   a.logits = logits.data_ptr();
   a.seed = static_cast<const int64_t*>(seed.data_ptr()), a.offset = static_cast<const int64_t*>(offset.data_ptr());
@@ -54,4 +79,4 @@ inline SampleTokensArgs sample_tokens_args(const Tensor& logits, const Tensor& s
   return a;
 }
 
-}  // namespace dk
+}   // namespace dk

@@ -1,4 +1,5 @@
-// The schema of every operation, once; libdalle_cpu.so and libdalle_cuda.so implement them. (The tests' emulated library takes them under its own name.)
+// The schema of every operation, once; libdalle_cpu.so and libdalle_cuda.so implement them. (The tests' emulated
+// library takes them under its own name.)
 #include "ops/common.h"
 
 #if defined(DK_EMULATED)
@@ -6,10 +7,21 @@ STABLE_TORCH_LIBRARY(dalle_kernels_emulated, m) {
 #else
 STABLE_TORCH_LIBRARY(dalle_kernels, m) {
 #endif
-  m.def("sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale) -> (Tensor, Tensor)");
-  m.def("sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, Tensor backward_plan, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)");
-  m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) image_k, Tensor(b!) image_v, Tensor schedule, Tensor step, float scale) -> Tensor");
-  m.def("gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, bool return_kl) -> (Tensor, Tensor, Tensor)");
-  m.def("gumbel_softmax_backward(Tensor grad_y, Tensor? grad_kl, Tensor? y, Tensor? logits, Tensor? kl, Tensor? stats, Tensor seed, Tensor tau, bool hard, int dim) -> Tensor");
-  m.def("sample_tokens(Tensor logits, Tensor seed, Tensor offset, float temperature, int top_k, float top_p) -> Tensor");
+  m.def(
+      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale) -> "
+      "(Tensor, Tensor)");
+  m.def(
+      "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, "
+      "Tensor backward_plan, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) image_k, Tensor(b!) "
+      "image_v, Tensor schedule, Tensor step, float scale) -> Tensor");
+  m.def(
+      "gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, bool return_kl) -> (Tensor, Tensor, "
+      "Tensor)");
+  m.def(
+      "gumbel_softmax_backward(Tensor grad_y, Tensor? grad_kl, Tensor? y, Tensor? logits, Tensor? kl, Tensor? stats, "
+      "Tensor seed, Tensor tau, bool hard, int dim) -> Tensor");
+  m.def(
+      "sample_tokens(Tensor logits, Tensor seed, Tensor offset, float temperature, int top_k, float top_p) -> Tensor");
 }

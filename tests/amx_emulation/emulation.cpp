@@ -1,8 +1,10 @@
-// Runs AMX machine code on a processor without AMX. Preloaded (LD_PRELOAD), this library answers the request for permission to use tiles, and
-// executes the instructions, which such a processor refuses (SIGILL), on tiles in memory, one set per thread, by the rules of Intel's manual
-// ("Instruction Set Reference", and "AMX Instruction Exception Classes" of volume 1). What the processor would refuse ends the process with a
-// message; so does a thread's configuration that is still held when the process ends. Memory is accessed by ordinary loads and stores, so a wild
-// address is an ordinary SIGSEGV. tilezero, tileloadd(t1), tilestored, tdpbf16ps, ldtilecfg, sttilecfg, tilerelease; palette 1; no start row.
+// Runs AMX machine code on a processor without AMX. Preloaded (LD_PRELOAD), this library answers the request for
+// permission to use tiles, and executes the instructions, which such a processor refuses (SIGILL), on tiles in memory,
+// one set per thread, by the rules of Intel's manual
+// ("Instruction Set Reference", and "AMX Instruction Exception Classes" of volume 1). What the processor would refuse
+// ends the process with a message; so does a thread's configuration that is still held when the process ends. Memory is
+// accessed by ordinary loads and stores, so a wild address is an ordinary SIGSEGV. tilezero, tileloadd(t1), tilestored,
+// tdpbf16ps, ldtilecfg, sttilecfg, tilerelease; palette 1; no start row.
 #include <dlfcn.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -56,8 +58,8 @@ struct Instruction {
   Dl_info where = {};
   dladdr(i.at, &where);
   const char* file = where.dli_fname ? where.dli_fname : "?";
-  dprintf(2, "AMX emulation: %s (instruction %02x, operands %d %d %d, at %p = %s+0x%lx)\n", why, i.opcode, i.reg, i.rm, i.vvvv, i.at, file,
-          static_cast<long>(i.at - static_cast<uint8_t*>(where.dli_fbase)));
+  dprintf(2, "AMX emulation: %s (instruction %02x, operands %d %d %d, at %p = %s+0x%lx)\n", why, i.opcode, i.reg, i.rm,
+          i.vvvv, i.at, file, static_cast<long>(i.at - static_cast<uint8_t*>(where.dli_fbase)));
   abort();
 }
 
@@ -68,7 +70,8 @@ int32_t read_int32(const uint8_t* p) {
 }
 
 // The operand of ModRM (at `p`), SIB and displacement.
-void decode_memory(const uint8_t* p, bool index_extended, bool base_extended, const greg_t* registers, Instruction& out) {
+void decode_memory(const uint8_t* p, bool index_extended, bool base_extended, const greg_t* registers,
+                   Instruction& out) {
   static const int ORDER[16] = {REG_RAX, REG_RCX, REG_RDX, REG_RBX, REG_RSP, REG_RBP, REG_RSI, REG_RDI,
                                 REG_R8,  REG_R9,  REG_R10, REG_R11, REG_R12, REG_R13, REG_R14, REG_R15};
   const int mod = *p >> 6;
@@ -92,9 +95,19 @@ void decode_memory(const uint8_t* p, bool index_extended, bool base_extended, co
 
 bool decode(const greg_t* registers, Instruction& out) {
   const uint8_t* p = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
-  if (p[0] != 0xC4 || (p[1] & 0x9F) != 0x82 || (p[2] & 0x84) != 0) return false;   // three-byte VEX, map 0F38, R clear, W0, 128
-  out = {p, p[3], static_cast<uint8_t>(p[2] & 3), static_cast<uint8_t>(p[4] >> 3 & 7), static_cast<uint8_t>(p[4] & 7),
-         static_cast<uint8_t>(~p[2] >> 3 & 15), p[4] < 0xC0, false, nullptr, 0, 5};
+  // three-byte VEX, map 0F38, R clear, W0, 128
+  if (p[0] != 0xC4 || (p[1] & 0x9F) != 0x82 || (p[2] & 0x84) != 0) return false;
+  out = {p,
+         p[3],
+         static_cast<uint8_t>(p[2] & 3),
+         static_cast<uint8_t>(p[4] >> 3 & 7),
+         static_cast<uint8_t>(p[4] & 7),
+         static_cast<uint8_t>(~p[2] >> 3 & 15),
+         p[4] < 0xC0,
+         false,
+         nullptr,
+         0,
+         5};
   if (out.opcode != 0x49 && out.opcode != 0x4B && out.opcode != 0x5C) return false;
   out.sib = out.memory && out.rm == 4;
   if (out.memory) decode_memory(p + 4, !(p[1] & 0x40), !(p[1] & 0x20), registers, out);
@@ -119,7 +132,8 @@ void configure(const Instruction& i) {
   if (c.palette == 0) return set({});
   for (int t = 0; t < 16; ++t) {
     if (t >= TILES && (c.rows[t] || c.colsb[t])) refuse(i, "ldtilecfg: shapes of more than 8 tiles");
-    if (c.rows[t] > MOST_ROWS || c.colsb[t] > MOST_BYTES) refuse(i, "ldtilecfg: a tile of more than 16 rows or 64 bytes a row");
+    if (c.rows[t] > MOST_ROWS || c.colsb[t] > MOST_BYTES)
+      refuse(i, "ldtilecfg: a tile of more than 16 rows or 64 bytes a row");
     if (!c.rows[t] != !c.colsb[t]) refuse(i, "ldtilecfg: a tile with rows or columns alone");
   }
   set(c);
@@ -145,7 +159,8 @@ typedef uint32_t Words __attribute__((vector_size(MOST_BYTES)));
 Floats even_floats(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
 Floats odd_floats(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
 
-// Column n of a row: the sum over even and that over odd elements, by fused multiply-adds, then their sum, then that plus what was there.
+// Column n of a row: the sum over even and that over odd elements, by fused multiply-adds, then their sum, then that
+// plus what was there.
 __attribute__((noinline)) void tdpbf16ps(const Instruction& i) {
   const int c = i.reg, a = i.rm, b = i.vvvv;
   check_tile(i, c), check_tile(i, a), check_tile(i, b);
@@ -186,14 +201,17 @@ bool execute(const Instruction& i) {
       memset(&tiles[i.reg], 0, sizeof(Tile));
       return true;
     case 0x4B00 | F2:
-    case 0x4B00 | P66: return i.sib ? move(i, true), true : false;
-    case 0x4B00 | F3: return i.sib ? move(i, false), true : false;
+    case 0x4B00 | P66:
+      return i.sib ? move(i, true), true : false;
+    case 0x4B00 | F3:
+      return i.sib ? move(i, false), true : false;
     case 0x5C00 | F3:
       if (i.memory) return false;
       _mm_setcsr(0x9fc0);   // round to nearest even, denormals are zero; the signal's return restores what was set
       tdpbf16ps(i);
       return true;
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -209,8 +227,8 @@ void on_illegal_instruction(int number, siginfo_t* info, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction instruction;
   long count = 0;
-  for (; decode(registers, instruction) && execute(instruction); ++count)   // and those that follow, for a trap is slow
-    registers[REG_RIP] += instruction.length;
+  // and those that follow, for a trap is slow
+  for (; decode(registers, instruction) && execute(instruction); ++count) registers[REG_RIP] += instruction.length;
   executed.fetch_add(count, std::memory_order_relaxed);
   if (count) return;
   if (others.sa_handler == SIG_DFL || others.sa_handler == SIG_IGN) {
@@ -236,7 +254,7 @@ __attribute__((destructor)) void end() {
   _exit(1);
 }
 
-}  // namespace
+}   // namespace
 
 extern "C" {
 

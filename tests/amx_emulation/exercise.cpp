@@ -1,5 +1,5 @@
-// AMX instructions against plain loops, in every form of address, and what must be refused: `exercise NAME SEED`. Values are small whole numbers,
-// so that sums are exact in any order. Prints what differs; returns 0 if nothing does.
+// AMX instructions against plain loops, in every form of address, and what must be refused: `exercise NAME SEED`.
+// Values are small whole numbers, so that sums are exact in any order. Prints what differs; returns 0 if nothing does.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -36,7 +36,8 @@ static int uniform(Generator& random, int low, int high) { return std::uniform_i
 struct Matrix {   // rows of `stride` bytes
   int stride;
   std::vector<uint8_t> bytes;
-  Matrix(int rows, int row_bytes, Generator& random) : stride(row_bytes + uniform(random, 0, 70)), bytes(rows * stride + 64, 0xEE) {}
+  Matrix(int rows, int row_bytes, Generator& random)
+      : stride(row_bytes + uniform(random, 0, 70)), bytes(rows * stride + 64, 0xEE) {}
   template <class T> T& at(int r, int c) { return reinterpret_cast<T*>(bytes.data() + r * stride)[c]; }
 };
 
@@ -50,7 +51,8 @@ struct Product {
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < 2 * k; ++j) a.at<uint16_t>(i, j) = bf16(left[i * 2 * k + j] = uniform(random, -99, 99));
     for (int i = 0; i < 2 * k; ++i)
-      for (int j = 0; j < n; ++j) b.at<uint16_t>(i / 2, 2 * j + i % 2) = bf16(right[i * n + j] = uniform(random, -99, 99));
+      for (int j = 0; j < n; ++j)
+        b.at<uint16_t>(i / 2, 2 * j + i % 2) = bf16(right[i * n + j] = uniform(random, -99, 99));
     for (int i = 0; i < m; ++i)
       for (int j = 0; j < n; ++j) {
         int sum = uniform(random, -999, 999);
@@ -84,7 +86,8 @@ static int products(Generator& random) {
   int wrong = 0;
   for (int i = 0; i < 200; ++i) {
     const bool whole = i == 0;
-    Product p(whole ? 16 : uniform(random, 1, 16), whole ? 16 : uniform(random, 1, 16), whole ? 16 : uniform(random, 1, 16), random);
+    Product p(whole ? 16 : uniform(random, 1, 16), whole ? 16 : uniform(random, 1, 16),
+              whole ? 16 : uniform(random, 1, 16), random);
     p.config().load();
     p.load(), p.multiply();
     wrong += p.wrong();
@@ -125,12 +128,12 @@ static int addresses(Generator& random) {
       if (memcmp(out + 5 * r, from + r * stride, 5)) ++wrong, printf("wrong rows by %s, row %d\n", form, r), r = 16;
     asm volatile("tilezero %tmm3");
   };
-#define FORM(TEXT, BASE, INDEX, FROM, STRIDE)                                            \
-  {                                                                                      \
-    register const uint8_t* base asm(BASE) = in + 2048;                                  \
-    register int64_t index asm(INDEX) = 7;                                               \
-    asm volatile("tileloadd " TEXT ", %%tmm3" ::"r"(base), "r"(index) : "memory");       \
-    compare(TEXT " with " BASE ", " INDEX, in + 2048 + (FROM), STRIDE);                  \
+#define FORM(TEXT, BASE, INDEX, FROM, STRIDE)                                      \
+  {                                                                                \
+    register const uint8_t* base asm(BASE) = in + 2048;                            \
+    register int64_t index asm(INDEX) = 7;                                         \
+    asm volatile("tileloadd " TEXT ", %%tmm3" ::"r"(base), "r"(index) : "memory"); \
+    compare(TEXT " with " BASE ", " INDEX, in + 2048 + (FROM), STRIDE);            \
   }
   FORM("(%0, %1)", "rax", "rcx", 0, 7)
   FORM("(%0, %1, 2)", "rbx", "rdx", 0, 14)
@@ -145,12 +148,16 @@ static int addresses(Generator& random) {
   FORM("(%0)", "rcx", "rax", 0, 0)
   FORM("9(%0)", "r11", "rax", 9, 0)
   int64_t stride = 7;   // the frame pointer can be no operand
-  asm volatile("xchg %0, %%rbp\n\ttileloadd (%1, %%rbp), %%tmm3\n\txchg %0, %%rbp" : "+r"(stride) : "r"(in + 2048) : "memory");
+  asm volatile("xchg %0, %%rbp\n\ttileloadd (%1, %%rbp), %%tmm3\n\txchg %0, %%rbp"
+               : "+r"(stride)
+               : "r"(in + 2048)
+               : "memory");
   compare("rbp", in + 2048, 7);
   const int64_t back = -9;
   asm volatile("tileloadd (%0, %1), %%tmm3" ::"r"(in + 2048), "r"(back) : "memory");
   compare("a negative stride", in + 2048, -9);
-  void* low = mmap(reinterpret_cast<void*>(0x20000000), 4096, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+  void* low = mmap(reinterpret_cast<void*>(0x20000000), 4096, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
   if (low == MAP_FAILED) return puts("no low memory"), 1;
   memcpy(low, in, 4096);
   asm volatile("tileloadd 0x20000010(, %0, 4), %%tmm3" ::"r"(int64_t{3}) : "memory");
@@ -169,12 +176,14 @@ static int rounding(Generator& random) {
   struct Case {
     float a, b, c, expected;
   };
-  const Case cases[] = {{0x1p-126f, 0x1p-1f, 0, 0}, {0x1p-127f, 0x1p10f, 0, 0}, {1, 1, 0x1p24f, 0x1p24f}, {3, 1, 0x1p24f, 0x1p24f + 4},
-                        {-1, 1, 0x1p-127f, -1}, {0, 0, 0x1p-127f, 0}, {0x1p127f, 2, 0, __builtin_inff()}, {0x1p-126f, 1, 0, 0x1p-126f}};
+  const Case cases[] = {{0x1p-126f, 0x1p-1f, 0, 0},         {0x1p-127f, 0x1p10f, 0, 0},  {1, 1, 0x1p24f, 0x1p24f},
+                        {3, 1, 0x1p24f, 0x1p24f + 4},       {-1, 1, 0x1p-127f, -1},      {0, 0, 0x1p-127f, 0},
+                        {0x1p127f, 2, 0, __builtin_inff()}, {0x1p-126f, 1, 0, 0x1p-126f}};
   int wrong = 0;
   for (const Case& x : cases) {
     Product p(1, 1, 1, random);
-    p.a.at<uint16_t>(0, 0) = bf16(x.a), p.b.at<uint16_t>(0, 0) = bf16(x.b), p.c.at<float>(0, 0) = x.c, p.expected.at<float>(0, 0) = x.expected;
+    p.a.at<uint16_t>(0, 0) = bf16(x.a), p.b.at<uint16_t>(0, 0) = bf16(x.b), p.c.at<float>(0, 0) = x.c,
+                        p.expected.at<float>(0, 0) = x.expected;
     p.a.at<uint16_t>(0, 1) = 0;
     p.config().load();
     p.load(), p.multiply();
@@ -199,7 +208,8 @@ static void fault(const std::string& name, Generator& random) {
   if (name == "no address") _tile_loadd(5, nullptr, 0);
   if (name == "not AMX") asm volatile("ud2");
   p.load();
-  if (name == "same tile") asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");   // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
+  // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
+  if (name == "same tile") asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");
   p.multiply();
   if (name != "held") _tile_release();
 }

@@ -1,5 +1,5 @@
-// csrc/cpu/matrix.h against plain loops, with odd strides and NaN around the operands: `primitive SEED`. Values are small whole numbers, so that
-// sums are exact in any order. Prints what differs; returns 0 if nothing does.
+// csrc/cpu/matrix.h against plain loops, with odd strides and NaN around the operands: `primitive SEED`. Values are
+// small whole numbers, so that sums are exact in any order. Prints what differs; returns 0 if nothing does.
 #include "cpu/matrix.h"
 
 #include <sys/syscall.h>
@@ -17,7 +17,8 @@ static int uniform(Generator& random, int low, int high) { return std::uniform_i
 
 template <int M, int N> static int check(int pairs, bool add, Generator& random) {
   const int rows = 16 * M, columns = 16 * N, k = 2 * pairs;
-  const int lda = k + 2 * uniform(random, 0, 20), ldb = columns + uniform(random, 0, 20), ldc = columns + uniform(random, 0, 20);
+  const int lda = k + 2 * uniform(random, 0, 20), ldb = columns + uniform(random, 0, 20),
+            ldc = columns + uniform(random, 0, 20);
   std::vector<BFloat16> a(rows * lda, BFloat16{0x7fc0});
   std::vector<uint32_t> b(pairs * ldb, 0x7fc07fc0);
   std::vector<float> c(rows * ldc, -1), expected = c;
@@ -27,7 +28,8 @@ template <int M, int N> static int check(int pairs, bool add, Generator& random)
   for (int i = 0; i < rows; ++i)
     for (int j = 0; j < k; ++j) from_float(left[i * k + j], &a[i * lda + j]);
   for (int j = 0; j < k; ++j)
-    for (int n = 0; n < columns; ++n) from_float(right[j * columns + n], reinterpret_cast<BFloat16*>(&b[j / 2 * ldb + n]) + j % 2);
+    for (int n = 0; n < columns; ++n)
+      from_float(right[j * columns + n], reinterpret_cast<BFloat16*>(&b[j / 2 * ldb + n]) + j % 2);
   for (int i = 0; i < rows; ++i)
     for (int n = 0; n < columns; ++n) {
       int sum = uniform(random, -999, 999);
@@ -48,6 +50,7 @@ int main(int, char** arguments) {
   const MatrixUnit unit;
   int wrong = 0;
   for (int pairs : {16, 32, 64})
-    for (bool add : {false, true}) wrong += check<2, 2>(pairs, add, random) + check<4, 2>(pairs, add, random) + check<2, 8>(pairs, add, random);
+    for (bool add : {false, true})
+      wrong += check<2, 2>(pairs, add, random) + check<4, 2>(pairs, add, random) + check<2, 8>(pairs, add, random);
   return wrong;
 }

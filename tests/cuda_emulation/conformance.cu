@@ -1,10 +1,13 @@
-// Does a GPU do what the emulation (cuda_emulation.h) takes it to do? Every primitive of csrc/cuda/device.h, on random inputs, with all that each lane then holds
-// written out. The same source is compiled by nvcc for a GPU and by g++ under emulation; conformance.py builds, runs and compares:
+// Does a GPU do what the emulation (cuda_emulation.h) takes it to do? Every primitive of csrc/cuda/device.h, on random
+// inputs, with all that each lane then holds written out. The same source is compiled by nvcc for a GPU and by g++
+// under emulation; conformance.py builds, runs and compares:
 //
-//   python tests/cuda_emulation/conformance.py       exit status 0: they agree; 1: what differs first, by primitive, lane and word
+//   python tests/cuda_emulation/conformance.py       exit status 0: they agree; 1: what differs first, by primitive,
+//   lane and word
 //
 // What is random is drawn in statements of its own: the arguments of a call are evaluated in any order.
-// By itself the program prints a line for each primitive, block and lane: its name, how it is to be compared, block, lane, and the words in hexadecimal.
+// By itself the program prints a line for each primitive, block and lane: its name, how it is to be compared, block,
+// lane, and the words in hexadecimal.
 #include "cuda/device.h"
 
 #include <cstdio>
@@ -36,20 +39,22 @@ struct Lane {
     x = (x ^ x >> 15) * 0x846ca68bu;
     return x ^ x >> 16;
   }
-  DK_DEVICE float number() { return dev::as_float((random() & 0x87ffffffu) + 0x3c000000u); }   // 2^-7 to 2^9, either sign
+  // 2^-7 to 2^9, either sign
+  DK_DEVICE float number() { return dev::as_float((random() & 0x87ffffffu) + 0x3c000000u); }
   DK_DEVICE float integer() { return dev::to_float_rn(static_cast<int32_t>(random() % 17) - 8); }
   DK_DEVICE void put(int word, uint32_t v) { dev::stg(out + word, v); }
   DK_DEVICE void put(int word, float v) { put(word, dev::as_bits(v)); }
 };
 
-// How words are compared: BITS exactly, FLOAT likewise but for the bits of a NaN, EXP2 and LOG2 within the errors that the PTX manual allows.
-#define DK_PROBE(NAME, COMPARED, WRITTEN)             \
-  struct NAME {                                       \
-    static constexpr const char* name = #NAME;        \
-    static constexpr const char* compared = COMPARED; \
-    static constexpr int words = WRITTEN;             \
+// How words are compared: BITS exactly, FLOAT likewise but for the bits of a NaN, EXP2 and LOG2 within the errors that
+// the PTX manual allows.
+#define DK_PROBE(NAME, COMPARED, WRITTEN)                \
+  struct NAME {                                          \
+    static constexpr const char* name = #NAME;           \
+    static constexpr const char* compared = COMPARED;    \
+    static constexpr int words = WRITTEN;                \
     static DK_DEVICE void run(Lane& l, uint32_t shared); \
-  };                                                  \
+  };                                                     \
   DK_DEVICE void NAME::run([[maybe_unused]] Lane& l, [[maybe_unused]] uint32_t shared)
 
 // -- where am I
@@ -85,12 +90,12 @@ DK_PROBE(shared_memory, "bits", 20) {
   dev::sts_f32(mine + 28, l.number());
   dev::sts16(mine + 32, {l.random(), l.random(), l.random(), l.random()});
   dev::syncthreads();
-  DK_UNROLL for (int i = 0; i < 6; ++i) l.put(i, dev::lds_u32(other + 4 * i));
+  DK_UNROLL_FOR (int i = 0; i < 6; ++i) l.put(i, dev::lds_u32(other + 4 * i));
   const dev::u32x4 v = dev::lds16(other + 16);
   const dev::u32x2 w = dev::lds8(other + 32);
   l.put(6, v.x), l.put(7, v.y), l.put(8, v.z), l.put(9, v.w), l.put(10, w.x), l.put(11, w.y);
   l.put(12, dev::lds_f32(other + 28));
-  DK_UNROLL for (int i = 0; i < 6; ++i) l.put(13 + i, static_cast<uint32_t>(dev::lds_u16(other + 2 * i)));
+  DK_UNROLL_FOR (int i = 0; i < 6; ++i) l.put(13 + i, static_cast<uint32_t>(dev::lds_u16(other + 2 * i)));
   l.put(19, 0u);
 }
 DK_PROBE(cp_async, "bits", 12) {
@@ -99,22 +104,23 @@ DK_PROBE(cp_async, "bits", 12) {
   dev::cp_async16(mine, l.source + l.random() % 64 * 4);
   dev::cp_async16(mine + 16, l.source + l.random() % 64 * 4, valid & 1);
   dev::cp_async_commit();
-  DK_UNROLL for (int i = 0; i < 4; ++i) dev::cp_async4(mine + 32 + 4 * i, l.source + l.random() % 256, valid >> i & 2);
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) dev::cp_async4(mine + 32 + 4 * i, l.source + l.random() % 256, valid >> i & 2);
   dev::cp_async_commit();
   dev::cp_async_wait<1>();
   dev::syncthreads();
-  DK_UNROLL for (int i = 0; i < 8; ++i) l.put(i, dev::lds_u32(other + 4 * i));
+  DK_UNROLL_FOR (int i = 0; i < 8; ++i) l.put(i, dev::lds_u32(other + 4 * i));
   dev::cp_async_wait<0>();
   dev::syncthreads();
-  DK_UNROLL for (int i = 8; i < 12; ++i) l.put(i, dev::lds_u32(other + 4 * i));
+  DK_UNROLL_FOR (int i = 8; i < 12; ++i) l.put(i, dev::lds_u32(other + 4 * i));
 }
 
 // -- a warp together
 DK_PROBE(shfl_xor, "bits", 10) {
-  DK_UNROLL for (int i = 0; i < 5; ++i) l.put(i, dev::shfl_xor(l.random(), 1 << i)), l.put(5 + i, dev::shfl_xor(l.number(), 1 << i));
+  DK_UNROLL_FOR (int i = 0; i < 5; ++i)
+    l.put(i, dev::shfl_xor(l.random(), 1 << i)), l.put(5 + i, dev::shfl_xor(l.number(), 1 << i));
 }
 DK_PROBE(shfl, "bits", 4) {
-  DK_UNROLL for (int i = 0; i < 2; ++i) {
+  DK_UNROLL_FOR (int i = 0; i < 2; ++i) {
     const int from = l.random() & 31;
     l.put(i, dev::shfl(l.random(), from)), l.put(2 + i, dev::shfl(l.number(), from));
   }
@@ -125,13 +131,14 @@ DK_PROBE(ballot, "bits", 2) {
 }
 template <bool TRANSPOSED> DK_DEVICE void load_matrices(Lane& l, uint32_t shared) {
   const uint32_t warp = shared + dev::tid() / 32 * 1024, lane = dev::tid() & 31;
-  DK_UNROLL for (int i = 0; i < 2; ++i) dev::sts16(warp + lane * 32 + 16 * i, {l.random(), l.random(), l.random(), l.random()});
+  DK_UNROLL_FOR (int i = 0; i < 2; ++i)
+    dev::sts16(warp + lane * 32 + 16 * i, {l.random(), l.random(), l.random(), l.random()});
   dev::syncwarp();
   uint32_t r[4];
   const uint32_t row = warp + (lane * 13 + 5) % 32 * 32 + (lane & 16);   // rows in no order, and with gaps
   if constexpr (TRANSPOSED) dev::ldmatrix_x4_trans(row, r);
   else dev::ldmatrix_x4(row, r);
-  DK_UNROLL for (int i = 0; i < 4; ++i) l.put(i, r[i]);
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, r[i]);
 }
 DK_PROBE(ldmatrix, "bits", 4) { load_matrices<false>(l, shared); }
 DK_PROBE(ldmatrix_trans, "bits", 4) { load_matrices<true>(l, shared); }
@@ -144,11 +151,11 @@ template <class T> DK_DEVICE uint32_t integers(Lane& l) {
 template <class T> DK_DEVICE void multiply(Lane& l) {
   float c[4];
   uint32_t a[4], b[2];
-  DK_UNROLL for (int i = 0; i < 4; ++i) c[i] = l.integer();
-  DK_UNROLL for (int i = 0; i < 4; ++i) a[i] = integers<T>(l);
-  DK_UNROLL for (int i = 0; i < 2; ++i) b[i] = integers<T>(l);
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) c[i] = l.integer();
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) a[i] = integers<T>(l);
+  DK_UNROLL_FOR (int i = 0; i < 2; ++i) b[i] = integers<T>(l);
   dev::mma(T{}, c, a, b[0], b[1]);
-  DK_UNROLL for (int i = 0; i < 4; ++i) l.put(i, c[i]);
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, c[i]);
 }
 DK_PROBE(mma_bfloat16, "bits", 4) { multiply<dev::BFloat16>(l); }
 DK_PROBE(mma_float16, "bits", 4) { multiply<dev::Float16>(l); }
@@ -161,26 +168,31 @@ template <class T> DK_DEVICE void convert(Lane& l) {
 DK_PROBE(pack_bfloat16, "bits", 4) { convert<dev::BFloat16>(l); }
 DK_PROBE(pack_float16, "bits", 4) { convert<dev::Float16>(l); }
 DK_PROBE(unpack_bfloat16, "float", 4) {
-  DK_UNROLL for (int i = 0; i < 4; ++i) l.put(i, dev::unpack(dev::BFloat16{}, static_cast<uint16_t>(l.random())));
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, dev::unpack(dev::BFloat16{}, static_cast<uint16_t>(l.random())));
 }
 DK_PROBE(unpack_float16, "float", 4) {
-  DK_UNROLL for (int i = 0; i < 4; ++i) l.put(i, dev::unpack(dev::Float16{}, static_cast<uint16_t>(l.random())));
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, dev::unpack(dev::Float16{}, static_cast<uint16_t>(l.random())));
 }
 
 // -- arithmetic
 DK_PROBE(exp2_approx, "exp2", 8) {
-  DK_UNROLL for (int i = 0; i < 5; ++i) l.put(i, dev::exp2_approx(l.number() * 0.25f));
-  l.put(5, dev::exp2_approx(-dev::inf())), l.put(6, dev::exp2_approx(dev::inf())), l.put(7, dev::exp2_approx(dev::as_float(l.random())));
+  DK_UNROLL_FOR (int i = 0; i < 5; ++i) l.put(i, dev::exp2_approx(l.number() * 0.25f));
+  l.put(5, dev::exp2_approx(-dev::inf())), l.put(6, dev::exp2_approx(dev::inf())),
+      l.put(7, dev::exp2_approx(dev::as_float(l.random())));
 }
 DK_PROBE(log2_approx, "log2", 8) {
-  DK_UNROLL for (int i = 0; i < 4; ++i) l.put(i, dev::log2_approx(dev::as_float(0x3f000000u + l.random() % 0x01000000u)));   // 0.5 to 2
-  DK_UNROLL for (int i = 4; i < 6; ++i) l.put(i, dev::log2_approx(dev::as_float(l.random())));
+  // 0.5 to 2
+  DK_UNROLL_FOR (int i = 0; i < 4; ++i)
+    l.put(i, dev::log2_approx(dev::as_float(0x3f000000u + l.random() % 0x01000000u)));
+  DK_UNROLL_FOR (int i = 4; i < 6; ++i) l.put(i, dev::log2_approx(dev::as_float(l.random())));
   l.put(6, dev::log2_approx(0.0f)), l.put(7, dev::log2_approx(dev::inf()));
 }
 DK_PROBE(arithmetic, "float", 9) {
-  const float a = l.number(), b = l.number(), c = l.number(), any = dev::as_float(l.random()), nan = dev::as_float(0x7fc00000u);
+  const float a = l.number(), b = l.number(), c = l.number(), any = dev::as_float(l.random()),
+              nan = dev::as_float(0x7fc00000u);
   l.put(0, dev::max(a, b)), l.put(1, dev::min(a, b)), l.put(2, dev::max(a, nan)), l.put(3, dev::min(nan, b));
-  l.put(4, dev::fma(a, b, c)), l.put(5, dev::mul_rn(a, any)), l.put(6, dev::add_rn(a, any)), l.put(7, dev::sub_rn(any, b));
+  l.put(4, dev::fma(a, b, c)), l.put(5, dev::mul_rn(a, any)), l.put(6, dev::add_rn(a, any)),
+      l.put(7, dev::sub_rn(any, b));
   l.put(8, dev::add_rn(dev::mul_rn(a, b), c));   // not fused
 }
 DK_PROBE(integer_arithmetic, "bits", 6) {
@@ -195,7 +207,8 @@ DK_PROBE(cluster, "bits", 5) {
   dev::sts_f32(shared + dev::tid() * 4, l.number());
   dev::cluster_sync();
   l.put(0, dev::cluster_rank());
-  DK_UNROLL for (int rank = 0; rank < CLUSTER; ++rank) l.put(1 + rank, dev::lds_f32_of(rank, shared + (dev::tid() ^ 17) * 4));
+  DK_UNROLL_FOR (int rank = 0; rank < CLUSTER; ++rank)
+    l.put(1 + rank, dev::lds_f32_of(rank, shared + (dev::tid() ^ 17) * 4));
   dev::cluster_sync();
 }
 
@@ -212,7 +225,8 @@ template <class... Probes> DK_KERNEL(THREADS, 1) run_probes(DK_PARAM Params p) {
   (run(Probes{}), ...);
 }
 
-const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source, std::vector<uint32_t>& out);
+const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source,
+                          std::vector<uint32_t>& out);
 
 template <class... Probes> int run_and_print(int cluster) {
   const int64_t block_words = static_cast<int64_t>(THREADS) * sizeof...(Probes) * WORDS;
@@ -241,7 +255,8 @@ template <class... Probes> int run_and_print(int cluster) {
 }
 
 #if defined(__CUDACC__)
-const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source, std::vector<uint32_t>& out) {
+const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source,
+                          std::vector<uint32_t>& out) {
   uint32_t *source_there = nullptr, *out_there = nullptr;
   cudaMalloc(&source_there, source.size() * 4), cudaMalloc(&out_there, out.size() * 4);
   cudaMemcpy(source_there, source.data(), source.size() * 4, cudaMemcpyHostToDevice);
@@ -252,7 +267,8 @@ const char* run_on_device(const char* (*launch)(const Params&), Params p, std::v
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #else
-const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source, std::vector<uint32_t>& out) {
+const char* run_on_device(const char* (*launch)(const Params&), Params p, std::vector<uint32_t>& source,
+                          std::vector<uint32_t>& out) {
   emulation::allow(source.data(), source.size() * 4), emulation::allow(out.data(), out.size() * 4);
   p.source = source.data(), p.out = out.data();
   if (const char* error = launch(p)) return error;
@@ -262,12 +278,14 @@ const char* run_on_device(const char* (*launch)(const Params&), Params p, std::v
 #endif
 
 int conformance() {
-  const int failed = run_and_print<place, ldg, stg, shared_memory, cp_async, shfl_xor, shfl, ballot, ldmatrix, ldmatrix_trans, mma_bfloat16, mma_float16,
-                                   pack_bfloat16, pack_float16, unpack_bfloat16, unpack_float16, exp2_approx, log2_approx, arithmetic, integer_arithmetic>(1);
+  const int failed =
+      run_and_print<place, ldg, stg, shared_memory, cp_async, shfl_xor, shfl, ballot, ldmatrix, ldmatrix_trans,
+                    mma_bfloat16, mma_float16, pack_bfloat16, pack_float16, unpack_bfloat16, unpack_float16,
+                    exp2_approx, log2_approx, arithmetic, integer_arithmetic>(1);
   if (failed || dev::compute_capability() < 90) return failed;
   return run_and_print<cluster>(CLUSTER);
 }
 
-}  // namespace dk
+}   // namespace dk
 
 int main() { return dk::conformance(); }

@@ -1,10 +1,11 @@
 // The test-only half of csrc/cuda/device.h: kernels compiled for the CPU, where every access is checked.
 //
-// One CUDA thread is one fibre; blocks, warps and lanes run in an order shuffled by the seed. Every run reports, by file and line of the kernel: shared and
-// global memory out of bounds or misaligned; shared memory read uninitialised, or while a cp.async is in flight; missing barriers (by epochs, so whatever the
-// order of this run); divergent collectives; deadlocks; copies never waited for; bank conflicts of ldmatrix are counted. A cp.async destroys its destination
-// when it is issued and lands when it is waited for. What it cannot show: speed, rounding inside mma, and a misreading of the PTX manual that both halves
-// share (conformance.cu compares them on a GPU).
+// One CUDA thread is one fibre; blocks, warps and lanes run in an order shuffled by the seed. Every run reports, by
+// file and line of the kernel: shared and global memory out of bounds or misaligned; shared memory read uninitialised,
+// or while a cp.async is in flight; missing barriers (by epochs, so whatever the order of this run); divergent
+// collectives; deadlocks; copies never waited for; bank conflicts of ldmatrix are counted. A cp.async destroys its
+// destination when it is issued and lands when it is waited for. What it cannot show: speed, rounding inside mma, and a
+// misreading of the PTX manual that both halves share (conformance.cu compares them on a GPU).
 #pragma once
 #include "machine.h"
 
@@ -54,14 +55,17 @@ inline void ldmatrix(uint32_t address, uint32_t (&r)[4], bool transposed, const 
       const auto element = [&](int i, int j) { return lanes[m * 8 + i].in[j / 2] >> 16 * (j & 1) & 0xffffu; };
       for (int l = 0; l < 32; ++l) {
         const int g = l / 4, c = 2 * (l % 4);
-        lanes[l].out[m] = transposed ? element(c, g) | element(c + 1, g) << 16 : element(g, c) | element(g, c + 1) << 16;
+        lanes[l].out[m] =
+            transposed ? element(c, g) | element(c + 1, g) << 16 : element(g, c) | element(g, c + 1) << 16;
       }
     }
   });
   memcpy(r, t.out, 16);
 }
 
-template <class Decode> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Decode& decode, const char* file, int line) {
+template <class Decode>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, const Decode& decode, const char* file,
+         int line) {
   Thread& t = *current;
   memcpy(t.in, a, 16);
   t.in[4] = b0, t.in[5] = b1;
@@ -73,7 +77,9 @@ template <class Decode> void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t
       for (int e = 0; e < 2; ++e) {
         const int g = l / 4, q = 2 * (l % 4) + e;
         for (int i = 0; i < 4; ++i) A[g + 8 * (i & 1)][q + 8 * (i >> 1)] = decode(lanes[l].in[i] >> 16 * e & 0xffff);
-        for (int i = 0; i < 2; ++i) B[q + 8 * i][g] = decode(lanes[l].in[4 + i] >> 16 * e & 0xffff), C[g + 8 * i][q] = lanes[l].float_in[2 * i + e];
+        for (int i = 0; i < 2; ++i)
+          B[q + 8 * i][g] = decode(lanes[l].in[4 + i] >> 16 * e & 0xffff),
+                    C[g + 8 * i][q] = lanes[l].float_in[2 * i + e];
       }
     for (int i = 0; i < 16; ++i)
       for (int k = 0; k < 16; ++k)
@@ -94,7 +100,7 @@ inline uint32_t shuffle(uint32_t value, int from, const char* op, const char* fi
   return t.out[0];
 }
 
-}  // namespace dk::emulation
+}   // namespace dk::emulation
 
 namespace dk::dev {   // the same names as on a GPU
 namespace emu = dk::emulation;
@@ -122,8 +128,12 @@ inline void sts_f32(uint32_t a, float v, DK_AT) { emu::shared_store(a, v, file, 
 inline void sts8(uint32_t a, u32x2 v, DK_AT) { emu::shared_store(a, v, file, line); }
 inline void sts16(uint32_t a, u32x4 v, DK_AT) { emu::shared_store(a, v, file, line); }
 inline float lds_f32_of(uint32_t rank, uint32_t a, DK_AT) { return emu::load_of_other_block(rank, a, file, line); }
-inline void cp_async16(uint32_t to, const void* from, bool valid = true, DK_AT) { emu::issue_copy(to, from, 16, valid, file, line); }
-inline void cp_async4(uint32_t to, const void* from, bool valid = true, DK_AT) { emu::issue_copy(to, from, 4, valid, file, line); }
+inline void cp_async16(uint32_t to, const void* from, bool valid = true, DK_AT) {
+  emu::issue_copy(to, from, 16, valid, file, line);
+}
+inline void cp_async4(uint32_t to, const void* from, bool valid = true, DK_AT) {
+  emu::issue_copy(to, from, 4, valid, file, line);
+}
 inline void cp_async_commit() {
   emu::current->groups.push_back(std::move(emu::current->open));
   emu::current->open.clear();
@@ -135,9 +145,15 @@ inline void syncwarp(DK_AT) {
   ++emu::current->warp_epoch;
 }
 inline uint32_t shfl(uint32_t v, int lane, DK_AT) { return emu::shuffle(v, lane, "shfl", file, line); }
-inline uint32_t shfl_xor(uint32_t v, int lanes, DK_AT) { return emu::shuffle(v, (tid() & 31) ^ lanes, "shfl_xor", file, line); }
-inline float shfl(float v, int lane, DK_AT) { return emu::bits_to_float(shfl(emu::float_to_bits(v), lane, file, line)); }
-inline float shfl_xor(float v, int lanes, DK_AT) { return emu::bits_to_float(shfl_xor(emu::float_to_bits(v), lanes, file, line)); }
+inline uint32_t shfl_xor(uint32_t v, int lanes, DK_AT) {
+  return emu::shuffle(v, (tid() & 31) ^ lanes, "shfl_xor", file, line);
+}
+inline float shfl(float v, int lane, DK_AT) {
+  return emu::bits_to_float(shfl(emu::float_to_bits(v), lane, file, line));
+}
+inline float shfl_xor(float v, int lanes, DK_AT) {
+  return emu::bits_to_float(shfl_xor(emu::float_to_bits(v), lanes, file, line));
+}
 inline uint32_t ballot(bool v, DK_AT) {
   emu::Thread& t = *emu::current;
   t.in[0] = v;
@@ -153,8 +169,12 @@ inline void ldmatrix_x4_trans(uint32_t a, uint32_t (&r)[4], DK_AT) { emu::ldmatr
 
 struct BFloat16 {};
 struct Float16 {};
-inline void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, DK_AT) { emu::mma(c, a, b0, b1, emu::from_bfloat16, file, line); }
-inline void mma(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, DK_AT) { emu::mma(c, a, b0, b1, emu::from_float16, file, line); }
+inline void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, DK_AT) {
+  emu::mma(c, a, b0, b1, emu::from_bfloat16, file, line);
+}
+inline void mma(Float16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, DK_AT) {
+  emu::mma(c, a, b0, b1, emu::from_float16, file, line);
+}
 inline uint32_t pack(BFloat16, float low, float high) { return emu::to_bfloat16(low) | emu::to_bfloat16(high) << 16; }
 inline uint32_t pack(Float16, float low, float high) { return emu::to_float16(low) | emu::to_float16(high) << 16; }
 inline float unpack(BFloat16, uint16_t v) { return emu::from_bfloat16(v); }
@@ -164,7 +184,8 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline float log2_approx(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }   // (of a denormal as of 0)
+// (of a denormal as of 0)
+inline float log2_approx(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
@@ -195,7 +216,8 @@ inline const char* failure(const char* kernel, const char* what) {
   snprintf(text, sizeof text, "CUDA kernel %s: %s", kernel, what);
   return text;
 }
-template <class P> const char* launch(const char* name, void (*kernel)(P), Grid grid, int threads, uint32_t smem, void*, const P& params) {
+template <class P>
+const char* launch(const char* name, void (*kernel)(P), Grid grid, int threads, uint32_t smem, void*, const P& params) {
   if (grid.x == 0 || grid.y == 0) return nullptr;
   if (grid.x > 0x7fffffff || grid.y > 65535) return failure(name, "the problem has more blocks than a grid can hold");
   if (threads % 32 || threads > 1024) return failure(name, "invalid configuration argument");
@@ -206,4 +228,4 @@ template <class P> const char* launch(const char* name, void (*kernel)(P), Grid 
 inline int compute_capability() { return emu::options.capability; }
 inline int shared_memory_per_block() { return emu::options.capability >= 90 ? 227 * 1024 : 163 * 1024; }
 
-}  // namespace dk::dev
+}   // namespace dk::dev

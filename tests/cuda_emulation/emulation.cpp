@@ -20,5 +20,6 @@ DK_EXPORT uint64_t dk_emulation_errors(char* text, uint64_t size) {
 }
 // launches, mma, ldmatrix, and the shared memory passes these took (equal where there are no bank conflicts)
 DK_EXPORT void dk_emulation_counts(long (&counts)[4]) {
-  counts[0] = emu::report.launches, counts[1] = emu::report.mma, counts[2] = emu::report.ldmatrix, counts[3] = emu::report.ldmatrix_ways;
+  counts[0] = emu::report.launches, counts[1] = emu::report.mma, counts[2] = emu::report.ldmatrix,
+  counts[3] = emu::report.ldmatrix_ways;
 }

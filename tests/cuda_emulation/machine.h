@@ -1,5 +1,5 @@
-// The machine of the emulation: threads as fibres, the order they run in, memory that is checked at every access, and grids. cuda_emulation.h puts the names of
-// csrc/cuda/device.h on it.
+// The machine of the emulation: threads as fibres, the order they run in, memory that is checked at every access, and
+// grids. cuda_emulation.h puts the names of csrc/cuda/device.h on it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -23,8 +23,8 @@
 #define DK_DEVICE inline
 #define DK_KERNEL(threads, min_blocks) void
 #define DK_PARAM const
-#define DK_UNROLL
-#define DK_ROLLED
+#define DK_UNROLL_FOR for
+#define DK_ROLLED_FOR for
 #define DK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()   // where the kernel calls
 
 namespace dk::emulation {
@@ -83,8 +83,8 @@ struct Copy {
 };
 
 struct Thread {
-  int index = 0;             // in the cluster
-  int tid = 0, rank = 0;     // in its block; of its block
+  int index = 0;           // in the cluster
+  int tid = 0, rank = 0;   // in its block; of its block
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = STACK;
@@ -98,8 +98,8 @@ struct Thread {
   uint32_t block_epoch = 1, warp_epoch = 1, cluster_epoch = 1;   // barriers passed
   std::vector<Copy> open;                                        // copies not yet committed
   std::vector<std::vector<Copy>> groups;
-  size_t landed = 0;                                             // groups that have
-  uint32_t in[8], out[4];                                        // registers in a collective
+  size_t landed = 0;        // groups that have
+  uint32_t in[8], out[4];   // registers in a collective
   float float_in[4], float_out[4];
 };
 
@@ -131,7 +131,7 @@ struct Block {
   int live = 0;
 };
 
-struct Cluster {   // what runs at a time: one block, or the blocks of a cluster
+struct Cluster {                        // what runs at a time: one block, or the blocks of a cluster
   int threads = 0, blocks = 1, y = 0;   // threads of a block
   uint32_t smem_bytes = 0;
   std::vector<Block> block;
@@ -150,11 +150,13 @@ inline Block& block_of(const Thread& t) { return cluster->block[t.rank]; }
 
 inline void error(const char* what, const char* file, int line, const std::string& more = "") {
   const char* name = strrchr(file, '/');
-  ++report.errors[std::string(name ? name + 1 : file) + ":" + std::to_string(line) + ": " + what + (more.empty() ? "" : ": " + more)];
+  ++report.errors[std::string(name ? name + 1 : file) + ":" + std::to_string(line) + ": " + what +
+                  (more.empty() ? "" : ": " + more)];
 }
 
 #if defined(__x86_64__)
-extern "C" void dk_emulation_switch(void** save, void* load);   // ucontext does the same with a system call, 20 times slower
+// ucontext does the same with a system call, 20 times slower
+extern "C" void dk_emulation_switch(void** save, void* load);
 asm(R"(.text
 .p2align 4
 .weak dk_emulation_switch
@@ -219,11 +221,13 @@ inline void let_others_run() {
 }
 
 // Everybody of a group arrives; the last one does what the group does together.
-template <class Together> void meet(Meeting& m, int size, const char* op, const char* file, int line, const Together& together) {
+template <class Together>
+void meet(Meeting& m, int size, const char* op, const char* file, int line, const Together& together) {
   Thread& me = *current;
   me.op = op, me.file = file, me.line = line;
   if (m.arrived && (strcmp(m.op, op) != 0 || m.line != line)) {
-    error("divergent collective", file, line, std::string(op) + " meets " + m.op + " of line " + std::to_string(m.line));
+    error("divergent collective", file, line,
+          std::string(op) + " meets " + m.op + " of line " + std::to_string(m.line));
     m.bad = true;
   }
   m.op = op, m.file = file, m.line = line;
@@ -263,7 +267,8 @@ inline void check_read(Cell& c, Thread& t, const char* file, int line) {
   if (c.state == Cell::NEVER_WRITTEN) error("read of uninitialised shared memory", file, line);
   if (c.state == Cell::IN_FLIGHT) error("read of shared memory with a cp.async in flight", file, line);
   const bool same_warp = c.writer >= 0 && c.writer / 32 == t.index / 32;
-  const bool ordered = c.writer < 0 || c.writer == t.index || c.write_epoch != t.block_epoch || (same_warp && c.write_warp_epoch != t.warp_epoch);
+  const bool ordered = c.writer < 0 || c.writer == t.index || c.write_epoch != t.block_epoch ||
+                       (same_warp && c.write_warp_epoch != t.warp_epoch);
   if (!ordered) error("read after write without a barrier", file, line);
   if (c.read_epoch == t.block_epoch && c.reader != t.index && c.reader != Cell::NOBODY) {
     if (c.reader == Cell::SEVERAL_WARPS || c.reader / 32 != t.index / 32) c.reader = Cell::SEVERAL_WARPS;
@@ -279,15 +284,18 @@ inline void check_write(Cell& c, Thread& t, Write kind, const char* file, int li
   const bool landing = kind == Write::COPY_LANDED;
   if (!landing && c.state == Cell::IN_FLIGHT) error("write over a cp.async in flight", file, line);
   const bool same_warp = c.writer >= 0 && c.writer / 32 == t.index / 32;
-  const bool ordered = c.writer < 0 || c.writer == t.index || c.write_epoch != t.block_epoch || (same_warp && c.write_warp_epoch != t.warp_epoch);
+  const bool ordered = c.writer < 0 || c.writer == t.index || c.write_epoch != t.block_epoch ||
+                       (same_warp && c.write_warp_epoch != t.warp_epoch);
   if (!ordered) error("write after write without a barrier", file, line);
   if (!landing && c.reader != Cell::NOBODY && c.read_epoch == t.block_epoch) {
     const bool only_mine = c.reader == t.index && !c.several_lanes;
     const bool warp_synced = c.reader >= 0 && c.reader / 32 == t.index / 32 && c.read_warp_epoch != t.warp_epoch;
     if (!only_mine && !warp_synced) error("write after read without a barrier", file, line);
   }
-  if (c.remote_read_cluster_epoch == t.cluster_epoch) error("write after another block's read without a cluster barrier", file, line);
-  c.writer = t.index, c.write_epoch = t.block_epoch, c.write_warp_epoch = t.warp_epoch, c.write_cluster_epoch = t.cluster_epoch;
+  if (c.remote_read_cluster_epoch == t.cluster_epoch)
+    error("write after another block's read without a cluster barrier", file, line);
+  c.writer = t.index, c.write_epoch = t.block_epoch, c.write_warp_epoch = t.warp_epoch,
+  c.write_cluster_epoch = t.cluster_epoch;
   c.state = kind == Write::COPY_ISSUED ? Cell::IN_FLIGHT : Cell::VALID;
 }
 
@@ -323,7 +331,8 @@ inline float load_of_other_block(uint32_t rank, uint32_t address, const char* fi
   Cell& c = b.shadow[(address - SMEM_BASE) / 4];
   if (b.live < cluster->threads) error("read of the shared memory of a block that may have ended", file, line);
   if (c.state != Cell::VALID) error("read of uninitialised shared memory of another block", file, line);
-  if (c.write_cluster_epoch == current->cluster_epoch) error("read of another block's memory without a cluster barrier", file, line);
+  if (c.write_cluster_epoch == current->cluster_epoch)
+    error("read of another block's memory without a cluster barrier", file, line);
   c.remote_read_cluster_epoch = b.remote_read_cluster_epoch = current->cluster_epoch;
   float value;
   memcpy(&value, b.smem + (address - SMEM_BASE), 4);
@@ -352,7 +361,8 @@ template <class T> void global_store(void* p, const T& value, const char* file, 
 
 inline void issue_copy(uint32_t to, const void* from, uint32_t bytes, bool valid, const char* file, int line) {
   if (valid) valid = in_global_memory(from, bytes, file, line);
-  memset(shared_write(to, bytes, Write::COPY_ISSUED, file, line), 0xff, bytes);   // gone from now on, there only after the wait
+  // gone from now on, there only after the wait
+  memset(shared_write(to, bytes, Write::COPY_ISSUED, file, line), 0xff, bytes);
   current->open.push_back({to, from, bytes, valid, file, line});
 }
 inline void land_copies(size_t but_youngest) {
@@ -370,9 +380,11 @@ inline void end_thread() {
   Thread& t = *current;
   Block& b = block_of(t);
   for (size_t i = t.landed; i < t.groups.size(); ++i)
-    if (!t.groups[i].empty()) error("kernel ends with a cp.async never waited for", t.groups[i][0].file, t.groups[i][0].line);
+    if (!t.groups[i].empty())
+      error("kernel ends with a cp.async never waited for", t.groups[i][0].file, t.groups[i][0].line);
   if (!t.open.empty()) error("kernel ends with a cp.async never committed", t.open[0].file, t.open[0].line);
-  if (b.remote_read_cluster_epoch == t.cluster_epoch) error("a block ends while others may read its shared memory", t.file, t.line);
+  if (b.remote_read_cluster_epoch == t.cluster_epoch)
+    error("a block ends while others may read its shared memory", t.file, t.line);
   t.done = true;
   --b.live, --cluster->live;
 }
@@ -447,8 +459,11 @@ inline void allocate(Cluster& c) {
   c.thread = std::vector<Thread>(count);
   c.warp.resize(count / 32), c.ready.resize(count / 32);
   for (int w = 0; w < count / 32; ++w) c.priority.push_back(w);
-  char* stacks = static_cast<char*>(mmap(nullptr, STACK * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-  for (int i = 0; i < count; ++i) c.thread[i].index = i, c.thread[i].tid = i % c.threads, c.thread[i].rank = i / c.threads, c.thread[i].stack = stacks + STACK * i;
+  char* stacks = static_cast<char*>(
+      mmap(nullptr, STACK * count, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+  for (int i = 0; i < count; ++i)
+    c.thread[i].index = i, c.thread[i].tid = i % c.threads, c.thread[i].rank = i / c.threads,
+    c.thread[i].stack = stacks + STACK * i;
 #if defined(__SANITIZE_ADDRESS__)
   pthread_attr_t attributes;
   void* low;
@@ -482,4 +497,4 @@ inline void run_grid(int64_t x, int y, int blocks, int threads, uint32_t smem, s
   cluster = nullptr, current = nullptr;
 }
 
-}  // namespace dk::emulation
+}   // namespace dk::emulation

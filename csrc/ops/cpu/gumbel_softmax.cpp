@@ -1,5 +1,5 @@
-// gumbel_softmax, forward and backward: sees the logits as [outer, classes, inner], allocates, spreads strips over threads. Arguments were checked in
-// Python.
+// gumbel_softmax, forward and backward: sees the logits as [outer, classes, inner], allocates, spreads strips over
+// threads. Arguments were checked in Python.
 #include <optional>
 #include <utility>
 #include <vector>
@@ -18,10 +18,13 @@ template <class Args> static void run_strips(const StripKernel<Args>& kernel, co
   });
 }
 
-// Is `t` laid out as a contiguous tensor whose last dimension is `dim`? So are channels_last pictures with their channels.
+// Is `t` laid out as a contiguous tensor whose last dimension is `dim`? So are channels_last pictures with their
+// channels.
 static bool is_last_in_memory(const Tensor& t, int64_t dim) {
   int64_t stride = 1;
-  const auto follows = [&](int64_t i) { return t.size(i) == 1 || t.stride(i) == std::exchange(stride, stride * t.size(i)); };
+  const auto follows = [&](int64_t i) {
+    return t.size(i) == 1 || t.stride(i) == std::exchange(stride, stride * t.size(i));
+  };
   bool last = follows(dim);
   for (int64_t i = t.dim() - 1; i >= 0; --i) last = last && (i == dim || follows(i));
   return last;
@@ -30,8 +33,10 @@ static bool is_last_in_memory(const Tensor& t, int64_t dim) {
 // Where the classes lie last they stay so; tensors of all other layouts become contiguous.
 static bool keeps_classes_last(const Tensor& t, int64_t dim) { return !t.is_contiguous() && is_last_in_memory(t, dim); }
 
-// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
-static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim, bool return_kl) {
+// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked
+// for
+static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim,
+                                                         bool return_kl) {
   const bool classes_last = keeps_classes_last(logits, dim);
   if (!classes_last) logits = torch::stable::contiguous(logits);
   GumbelSoftmaxArgs a = gumbel_softmax_args(logits, seed, tau, hard, dim);
@@ -54,8 +59,9 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
 }
 
 // y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
-static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y, std::optional<Tensor> logits,
-                                      std::optional<Tensor> kl, std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {
+static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y,
+                                      std::optional<Tensor> logits, std::optional<Tensor> kl,
+                                      std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {
   const Tensor like = y ? *y : *logits;
   const bool classes_last = keeps_classes_last(like, dim);
   const auto laid_out = [&](const Tensor& t) {
@@ -80,7 +86,7 @@ static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_
   return grad_logits;
 }
 
-}  // namespace dk
+}   // namespace dk
 
 STABLE_TORCH_LIBRARY_IMPL(dalle_kernels, CPU, m) {
   m.impl("gumbel_softmax", TORCH_BOX(&dk::gumbel_softmax));

@@ -1,5 +1,5 @@
-// Shared by the launchers for CUDA: outputs, streams, errors, and where operations are registered. The tests compile the same files against an emulation of
-// the device (DK_EMULATED), where tensors are on the CPU.
+// Shared by the launchers for CUDA: outputs, streams, errors, and where operations are registered. The tests compile
+// the same files against an emulation of the device (DK_EMULATED), where tensors are on the CPU.
 #pragma once
 #include <vector>
 
@@ -25,7 +25,7 @@ inline Tensor prepared(Tensor t) {   // poisoned, so that what a kernel leaves o
   return visible(t);
 }
 
-}  // namespace dk
+}   // namespace dk
 
 #else
 #include <dlfcn.h>
@@ -41,8 +41,8 @@ struct OnDevice {
   torch::stable::accelerator::DeviceGuard guard;
 };
 
-// The stream that torch works on. Its symbol is in libtorch_cuda, which a CPU build of torch does not have: looked up when first needed, so that this library
-// loads there too.
+// The stream that torch works on. Its symbol is in libtorch_cuda, which a CPU build of torch does not have: looked up
+// when first needed, so that this library loads there too.
 inline void* current_stream(const Tensor& t) {
   using Lookup = int32_t (*)(int32_t, void**);
   static const Lookup lookup = [] {
@@ -57,17 +57,22 @@ inline void* current_stream(const Tensor& t) {
 inline Tensor visible(Tensor t) { return t; }
 inline Tensor prepared(Tensor t) { return t; }
 
-}  // namespace dk
+}   // namespace dk
 #endif
 
 namespace dk {
 
 using torch::headeronly::ScalarType;
 
-inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape) { return prepared(torch::stable::new_empty(like, shape)); }
-inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) { return prepared(torch::stable::new_empty(like, shape, dtype)); }
-inline Tensor new_output_like(const Tensor& like) { return prepared(torch::stable::empty_like(like)); }   // in the memory order of `like`
+inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape) {
+  return prepared(torch::stable::new_empty(like, shape));
+}
+inline Tensor new_output(const Tensor& like, std::vector<int64_t> shape, ScalarType dtype) {
+  return prepared(torch::stable::new_empty(like, shape, dtype));
+}
+// in the memory order of `like`
+inline Tensor new_output_like(const Tensor& like) { return prepared(torch::stable::empty_like(like)); }
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : visible(torch::stable::contiguous(t)); }
 inline void check_launch(const char* error) { STD_TORCH_CHECK(error == nullptr, error); }
 
-}  // namespace dk
+}   // namespace dk

@@ -9,10 +9,14 @@
 
 namespace dk {
 
-static void check_classes(int64_t classes) { STD_TORCH_CHECK(classes <= INT32_MAX, "there may be 2^31 - 1 classes; got ", classes); }
+static void check_classes(int64_t classes) {
+  STD_TORCH_CHECK(classes <= INT32_MAX, "there may be 2^31 - 1 classes; got ", classes);
+}
 
-// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked for
-static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim, bool return_kl) {
+// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked
+// for
+static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim,
+                                                         bool return_kl) {
   const OnDevice guard(logits);
   logits = as_contiguous(logits);
   check_classes(logits.size(dim));
@@ -25,7 +29,8 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
     stats_shape = shape;
     stats_shape.insert(stats_shape.begin(), 2);
   }
-  Tensor y = new_output_like(logits), kl = new_output(logits, shape, ScalarType::Float), stats = new_output(logits, stats_shape, ScalarType::Float);
+  Tensor y = new_output_like(logits), kl = new_output(logits, shape, ScalarType::Float),
+         stats = new_output(logits, stats_shape, ScalarType::Float);
   a.logits = logits.data_ptr(), a.y = y.data_ptr();
   if (return_kl) set_stats(a, kl, stats);
   if (logits.numel() > 0) check_launch(cuda::gumbel_softmax(a, current_stream(logits)));
@@ -33,8 +38,9 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
 }
 
 // y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
-static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y, std::optional<Tensor> logits,
-                                      std::optional<Tensor> kl, std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {
+static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y,
+                                      std::optional<Tensor> logits, std::optional<Tensor> kl,
+                                      std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {
   const OnDevice guard(grad_y);
   const auto read = [](std::optional<Tensor>& t) -> void* {
     if (!t) return nullptr;
@@ -54,7 +60,7 @@ static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_
   return grad_logits;
 }
 
-}  // namespace dk
+}   // namespace dk
 
 DK_REGISTER(m) {
   m.impl("gumbel_softmax", TORCH_BOX(&dk::gumbel_softmax));

@@ -3,7 +3,8 @@
 
 namespace dk {
 
-static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor, std::vector<int64_t> sizes, double scale) {
+static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor,
+                                                   std::vector<int64_t> sizes, double scale) {
   const OnDevice guard(q);
   Tensor out = new_output_like(q), lse = new_output(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   const SparseAttentionArgs a = sparse_attention_args(q, k, v, out, lse, plan, scale);
@@ -13,6 +14,6 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
-}  // namespace dk
+}   // namespace dk
 
 DK_REGISTER(m) { m.impl("sparse_attention", TORCH_BOX(&dk::sparse_attention)); }

@@ -6,7 +6,8 @@
 
 namespace dk {
 
-// `sizes` are those of the plan and of the backward plan; `plan` is number `which`. Its words are on the device and cannot be checked here.
+// `sizes` are those of the plan and of the backward plan; `plan` is number `which`. Its words are on the device and
+// cannot be checked here.
 inline PlanSizes plan_sizes(const Tensor& plan, const std::vector<int64_t>& sizes, int which) {
   STD_TORCH_CHECK(sizes.size() == 12, "expected six sizes of each of two plans");
   const int64_t* s = sizes.data() + 6 * which;   // length, rows, columns, items, partials, split tiles
@@ -14,4 +15,4 @@ inline PlanSizes plan_sizes(const Tensor& plan, const std::vector<int64_t>& size
   return {s[0], s[3], s[4], s[5]};
 }
 
-}  // namespace dk
+}   // namespace dk
