@@ -75,6 +75,7 @@ fuzz: $(DEV_STAMP)   ## fresh random numbers, N draws a test: prints the distrib
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 bench: $(DEV_STAMP)   ## operations and models against dense attention and plain PyTorch; K=... chooses benchmarks
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-quiet $(if $(K),-k "$(K)")

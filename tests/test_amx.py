@@ -1,97 +1,146 @@
-"""The `amx` kernels on any machine: their machine code runs on the processor's tiles where it has some, else under
-emulation (amx_emulation/emulation.cpp). First the emulation itself, then the kernels.
+"""The machine code of the `amx` kernels, on the processor's own tiles where it has some, and under emulation on any
+(amx_emulation/emulation.cpp); both must agree bit by bit. First the emulation itself, then the kernels.
 """
 
 import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from amx_emulation import amx
 
-from dalle_kernels import build_info
+TESTS = Path(__file__).parent
 
-PROBLEM = amx.problem() or ("amx" not in build_info.cpu_isas() and "the compiler does not know AMX") or None
-pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
-emulated = pytest.mark.skipif(PROBLEM is None and amx.native(), reason="this processor has AMX")
 
+def needs(*modes, kernels=False):
+    """Skips where AMX code can't run in all these modes."""
+    problems = [amx.problem(mode, kernels) for mode in modes]
+    return pytest.mark.skipif(any(problems), reason=next(filter(None, problems), ""))
+
+
+def in_each_mode(kernels=False):
+    modes = [pytest.param(mode, marks=needs(mode, kernels=kernels)) for mode in ("native", "emulated")]
+    return pytest.mark.parametrize("mode", modes)
+
+
+# -- instructions
 
 TILES = "-mamx-tile", "-mamx-bf16"
 
 
-def run(*command, **environment):
-    environment = {**os.environ, **amx.environment(), **environment}
-    return subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True)
+def exercise():
+    return amx.compile("exercise.cpp", "-O1", *TILES, "-mfma", "-pthread")
 
 
-def exercise(name, seed):
-    return run(amx.compile("exercise.cpp", "-O1", *TILES, "-pthread"), name, seed)
+def run_exercise(mode, name, seed):
+    return amx.run(mode, amx.prepared(exercise(), mode), name, seed)
 
 
-@pytest.mark.parametrize("name", ["products", "addresses", "rounding", "threads"])
-def test_instructions(name, seed):
-    done = exercise(name, seed)
+def emulated_instructions(done):
+    """How many instructions a process has had emulated."""
+    found = re.search(r"AMX emulation: (\d+) instructions", done.stderr)
+    return int(found[1]) if found else 0
+
+
+@pytest.mark.parametrize("name", ["products", "addresses", "rounding", "sums", "accepted", "threads"])
+@in_each_mode()
+def test_instructions(mode, name, seed):
+    done = run_exercise(mode, name, seed)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
-    assert amx.native() or "instructions" in done.stderr
+    assert (emulated_instructions(done) > 0) == (mode == "emulated")
 
 
-@emulated
+@needs("native", "emulated")
+def test_the_emulation_rounds_as_the_processor(seed):
+    native, emulated = (run_exercise(mode, "results", seed) for mode in ("native", "emulated"))
+    assert native.returncode == emulated.returncode == 0
+    assert native.stdout and native.stdout == emulated.stdout
+
+
 @pytest.mark.parametrize(
-    ("name", "message"),
+    ("name", "message", "number"),
     [
-        ("no permission", "the process did not ask for permission to use tiles"),
-        ("unconfigured", "no tiles are configured"),
-        ("released", "no tiles are configured"),
-        ("another tile", "this tile is not configured"),
-        ("too many rows", "a tile of more than 16 rows or 64 bytes a row"),
-        ("rows too long", "a tile of more than 16 rows or 64 bytes a row"),
-        ("rows without columns", "a tile with rows or columns alone"),
-        ("palette 2", "no such palette"),
-        ("reserved", "reserved bytes are set"),
-        ("wrong shape", "the tiles' shapes do not match"),
-        ("same tile", "its three tiles are not different"),
+        ("no permission", "the process did not ask for permission to use tiles", signal.SIGILL),
+        ("unconfigured", "no tiles are configured", signal.SIGILL),
+        ("released", "no tiles are configured", signal.SIGILL),
+        ("another tile", "this tile is not configured", signal.SIGILL),
+        ("too many rows", "a tile of more than 16 rows or 64 bytes a row", signal.SIGSEGV),
+        ("rows too long", "a tile of more than 16 rows or 64 bytes a row", signal.SIGSEGV),
+        ("rows without columns", "a tile with rows or columns alone", signal.SIGSEGV),
+        ("palette 2", "no such palette", signal.SIGSEGV),
+        ("reserved", "reserved bytes are set", signal.SIGSEGV),
+        ("part of a word", "rows are not whole words (instruction 4b", signal.SIGILL),
+        ("part of a word stored", "rows are not whole words (instruction 4b", signal.SIGILL),
+        ("wrong shape", "the tiles' shapes do not match", signal.SIGILL),
+        ("same tile", "its three tiles are not different", signal.SIGILL),
     ],
 )
-def test_what_a_processor_refuses_is_reported(name, message, seed):
-    done = exercise(name, seed)
-    assert done.returncode == -signal.SIGABRT, (done.returncode, done.stderr)
-    assert message in done.stderr and "exercise-" in done.stderr
+@in_each_mode()
+def test_what_a_processor_refuses_is_reported(mode, name, message, number, seed):
+    done = run_exercise(mode, name, seed)
+    if mode == "native":
+        assert done.returncode == -number, (done.returncode, done.stderr)
+    else:
+        assert done.returncode == -signal.SIGABRT, (done.returncode, done.stderr)
+        assert message in done.stderr and "exercise-" in done.stderr
 
 
-@emulated
+@needs("emulated")
 def test_tiles_that_are_not_released_are_reported(seed):
-    done = exercise("held", seed)
+    done = run_exercise("emulated", "held", seed)
     assert done.returncode == 1 and "1 threads did not release their tiles" in done.stderr
 
 
-@emulated
 @pytest.mark.parametrize(("name", "number"), [("no address", signal.SIGSEGV), ("not AMX", signal.SIGILL)])
-def test_other_faults_stay_what_they_are(name, number, seed):
-    assert exercise(name, seed).returncode == -number
+@in_each_mode()
+def test_other_faults_stay_what_they_are(mode, name, number, seed):
+    assert run_exercise(mode, name, seed).returncode == -number
+
+
+# -- hiding instructions
+
+
+@needs("emulated")
+def test_hidden_instructions_run_nowhere_but_under_emulation(seed):
+    hidden = amx.prepared(exercise(), "emulated")
+    assert amx.run("native", hidden, "products", seed).returncode == -signal.SIGILL
+    assert amx.run("emulated", hidden, "products", seed).returncode == 0
+
+
+@needs("emulated")
+@pytest.mark.skipif(amx.problem("native") is None, reason="this processor has AMX: what is not hidden is not emulated")
+def test_hiding_changes_no_result(seed):
+    hidden = run_exercise("emulated", "results", seed)
+    plain = amx.run("native", exercise(), "results", seed, LD_PRELOAD=str(amx.emulation(amx.VEX)))
+    assert hidden.returncode == plain.returncode == 0
+    assert hidden.stdout and hidden.stdout == plain.stdout
+    assert emulated_instructions(hidden) == emulated_instructions(plain) > 0
 
 
 # -- csrc/cpu/matrix.h
 
-needs_avx512_bf16 = pytest.mark.skipif(
-    PROBLEM is None and "avx512_bf16" not in amx.processor(), reason="the kernels need AVX512-BF16 too"
-)
 AVX512 = "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma", "-mf16c"
 QUIET = "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-uninitialized", "-Wno-maybe-uninitialized"
 
 
-def primitive(isa, seed, csrc=amx.CSRC):
+def run_primitive(isa, mode, seed, csrc=amx.CSRC):
     flags = [*AVX512, *(TILES if isa == "amx" else ()), f"-DDK_ISA={isa}", "-O2", "-ffp-contract=fast", *QUIET]
-    return run(amx.compile("primitive.cpp", *flags, csrc=csrc), seed)
+    return amx.run(mode, amx.prepared(amx.compile("primitive.cpp", *flags, csrc=csrc), mode), seed)
 
 
-@needs_avx512_bf16
-@pytest.mark.parametrize("isa", ["avx512_bf16", "amx"])
-def test_the_primitive(isa, seed):
-    done = primitive(isa, seed)
+@in_each_mode(kernels=True)
+def test_the_primitive(mode, seed):
+    done = run_primitive("amx", mode, seed)
+    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not amx.ISAS.get("avx512_bf16"), reason="this processor has no AVX512-BF16")
+def test_the_primitive_without_tiles(seed):
+    done = run_primitive("avx512_bf16", "native", seed)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr
 
 
@@ -105,8 +154,7 @@ PLANTS = {
 }
 
 
-@emulated
-@needs_avx512_bf16
+@needs("emulated", kernels=True)
 @pytest.mark.slow
 @pytest.mark.parametrize("plant", PLANTS)
 def test_a_planted_fault_is_noticed(plant, tmp_path, seed):
@@ -116,20 +164,42 @@ def test_a_planted_fault_is_noticed(plant, tmp_path, seed):
     text = (csrc / "cpu" / "matrix.h").read_text()
     assert before in text
     (csrc / "cpu" / "matrix.h").write_text(text.replace(before, after))
-    done = primitive("amx", seed, csrc)
+    done = run_primitive("amx", "emulated", seed, csrc)
     assert done.returncode != 0 and message in done.stdout + done.stderr
 
 
 # -- attention
 
 
-@needs_avx512_bf16
+def run_python(mode, folder, *arguments, isa="amx"):
+    """Python with the package in a folder, where it looks first because it runs there."""
+    path = os.pathsep.join([str(amx.package(folder, mode)), str(TESTS)])
+    return amx.run(mode, sys.executable, *arguments, cwd=folder, PYTHONPATH=path, DALLE_KERNELS_CPU_ISA=isa)
+
+
+def attention(mode, folder):
+    """What amx_emulation/attention.py saves."""
+    folder.mkdir()
+    done = run_python(mode, folder, TESTS / "amx_emulation" / "attention.py", folder / "results")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (emulated_instructions(done) > 10_000) == (mode == "emulated")
+    return torch.load(folder / "results")
+
+
+@needs("native", "emulated", kernels=True)
+def test_attention_is_emulated_bit_by_bit(tmp_path):
+    native, emulated = (attention(mode, tmp_path / mode) for mode in ("native", "emulated"))
+    assert native.keys() == emulated.keys()
+    bits = torch.uint8
+    different = [name for name, x in native.items() if not torch.equal(x.view(bits), emulated[name].view(bits))]
+    assert not different
+
+
+@in_each_mode(kernels=True)
 @pytest.mark.slow
-def test_attention():
-    pytest_here = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    file = Path(__file__).with_name("test_sparse_attention.py")
+def test_attention(mode, tmp_path):
+    pytest_here = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
     selected = "(bfloat16 or any_shape) and not reference"
-    done = run(*pytest_here, file, "-k", selected, DALLE_KERNELS_CPU_ISA="amx")
+    done = run_python(mode, tmp_path, *pytest_here, TESTS / "test_sparse_attention.py", "-k", selected)
     assert done.returncode == 0 and " passed" in done.stdout, done.stdout[-4000:] + done.stderr[-1000:]
-    if not amx.native():
-        assert int(re.search(r"AMX emulation: (\d+) instructions", done.stderr)[1]) > 100_000
+    assert (emulated_instructions(done) > 100_000) == (mode == "emulated")

@@ -1,14 +1,14 @@
-// Runs AMX machine code on a processor without AMX. Preloaded (LD_PRELOAD), this library answers the request for
-// permission to use tiles, and executes the instructions, which such a processor refuses (SIGILL), on tiles in memory,
-// one set per thread, by the rules of Intel's manual
-// ("Instruction Set Reference", and "AMX Instruction Exception Classes" of volume 1). What the processor would refuse
-// ends the process with a message; so does a thread's configuration that is still held when the process ends. Memory is
-// accessed by ordinary loads and stores, so a wild address is an ordinary SIGSEGV. tilezero, tileloadd(t1), tilestored,
-// tdpbf16ps, ldtilecfg, sttilecfg, tilerelease; palette 1; no start row.
+// Runs AMX machine code on any processor with AVX2 and FMA. Preloaded (LD_PRELOAD), this library answers the request
+// for permission to use tiles, and executes hidden tile instructions, at which every processor traps (SIGILL), on tiles
+// in memory, one set per thread, by the rules of Intel's manual ("Instruction Set Reference", and "AMX Instruction
+// Exception Classes" of volume 1). A hidden instruction's first byte is FIRST_BYTE: see amx.py, which hides them. What
+// a processor with AMX would refuse ends the process with a message; so does a thread's configuration that is still
+// held when the process ends. Memory is accessed by ordinary loads and stores, so a wild address is an ordinary
+// SIGSEGV. tilezero, tileloadd(t1), tilestored, tdpbf16ps, ldtilecfg, sttilecfg, tilerelease; palette 1; no start row.
 #include <dlfcn.h>
+#include <immintrin.h>
 #include <ucontext.h>
 #include <unistd.h>
-#include <xmmintrin.h>
 
 #include <atomic>
 #include <cerrno>
@@ -41,7 +41,7 @@ std::atomic<long> executed{0}, holders{0};   // instructions; threads with a con
 std::atomic<bool> permitted{false};
 struct sigaction others = {};   // what the program itself wants done at SIGILL
 
-// -- decoding: VEX.128.W0.0F38 49, 4B and 5C
+// -- decoding: VEX.128.W0.0F38 49, 4B and 5C, but for the first byte
 
 enum Prefix { NONE, P66, F3, F2 };   // VEX.pp
 
@@ -95,8 +95,7 @@ void decode_memory(const uint8_t* p, bool index_extended, bool base_extended, co
 
 bool decode(const greg_t* registers, Instruction& out) {
   const uint8_t* p = reinterpret_cast<const uint8_t*>(registers[REG_RIP]);
-  // three-byte VEX, map 0F38, R clear, W0, 128
-  if (p[0] != 0xC4 || (p[1] & 0x9F) != 0x82 || (p[2] & 0x84) != 0) return false;
+  if (p[0] != FIRST_BYTE || (p[1] & 0x9F) != 0x82 || (p[2] & 0x84) != 0) return false;   // map 0F38, R clear, W0, 128
   out = {p,
          p[3],
          static_cast<uint8_t>(p[2] & 3),
@@ -126,10 +125,11 @@ void configure(const Instruction& i) {
   Config c;
   memcpy(&c, i.address, sizeof c);
   if (c.palette > 1) refuse(i, "ldtilecfg: no such palette");
+  if (c.palette == 0) return set({});   // whatever the other bytes are
+  // A processor accepts any: an interrupted load or store goes on from it. Kernels have no use for one.
   if (c.start_row) refuse(i, "ldtilecfg: a start row is not emulated");
   for (uint8_t x : c.reserved)
     if (x) refuse(i, "ldtilecfg: reserved bytes are set");
-  if (c.palette == 0) return set({});
   for (int t = 0; t < 16; ++t) {
     if (t >= TILES && (c.rows[t] || c.colsb[t])) refuse(i, "ldtilecfg: shapes of more than 8 tiles");
     if (c.rows[t] > MOST_ROWS || c.colsb[t] > MOST_BYTES)
@@ -144,8 +144,14 @@ void check_tile(const Instruction& i, int tile) {
   if (tile >= TILES || !config.rows[tile]) refuse(i, "this tile is not configured");
 }
 
+// A tile whose rows are not whole words can be configured and zeroed, and nothing else.
+void check_words(const Instruction& i, int tile) {
+  check_tile(i, tile);
+  if (config.colsb[tile] % 4) refuse(i, "this tile's rows are not whole words");
+}
+
 void move(const Instruction& i, bool load) {
-  check_tile(i, i.reg);
+  check_words(i, i.reg);
   const int colsb = config.colsb[i.reg];
   if (load) memset(&tiles[i.reg], 0, sizeof(Tile));
   for (int r = 0; r < config.rows[i.reg]; ++r) {
@@ -154,34 +160,31 @@ void move(const Instruction& i, bool load) {
   }
 }
 
-typedef float Floats __attribute__((vector_size(MOST_BYTES)));
-typedef uint32_t Words __attribute__((vector_size(MOST_BYTES)));
-Floats even_floats(Words pairs) { return reinterpret_cast<Floats>(pairs << 16); }
-Floats odd_floats(Words pairs) { return reinterpret_cast<Floats>(pairs & 0xffff0000u); }
+// The first and the second bfloat16 of every pair, as floats
+__m256 even_floats(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+__m256 odd_floats(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }
 
 // Column n of a row: the sum over even and that over odd elements, by fused multiply-adds, then their sum, then that
 // plus what was there.
 __attribute__((noinline)) void tdpbf16ps(const Instruction& i) {
   const int c = i.reg, a = i.rm, b = i.vvvv;
-  check_tile(i, c), check_tile(i, a), check_tile(i, b);
+  check_words(i, c), check_words(i, a), check_words(i, b);
   if (c == a || c == b || a == b) refuse(i, "tdpbf16ps: its three tiles are not different");
-  if ((config.colsb[c] | config.colsb[a] | config.colsb[b]) % 4) refuse(i, "tdpbf16ps: rows are not whole words");
   if (config.rows[c] != config.rows[a] || config.colsb[c] != config.colsb[b] || config.colsb[a] != 4 * config.rows[b])
     refuse(i, "tdpbf16ps: the tiles' shapes do not match");
-  for (int m = 0; m < config.rows[c]; ++m) {
-    Floats even = {}, odd = {}, sum;
-    Words left, right;
-    memcpy(&left, tiles[a].row[m], sizeof left);
-    for (int k = 0; k < config.rows[b]; ++k) {
-      memcpy(&right, tiles[b].row[k], sizeof right);
-      const Words pair = left[k] - Words{};
-      even += even_floats(pair) * even_floats(right);   // contracted: see the compiler's options
-      odd += odd_floats(pair) * odd_floats(right);
+  constexpr int WIDTH = sizeof(__m256);
+  for (int m = 0; m < config.rows[c]; ++m)
+    for (int n = 0; n < config.colsb[c]; n += WIDTH) {
+      __m256 even = _mm256_setzero_ps(), odd = even;
+      for (int k = 0; k < config.rows[b]; ++k) {
+        const __m256i left = _mm256_set1_epi32(read_int32(tiles[a].row[m] + 4 * k));
+        const __m256i right = _mm256_load_si256(reinterpret_cast<const __m256i*>(tiles[b].row[k] + n));
+        even = _mm256_fmadd_ps(even_floats(left), even_floats(right), even);
+        odd = _mm256_fmadd_ps(odd_floats(left), odd_floats(right), odd);
+      }
+      float* out = reinterpret_cast<float*>(tiles[c].row[m] + n);   // what is beyond colsb is never seen
+      _mm256_store_ps(out, _mm256_add_ps(_mm256_load_ps(out), _mm256_add_ps(even, odd)));
     }
-    memcpy(&sum, tiles[c].row[m], sizeof sum);
-    sum += even + odd;
-    memcpy(tiles[c].row[m], &sum, config.colsb[c]);
-  }
 }
 
 bool execute(const Instruction& i) {
@@ -227,8 +230,8 @@ void on_illegal_instruction(int number, siginfo_t* info, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction instruction;
   long count = 0;
-  // and those that follow, for a trap is slow
-  for (; decode(registers, instruction) && execute(instruction); ++count) registers[REG_RIP] += instruction.length;
+  for (; decode(registers, instruction) && execute(instruction); ++count)   // and those that follow, for a trap is slow
+    registers[REG_RIP] += instruction.length;
   executed.fetch_add(count, std::memory_order_relaxed);
   if (count) return;
   if (others.sa_handler == SIG_DFL || others.sa_handler == SIG_IGN) {

@@ -1,10 +1,13 @@
 // AMX instructions against plain loops, in every form of address, and what must be refused: `exercise NAME SEED`.
-// Values are small whole numbers, so that sums are exact in any order. Prints what differs; returns 0 if nothing does.
+// Prints what differs; returns 0 if nothing does. Values are small whole numbers, so that sums are exact in any order;
+// but for `sums`, which must be rounded as Intel's manual says, and `results`, which prints those sums.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -21,9 +24,13 @@ struct alignas(64) Config {
   uint8_t rows[16] = {};
   void shape(int tile, int r, int bytes) { rows[tile] = r, colsb[tile] = bytes; }
   void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }   // GCC 12's intrinsic names 8 of the 64 bytes
+  static Config stored() {
+    Config config;
+    asm volatile("sttilecfg %0" : "=m"(config));
+    return config;
+  }
+  bool operator==(const Config& other) const { return !memcmp(this, &other, sizeof *this); }
 };
-
-static bool permission() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 static uint16_t bf16(float x) {
   uint32_t u;
@@ -73,9 +80,11 @@ struct Product {
     _tile_loadd(7, b.bytes.data(), b.stride);
   }
   void multiply() { _tile_dpbf16ps(5, 0, 7); }
-  int wrong() {   // and nothing beside the tile was written
+  void store() {
     _tile_stored(5, c.bytes.data(), c.stride);
     asm volatile("" ::: "memory");
+  }
+  int wrong() const {   // and nothing beside the tile was written
     const bool same = c.bytes == expected.bytes;
     if (!same) printf("wrong product of %d x %d x %d\n", m, n, k);
     return !same;
@@ -89,7 +98,7 @@ static int products(Generator& random) {
     Product p(whole ? 16 : uniform(random, 1, 16), whole ? 16 : uniform(random, 1, 16),
               whole ? 16 : uniform(random, 1, 16), random);
     p.config().load();
-    p.load(), p.multiply();
+    p.load(), p.multiply(), p.store();
     wrong += p.wrong();
   }
   _tile_release();
@@ -103,7 +112,7 @@ static int threads(Generator& random) {
     for (int i = 0; i < 50; ++i) {
       Product p(uniform(random, 1, 16), uniform(random, 1, 16), uniform(random, 1, 16), random);
       p.config().load();
-      p.load(), std::this_thread::yield(), p.multiply(), std::this_thread::yield();
+      p.load(), std::this_thread::yield(), p.multiply(), std::this_thread::yield(), p.store();
       *wrong += p.wrong();
     }
     _tile_release();
@@ -113,19 +122,26 @@ static int threads(Generator& random) {
   return wrong[0] + wrong[1];
 }
 
+static int still_configured() {
+  Config none;
+  none.palette = 0;
+  if (Config::stored() == none) return 0;
+  return puts("tiles are still configured"), 1;
+}
+
 static Config static_config;
 
-// Every form of address: rows of 5 bytes are loaded, stored, and compared.
+// Every form of address: rows of 4 bytes are loaded, stored 5 bytes apart, and compared.
 static int addresses(Generator& random) {
   int wrong = 0;
   alignas(64) static uint8_t in[4096], out[16 * 5];
   for (uint8_t& x : in) x = random();
-  static_config.shape(3, 16, 5);
+  static_config.shape(3, 16, 4);
   asm volatile("ldtilecfg %0" ::"m"(static_config));   // relative to the instruction
   auto compare = [&](const char* form, const uint8_t* from, int64_t stride) {
     asm volatile("tilestored %%tmm3, (%0, %1)" ::"r"(out), "r"(int64_t{5}) : "memory");
     for (int r = 0; r < 16; ++r)
-      if (memcmp(out + 5 * r, from + r * stride, 5)) ++wrong, printf("wrong rows by %s, row %d\n", form, r), r = 16;
+      if (memcmp(out + 5 * r, from + r * stride, 4)) ++wrong, printf("wrong rows by %s, row %d\n", form, r), r = 16;
     asm volatile("tilezero %tmm3");
   };
 #define FORM(TEXT, BASE, INDEX, FROM, STRIDE)                                      \
@@ -162,13 +178,23 @@ static int addresses(Generator& random) {
   memcpy(low, in, 4096);
   asm volatile("tileloadd 0x20000010(, %0, 4), %%tmm3" ::"r"(int64_t{3}) : "memory");
   compare("displacement and index", in + 16, 12);
-  Config stored;
-  asm volatile("sttilecfg %0" : "=m"(stored));
-  if (memcmp(&stored, &static_config, 64)) ++wrong, puts("wrong configuration stored");
+  if (!(Config::stored() == static_config)) ++wrong, puts("wrong configuration stored");
   _tile_release();
-  asm volatile("sttilecfg %0" : "=m"(stored));
-  if (stored.palette || stored.rows[3]) ++wrong, puts("released tiles are still configured");
-  return wrong;
+  return wrong + still_configured();
+}
+
+// What a processor accepts, though nothing can be computed with it: rows that are not whole words, and bytes that mean
+// nothing without a palette.
+static int accepted() {
+  int wrong = 0;
+  Config config;
+  config.shape(2, 3, 5);
+  config.load();
+  _tile_zero(2);
+  if (!(Config::stored() == config)) ++wrong, puts("wrong configuration stored");
+  config.palette = 0, config.reserved[3] = 1;
+  config.load();
+  return wrong + still_configured();
 }
 
 // Sums are rounded to nearest even, denormals are zero, infinities and NaN are what they are elsewhere.
@@ -186,8 +212,74 @@ static int rounding(Generator& random) {
                         p.expected.at<float>(0, 0) = x.expected;
     p.a.at<uint16_t>(0, 1) = 0;
     p.config().load();
-    p.load(), p.multiply();
+    p.load(), p.multiply(), p.store();
     if (p.wrong()) ++wrong, printf("%a * %a + %a is not %a but %a\n", x.a, x.b, x.c, x.expected, p.c.at<float>(0, 0));
+  }
+  _tile_release();
+  return wrong;
+}
+
+// One element, as the manual says: chains of fused multiply-adds over the even and over the odd elements, their sum,
+// then that plus what was there. Apart from its caller, which sets how numbers are rounded.
+__attribute__((noipa)) static float formula(const float* left, const float* right, int pairs, float there) {
+  float even = 0, odd = 0;
+  for (int k = 0; k < pairs; ++k) {
+    even = __builtin_fmaf(left[2 * k], right[2 * k], even);
+    odd = __builtin_fmaf(left[2 * k + 1], right[2 * k + 1], odd);
+  }
+  return there + (even + odd);
+}
+
+static float rounded_formula(const float* left, const float* right, int pairs, float there) {
+  const unsigned before = _mm_getcsr();
+  _mm_setcsr(0x9fc0);   // to nearest even, denormals are zero
+  const float sum = formula(left, right, pairs, there);
+  _mm_setcsr(before);
+  return sum;
+}
+
+// A random number's bits: its exponent within 8 of `middle`, or where that is 0 any bits.
+static uint32_t any_number(Generator& random, int middle) {
+  const uint32_t bits = random();
+  return middle ? (bits & 0x807fffff) | uniform(random, std::max(0, middle - 8), middle + 8) << 23 : bits;
+}
+
+static float from_bits(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return std::isnan(x) ? __builtin_nanf("") : x;   // the manual does not say which NaN
+}
+
+// Products of 2^0 and of 2^-126 (some too small to be kept), within a factor of 2^16, and of any numbers: infinite ones
+// and NaN too.
+static int sums(Generator& random, bool print) {
+  int wrong = 0;
+  for (int i = 0; i < 80; ++i) {
+    const int middle = i % 4 == 0 ? 0 : i % 4 == 1 ? 64 : 127;
+    Product p(uniform(random, 1, 16), uniform(random, 1, 16), uniform(random, 1, 16), random);
+    std::vector<float> left(p.m * 2 * p.k), right(p.n * 2 * p.k);   // right: transposed
+    auto element = [&](uint16_t& bfloat16) {
+      const uint32_t bits = any_number(random, middle) & 0xffff0000;
+      bfloat16 = bits >> 16;
+      return from_bits(bits);
+    };
+    for (int r = 0; r < p.m; ++r)
+      for (int j = 0; j < 2 * p.k; ++j) left[r * 2 * p.k + j] = element(p.a.at<uint16_t>(r, j));
+    for (int n = 0; n < p.n; ++n)
+      for (int j = 0; j < 2 * p.k; ++j) right[n * 2 * p.k + j] = element(p.b.at<uint16_t>(j / 2, 2 * n + j % 2));
+    for (int r = 0; r < p.m; ++r)
+      for (int n = 0; n < p.n; ++n) {
+        const float there = from_bits(p.c.at<uint32_t>(r, n) = any_number(random, middle ? 2 * middle - 127 : 0));
+        p.expected.at<float>(r, n) = rounded_formula(&left[r * 2 * p.k], &right[n * 2 * p.k], p.k, there);
+      }
+    p.config().load();
+    p.load(), p.multiply(), p.store();
+    for (Matrix* matrix : {&p.c, &p.expected})
+      for (int r = 0; r < p.m; ++r)
+        for (int n = 0; n < p.n; ++n) matrix->at<float>(r, n) = from_bits(matrix->at<uint32_t>(r, n));
+    if (!print) wrong += p.wrong();
+    for (int r = 0; print && r < p.m; ++r, puts(""))
+      for (int n = 0; n < p.n; ++n) printf(" %08x", p.c.at<uint32_t>(r, n));
   }
   _tile_release();
   return wrong;
@@ -202,14 +294,17 @@ static void fault(const std::string& name, Generator& random) {
   if (name == "palette 2") config.palette = 2;
   if (name == "reserved") config.reserved[5] = 1;
   if (name == "wrong shape") config.shape(0, 4, 20);
+  if (name == "part of a word") config.shape(0, 4, 23);
+  if (name == "part of a word stored") config.shape(1, 4, 23);
   if (name != "unconfigured") config.load();
   if (name == "released") _tile_release();
   if (name == "another tile") _tile_zero(6);
+  if (name == "part of a word stored") _tile_stored(1, p.c.bytes.data(), p.c.stride);
   if (name == "no address") _tile_loadd(5, nullptr, 0);
   if (name == "not AMX") asm volatile("ud2");
   p.load();
-  // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
-  if (name == "same tile") asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");
+  if (name == "same tile")
+    asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");   // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
   p.multiply();
   if (name != "held") _tile_release();
 }
@@ -217,9 +312,11 @@ static void fault(const std::string& name, Generator& random) {
 int main(int, char** arguments) {
   const std::string name = arguments[1];
   Generator random(std::stoul(arguments[2]));
-  if (name != "no permission" && !permission()) return puts("no permission"), 1;
+  if (name != "no permission") syscall(SYS_arch_prctl, 0x1023, 18);
   if (name == "products") return products(random);
   if (name == "addresses") return addresses(random);
+  if (name == "accepted") return accepted();
+  if (name == "sums" || name == "results") return sums(random, name == "results");
   if (name == "rounding") return rounding(random);
   if (name == "threads") return threads(random);
   return fault(name, random), 0;
