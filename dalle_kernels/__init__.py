@@ -9,12 +9,11 @@ from .gumbel_softmax import gumbel_softmax
 from .patterns import AttentionPattern
 from .sampling import sample_tokens
 from .sparse_attention import sparse_attention
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "AttentionPattern",
     "DecodeCache",
-    "__version__",
     "decode_attention",
     "gumbel_softmax",
     "nn",
