@@ -11,12 +11,11 @@ from .patterns import AttentionPattern
 from .prepare import prepare
 from .sample_tokens import sample_tokens
 from .sparse_attention import sparse_attention
-from .version import __version__
+from .version import __version__ as __version__
 
 __all__ = [
     "AttentionPattern",
     "DecodeCache",
-    "__version__",
     "decode_attention",
     "gumbel_softmax",
     "nn",
