@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     {
         "dalle.cli": ("commands, their options and output", "dalle.cli*", "dalle.__main__"),
+        "dalle": ("the public names", "dalle"),
     },
     {
         "dalle.training": ("losses, schedules, checkpoints", "dalle.training*"),
@@ -32,7 +33,7 @@ ROOMS = (
         "dalle.data": ("images with captions", "dalle.data*"),
     },
     {
-        "dalle": ("what all of the above share", "dalle", "dalle.*"),
+        "dalle.*": ("files, images, tokenizer, progress", "dalle.*"),
     },
     {
         "dalle_kernels": (
@@ -93,12 +94,15 @@ def imports(source: Path) -> set[tuple[str, str]]:
     return pairs
 
 
+TRAINING_COMMANDS = ("dalle.cli.train", "dalle.cli.tokenize")
+
+
 def upward(pairs: set[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The imports that do not stay in a room and do not lead down."""
+    """The imports that do not stay in a room and do not lead down, and those of training by other commands."""
     rooms = {module: room_of(module) for pair in pairs for module in pair}
-    return sorted(
-        (a, b) for a, b in pairs if rooms[a] != rooms[b] and rooms[a][0] >= rooms[b][0]
-    )
+    training = {(a, b) for a, b in pairs if rooms[a][1] == "dalle.cli" and rooms[b][1] == "dalle.training"}
+    up = {(a, b) for a, b in pairs if rooms[a] != rooms[b] and rooms[a][0] >= rooms[b][0]}
+    return sorted(up | {(a, b) for a, b in training if a not in TRAINING_COMMANDS})
 
 
 def circles(pairs: set[tuple[str, str]]) -> list[list[str]]:
@@ -128,7 +132,7 @@ def draw(pairs: set[tuple[str, str]], path: Path) -> None:
             places[row, name] = x, y
             text = f"{name}\n{job}"
             box = dict(boxstyle="round,pad=0.45", facecolor="#eef3f8", edgecolor="#3f78b5")
-            axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box, zorder=3)
+            axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box, zorder=5)
     for (a, b), count in sorted(arrows.items()):
         (x, y), (to_x, to_y) = places[a], places[b]
         down = to_y < y
@@ -136,7 +140,7 @@ def draw(pairs: set[tuple[str, str]], path: Path) -> None:
         bend = 0.35 * (1 if x + to_x >= 0 else -1) if far or not down else 0
         style = dict(arrowstyle="-|>", connectionstyle=f"arc3,rad={bend}", shrinkA=18, shrinkB=18)
         style |= dict(color="#8a8a8a" if down else "#d62728", linewidth=0.6 + 0.25 * min(count, 12) ** 0.7)
-        axes.annotate("", (to_x, to_y), (x, y), arrowprops=style)
+        axes.annotate("", (to_x, to_y), (x, y), arrowprops=style, zorder=1)
     axes.set_xlim(-1.5, 1.5), axes.set_ylim(-len(ROOMS) + 0.5, 0.5)
     axes.axis("off")
     figure.savefig(path, dpi=110)

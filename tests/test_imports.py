@@ -28,6 +28,9 @@ def test_what_is_wrong_is_found(tmp_path):
         "dalle/__init__.py": "",
         "dalle/models/prior.py": "def f():\n    from dalle.cli import main\n",
         "dalle/cli/__init__.py": "from dalle.models import prior\n",
+        "dalle/cli/train.py": "import dalle.training.loop\n",
+        "dalle/cli/info.py": "import dalle.training.loop\n",
+        "dalle/training/loop.py": "",
         "dalle_kernels/__init__.py": "from .backends import select\n",
         "dalle_kernels/backends/__init__.py": "from .. import patterns\n",
         "dalle_kernels/patterns.py": "from . import backends\n",
@@ -37,6 +40,7 @@ def test_what_is_wrong_is_found(tmp_path):
         (tmp_path / name).write_text(text)
     pairs = draw_imports.imports(tmp_path)
     assert draw_imports.upward(pairs) == [
+        ("dalle.cli.info", "dalle.training.loop"),
         ("dalle.models.prior", "dalle.cli"),
         ("dalle_kernels.patterns", "dalle_kernels.backends"),
     ]
