@@ -76,7 +76,7 @@ def test_a_square_of_the_models_side_comes_out_as_it_is(seed):
 
 
 def test_a_crop_is_the_mean_of_the_area_it_covers(seed):
-    """One crop in five or so is the whole picture at half its size: the means over 2x2 pixels."""
+    """Every other crop is the whole picture at half its size: the means over 2x2 pixels."""
     picture = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
     means = picture.double().unflatten(1, (8, 2)).unflatten(3, (8, 2)).mean((2, 4))
     for i in range(50):

@@ -190,15 +190,17 @@ def learn_colours(seed):
     return psnr(test, model.reconstruct(test)), codebook_usage(model.codes(test), 16)[0]
 
 
-def test_it_learns_colours(seed):
-    """Grey, the best that codes without content allow, has 6 dB. One start in eight stays near it, never four."""
+def test_it_learns_colours():
+    """Grey, the best that codes without content allow, has 6 dB. The first start gets to 12.8; of others, which another
+    processor's rounding may make of it, one in five stays near grey, and ten in a row with p = 1e-7.
+    """
     results = []
-    while len(results) < 4:
-        quality, codes = learn_colours(seed + len(results))
+    while len(results) < 10:
+        quality, codes = learn_colours(len(results))
         results.append((round(quality, 2), codes))
         if quality > 7.5 and codes >= 3:
             return
-    pytest.fail(f"(PSNR, codes in use) of four starts: {results}")
+    pytest.fail(f"(PSNR, codes in use) of ten starts: {results}")
 
 
 @pytest.mark.parametrize(
