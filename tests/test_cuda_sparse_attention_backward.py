@@ -199,7 +199,7 @@ def test_only_live_parts_are_computed_without_bank_conflicts(dim, padded, seed):
     q, k, v = randn(torch.bfloat16, batch=1, heads=1, n=N, dim=dim)
     gradients(q, k, v, torch.randn_like(q), pattern)
     counts = emulated.counts()
-    deltas = 4 * emulated.plans(pattern, N)[2][1]  # one product for each of the 4 warps of an item
+    deltas = 4 * emulated.plans(pattern, N)[2][3]  # one product for each of the 4 warps of an item
     assert counts["mma"] == (3 * live[0] + 4 * live[1] + deltas) * padded // 8
     assert counts["ldmatrix"] == counts["ldmatrix_passes"] > 0
 
