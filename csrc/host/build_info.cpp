@@ -32,12 +32,14 @@ std::string instruction_sets() {
   return "{" + out + "}";
 }
 
-}  // namespace
+}   // namespace
 
-// JSON: version, compilers, the GPU architectures or why there are none, and for each compiled instruction set whether this processor has it.
+// JSON: version, compilers, the GPU architectures or why there are none, and for each compiled instruction set whether
+// this processor has it.
 DK_EXPORT const char* dalle_kernels_build_info() {
-  static const std::string info = "{\"version\": " + quoted(DK_VERSION) + ", \"compiler\": " + quoted(DK_COMPILER) + ", \"built\": " + quoted(__DATE__) +
-                                  ", \"cpu_isas\": " + instruction_sets() + ", \"cuda\": " + cuda() + "}";
+  static const std::string info = "{\"version\": " + quoted(DK_VERSION) + ", \"compiler\": " + quoted(DK_COMPILER) +
+                                  ", \"built\": " + quoted(__DATE__) + ", \"cpu_isas\": " + instruction_sets() +
+                                  ", \"cuda\": " + cuda() + "}";
   return info.c_str();
 }
 

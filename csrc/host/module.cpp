@@ -1,4 +1,5 @@
-// dalle_kernels._host: C++ functions that the tests compare with Python's. In-place builds only; the package does not use it.
+// dalle_kernels._host: C++ functions that the tests compare with Python's. In-place builds only; the package does not
+// use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
@@ -8,16 +9,20 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host routines of dalle_kernels, for its tests.";
-  m.def("philox", [](int64_t seed, int64_t offset, int64_t first_index, int64_t count) {
-    if (first_index < 0 || count < 0) throw py::value_error("first_index and count must not be negative");
-    py::array_t<uint32_t> words(count);
-    uint32_t* out = words.mutable_data();
-    for (int64_t i = 0; i < count; ++i) {
-      uint32_t block[4];
-      dk::philox_block({static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)}, static_cast<uint64_t>(first_index + i) / 4, block);
-      out[i] = block[(first_index + i) % 4];
-    }
-    return words;
-  }, py::arg("seed"), py::arg("offset"), py::arg("first_index"), py::arg("count"),
-     "The random words (uint32) of `count` indices from `first_index`, as dalle_kernels.philox defines them.");
+  m.def(
+      "philox",
+      [](int64_t seed, int64_t offset, int64_t first_index, int64_t count) {
+        if (first_index < 0 || count < 0) throw py::value_error("first_index and count must not be negative");
+        py::array_t<uint32_t> words(count);
+        uint32_t* out = words.mutable_data();
+        for (int64_t i = 0; i < count; ++i) {
+          uint32_t block[4];
+          dk::philox_block({static_cast<uint64_t>(seed), static_cast<uint64_t>(offset)},
+                           static_cast<uint64_t>(first_index + i) / 4, block);
+          out[i] = block[(first_index + i) % 4];
+        }
+        return words;
+      },
+      py::arg("seed"), py::arg("offset"), py::arg("first_index"), py::arg("count"),
+      "The random words (uint32) of `count` indices from `first_index`, as dalle_kernels.philox defines them.");
 }
