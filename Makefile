@@ -1,9 +1,10 @@
-# Everything in a virtual environment of its own. It needs Python >= 3.10 with venv, a C++ compiler and make.
+# Everything in a virtual environment of its own. It needs Python >= 3.11 with venv, a C++ compiler and make.
 VENV ?= .venv
 PYTHON ?= python3
 GPU_PYTHON := $(shell command -v $(PYTHON))
 BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
+TORCH_STAMP := $(VENV)/installed-torch
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
@@ -15,14 +16,15 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 
 
 # -- set-up
 
-$(BIN)/python:
+$(TORCH_STAMP):
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip "setuptools>=77,<82" pybind11 cmake ninja
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch numpy
+	touch $@
 
 SOURCES := setup.py pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 
-$(STAMP): $(BIN)/python $(SOURCES)
+$(STAMP): $(TORCH_STAMP) $(SOURCES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[dalle]"
 	touch $@
 
@@ -59,7 +61,7 @@ test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
 	@test -n "$(TORCH)" || { echo "name the version of PyTorch: make test-torch TORCH=2.12"; exit 2; }
 	mkdir -p $(OTHER)
 	git ls-files -z | xargs -0 cp --parents --update --target-directory $(OTHER)
-	sed -i -e 's/^torch==.*/torch==$(TORCH).*/' -e '/^triton==/d' $(OTHER)/constraints.txt
+	sed -i -e 's/^torch==.*/torch==$(TORCH).*/' $(OTHER)/constraints.txt
 	DALLE_CUDA=$${DALLE_CUDA:-0} $(MAKE) -C $(OTHER) VENV=.venv test-kernels
 
 test-kernels: $(DEV_STAMP)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Callable, Hashable
 from typing import TypeVar
@@ -13,6 +14,7 @@ Value = TypeVar("Value")
 
 _constants = types.SimpleNamespace()  # of compiled code, as long as the process lives
 _names = {}  # what made a constant: its name
+_numbers = itertools.count()
 
 
 def constant_result(function: Function) -> Function:
@@ -38,7 +40,7 @@ def constant(make: Callable[..., Value], *args: Hashable) -> Value:
 @constant_result
 def _keep(make: Callable, *args: Hashable) -> str:
     """The name of make(*args) in `_constants`; one for equal arguments."""
-    name = _names.setdefault((make, args), f"constant_{len(_names)}")
+    name = _names.setdefault((make, args), f"constant_{next(_numbers)}")
     if not hasattr(_constants, name):
         setattr(_constants, name, make(*args))
     return name

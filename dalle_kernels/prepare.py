@@ -16,8 +16,8 @@ def prepare(
     head_dim: int,
     n: int | None = None,
 ) -> None:
-    """Compiles and uploads what `sparse_attention` needs for a pattern, so that its first call takes no longer than
-    the others. (Without it, that call does the same.)
+    """Compiles and uploads the plans that `sparse_attention` reads for a pattern, which its first call would do. (On
+    "triton" that call still compiles the kernels.)
 
     Args:
         pattern: the pattern.

@@ -12,6 +12,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import dalle_kernels as dk
 from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, UserError
 from dalle.generation import pipeline as pipelines
 from dalle.generation.sampler import sequence_bytes
@@ -421,3 +422,11 @@ def test_parts_that_do_not_fit(pipeline, ranking):
         clip = CLIP(replace(ranking.clip.config, **change))
         with pytest.raises(UserError, match="not parts of one model"):
             Pipeline(pipeline.dvae, pipeline.prior, pipeline.tokenizer, clip)
+
+
+def test_options_are_checked_whatever_backend_is_forced():
+    """The check needs no GPU, and so no backend of one."""
+    with dk.use_backend("cuda"):
+        pipelines.DrawOptions(candidates=2, top_k=5)
+        with pytest.raises(UserError, match="top_k"):
+            pipelines.DrawOptions(top_k=0)

@@ -8,7 +8,7 @@ from .setting import ROOT, logged, python
 # By name, so that tests which come later are run too; those of the model layer need more packages.
 FILES = ("test_cuda_*.py", "test_triton_*.py", "test_sparse_attention.py", "test_decode_*.py",
          "test_gumbel_softmax.py", "test_sample_tokens.py", "test_philox.py", "test_plan.py", "test_patterns.py",
-         "test_nn.py", "test_info.py")  # fmt: skip
+         "test_nn.py", "test_info.py", "test_backends.py", "test_compile.py")  # fmt: skip
 PROCESSES = min(8, os.cpu_count() or 1)
 
 
@@ -17,8 +17,8 @@ def items(setting):
 
 
 def suite(setting):
-    if importlib.util.find_spec("pytest") is None:
-        raise ModuleNotFoundError("pytest is not installed; the checks of stage test ran without it")
+    if not all(map(importlib.util.find_spec, ("pytest", "hypothesis"))):
+        raise ModuleNotFoundError("pytest or hypothesis is not installed; the checks of stage test ran without it")
     files = [str(file.relative_to(ROOT)) for pattern in FILES for file in sorted((ROOT / "tests").glob(pattern))]
     wanted = {
         "pytest_benchmark": ["--benchmark-disable"],

@@ -71,7 +71,7 @@ class DrawOptions:
         top = self.candidates if self.top is None else self.top
         configs.check(self, f"be in [1, {self.candidates}], the candidates", top=1 <= top <= self.candidates)
         try:  # what `sample_tokens` says about a single row, before the work
-            dk.sample_tokens(torch.zeros(1, 1), seed=0, **self.sampling)
+            dk.sample_tokens(torch.zeros(1, 1), seed=0, **self.sampling, backend="reference")
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
 
