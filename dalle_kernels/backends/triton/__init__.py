@@ -10,8 +10,8 @@ How it is built:
   tuned at run time; `python -m dalle_kernels.tune OPERATION` prints better lines for that
   table.
 - Nothing here imports Triton, until somebody asks for a tensor that this backend could take, or for `problem`.
-- TRITON_INTERPRET=1, set before this package is imported, makes it take CPU tensors: slow, but every line runs, in the tests
-  too. (bfloat16 is declined there, which Triton's interpreter computes wrongly.)
+- TRITON_INTERPRET=1, set before this package is imported, makes it take CPU tensors: slow, but every line runs, in the
+  tests too. (bfloat16 is declined there, which Triton's interpreter computes wrongly.)
 
 docs/triton.md explains the attention kernel line by line.
 """
