@@ -63,7 +63,7 @@ class DecodeCache:
         heads, head_dim: H and D.
         dtype: of the stored keys and values; float32, bfloat16, float16 or float64.
         device: where the cache lives; the current default where omitted.
-        start: how many image tokens are given (a picture to be completed); decoding begins after them.
+        start: how many image tokens are given (an image to be completed); decoding begins after them.
 
     Raises:
         ValueError, TypeError: sizes below 1, `start` outside the image, patterns that disagree, or a dtype that is not

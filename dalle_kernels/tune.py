@@ -58,7 +58,7 @@ def sampling(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
 
 
 def decoding(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
-    """A step in the middle of a picture."""
+    """A step in the middle of an image."""
     pattern, heads, candidates, start = AttentionPattern.row(256, (32, 32)), 16, 64, 528
     sizes = dict(prompts=1, candidates=candidates, heads=heads, head_dim=head_dim, start=start)
     cache = DecodeCache([pattern], **sizes, dtype=dtype, device=DEVICE)
