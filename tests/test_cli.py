@@ -455,6 +455,7 @@ def test_without_an_emoji_font_training_says_so(capsys, here, monkeypatch):
 
 def test_without_raqm_training_on_emoji_says_so(capsys, here, monkeypatch):
     monkeypatch.setattr(emoji.features, "check", lambda feature: False)
+    monkeypatch.setattr(emoji, "find_font", lambda path: path)
     code, _, err = run(capsys, "train", "dvae", "--out", "m")
     assert code == 2 and "lacks raqm" in err and err.count("\n") == 1
 

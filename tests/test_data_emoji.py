@@ -117,12 +117,12 @@ def test_drawing_in_threads_gives_the_same_pictures(source, seed):
 
 def test_without_raqm_the_font_is_refused(monkeypatch):
     monkeypatch.setattr(features, "check", lambda name: name != "raqm")
+    monkeypatch.setattr(emoji_source, "find_font", lambda path: path)
     with pytest.raises(UserError, match=r"raqm.*libfribidi0.*libraqm0"):
         open_source("emoji", 32)
 
 
 def test_without_a_font_the_package_is_named(monkeypatch):
-    monkeypatch.setattr(features, "check", lambda name: True)
     monkeypatch.setattr(emoji_source, "WELL_KNOWN_FONTS", ("/nowhere/NotoColorEmoji.ttf",))
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UserError, match=r"fonts-noto-color-emoji.*--font PATH"):
@@ -131,7 +131,6 @@ def test_without_a_font_the_package_is_named(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "not a font", "without colour"])
 def test_a_font_that_will_not_do(monkeypatch, tmp_path, kind):
-    monkeypatch.setattr(features, "check", lambda name: True)
     path = tmp_path if kind == "folder" else tmp_path / "font.ttf"
     if kind == "not a font":
         path.write_bytes(b"not a font")

@@ -33,9 +33,9 @@ class EmojiSource(Source):
     """
 
     def __init__(self, image_size: int, font: str | None = None) -> None:
-        _check_raqm()
         self.image_size = image_size
         self.font = find_font(font)
+        _check_raqm()
         self.skipped = []
         self._emoji: list[str] = []
         for text, data in emoji.EMOJI_DATA.items():
@@ -97,7 +97,7 @@ def _ask_fontconfig() -> str | None:
 @functools.cache
 def _open_font(path: str) -> ImageFont.FreeTypeFont:
     try:
-        return ImageFont.truetype(path, FONT_SIZE, layout_engine=ImageFont.Layout.RAQM)
+        return ImageFont.truetype(path, FONT_SIZE)  # raqm lays it out where Pillow has it
     except OSError as error:
         raise UserError(f"{path} is not a font with bitmaps of {FONT_SIZE} px ({error}): {FONT_ADVICE}") from None
 
