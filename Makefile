@@ -12,7 +12,7 @@ TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_triton_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-optional test-slow test-full test-torch test-kernels fuzz lint bench gpu install shipped-model clean
+.PHONY: demo test test-optional test-slow test-full test-torch test-kernels fuzz lint docs bench gpu install shipped-model clean
 
 # -- set-up
 
@@ -78,6 +78,9 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
+
+docs: $(DEV_STAMP)   ## the API reference from the docstrings: docs/api
+	$(BIN)/python docs/make_api.py
 
 bench: $(DEV_STAMP)   ## operations and models against dense attention and plain PyTorch; K=... chooses benchmarks
 	$(BIN)/python -m pytest -q benchmarks --benchmark-enable --benchmark-only --benchmark-quiet $(if $(K),-k "$(K)")

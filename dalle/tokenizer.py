@@ -51,6 +51,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Number of tokens."""
         return self._bpe.get_vocab_size()
 
     def encode(self, text: str, dropout: float = 0.0, seed: int | None = None) -> list[int]:
