@@ -36,7 +36,7 @@ install: $(STAMP)
 
 # -- what people run
 
-demo: $(STAMP)   ## draw with the model that ships in the package: demo/demo.png
+demo: $(STAMP)   ## generate with the model that ships in the package: demo/demo.png
 	$(BIN)/dalle demo --out demo
 
 test: $(DEV_STAMP)   ## the tests that take minutes

@@ -1,8 +1,8 @@
-"""The results as one picture, cpu.png: what sparsity gives and what the kernels give, and growth with the picture.
+"""The results as one figure, cpu.png: what sparsity gives and what the kernels give, and growth with the image.
 
     python benchmarks/plots.py
 
-draws it anew from the JSON files in benchmarks/results/; it needs matplotlib.
+redraws it from the JSON files in benchmarks/results/; it needs matplotlib.
 """
 
 import json
@@ -63,12 +63,14 @@ def _bars(axes, place, row):
         if name == "ours":
             axes.annotate(f"{ratio:.1f}", (left, ratio), ha="center", va="bottom", fontsize=8)
     ceiling = row["facts"]["pair ceiling"]
-    axes.hlines(ceiling, place - 0.45, place + 0.45, color="#cc0000", linewidth=1.5, label="by number of pairs alone")
+    axes.hlines(
+        ceiling, place - 0.45, place + 0.45, color="#cc0000", linewidth=1.5, label="predicted by the number of pairs"
+    )
 
 
 def _growth(figure, rows):
     """Time and peak memory against the number of tokens."""
-    figure.suptitle("One head of 64, float32, 256 text tokens and a growing picture", fontsize=10)
+    figure.suptitle("One head of 64, float32, 256 text tokens and a growing image", fontsize=10)
     panels = dict(zip(("ms", "peak MB"), figure.subplots(1, 2)))
     for direction, style in STYLES.items():
         for name, color in PATTERNS.items():
@@ -83,7 +85,7 @@ def _growth(figure, rows):
                 axes.plot(tokens, values[quantity], color=color, linestyle=style, marker="o", markersize=3)
     sides = {row["facts"]["tokens"]: row["parameters"]["side"] for row in rows}
     for axes, title in zip(panels.values(), ("time, ms", "peak memory beyond the inputs, MB")):
-        axes.set(xscale="log", yscale="log", xlabel="picture, and tokens with the text")
+        axes.set(xscale="log", yscale="log", xlabel="image, and tokens with the text")
         axes.set_title(title, fontsize=9)
         axes.set_xticks(list(sides), [f"{side}×{side}\n{tokens:,}" for tokens, side in sides.items()])
         axes.minorticks_off()
