@@ -39,7 +39,7 @@ def test_named_files_exist(page):
 
 @pages
 def test_links_lead_somewhere(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+    for link in re.findall(r"(?:\]\(|src=\")([^)\"\s]+)", prose(page)):
         if "://" in link:
             continue
         path, _, anchor = link.partition("#")
