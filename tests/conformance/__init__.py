@@ -16,5 +16,6 @@ __all__ = ["Case", "Target", "cases"]
 
 def cases(target: Target) -> list[Case]:
     """All checks of a target, those of the operations in turn: one operation's crash keeps no other from running."""
-    operations = (module.cases(target) for module in (sparse_attention, gumbel_softmax, sample_tokens, decode_attention))
-    return [case for row in itertools.zip_longest(*operations) for case in row if case is not None]
+    modules = sparse_attention, gumbel_softmax, sample_tokens, decode_attention
+    in_turn = itertools.zip_longest(*(module.cases(target) for module in modules))
+    return [case for cases in in_turn for case in cases if case is not None]

@@ -15,37 +15,39 @@ from .target import DTYPES, Case, Cases, P, Target, captured, compiled, need_mem
 
 def cases(target: Target) -> list[Case]:
     found = Cases(target, "decode")
-    add, simulated = found.add, target.simulated
+    add, grid = found.add, (4, 5) if target.simulated else (6, 7)
     for dtype in target.dtypes:
         for name in NAMES:
             for start in (0, 13):
-                pattern = every_pattern(19, (4, 5) if simulated else (6, 7))[name]
-                add(f"{name} {dtype} from {start}", accuracy, pattern, dtype, prompts=2, start=start, slow=simulated and start)
+                pattern, rare = every_pattern(19, grid)[name], start > 0
+                add(f"{name} {dtype} from {start}", accuracy, pattern, dtype, prompts=2, start=start, rare=rare)
+        pattern = P.conv(37, (2, 5), kernel=3)
         for dim in (1, 3, 31, 32, 33, 80, 127, 128):
-            pattern, slow = P.conv(37, (2, 5), kernel=3), simulated and dim not in (1, 128)
             heads = 3 if dim > 16 else 40  # a largest error means little over a handful of numbers
-            add(f"head dim {dim} {dtype}", accuracy, pattern, dtype, heads=heads, dim=dim, start=5, slow=slow)
+            options = dict(dim=dim, heads=heads, start=5, rare=dim not in (1, 128))
+            add(f"head dim {dim} {dtype}", accuracy, pattern, dtype, **options)
+        pattern = P.row(70, (2, 6))
         for candidates in (1, 5, 16, 17, 40):
-            pattern, slow = P.row(70, (2, 6)), simulated and candidates != 17
-            add(f"{candidates} candidates {dtype}", accuracy, pattern, dtype, prompts=2, candidates=candidates, start=9, slow=slow)
-        for text_len in (0, 1, 16, 127, 300):
-            pattern, slow = P.column(text_len, (3, 4)), simulated and text_len in (1, 16)
-            add(f"{text_len} text tokens {dtype}", accuracy, pattern, dtype, dim=64, start=6, slow=slow)
+            options = dict(prompts=2, candidates=candidates, start=9, rare=candidates != 17)
+            add(f"{candidates} candidates {dtype}", accuracy, pattern, dtype, **options)
+        for text_len in (0, 1, 16, 65, 127, 300):
+            pattern, rare = P.column(text_len, (3, 4)), text_len in (1, 16, 127)
+            add(f"{text_len} text tokens {dtype}", accuracy, pattern, dtype, dim=64, start=6, rare=rare)
+        pattern = P.conv(140, (5, 6), kernel=3)
         for factor in (5.0, 40.0):
-            pattern = P.conv(140, (5, 6), kernel=3)
-            add(
-                f"logits times {factor:g} {dtype}", accuracy, pattern, dtype,
-                candidates=8, heads=4, dim=64, start=26, factor=factor, slow=simulated and factor < 40,
-            )  # fmt: skip
-        add(f"many image keys {dtype}", accuracy, P.causal(3, (13, 10)), dtype, dim=64, start=128)
+            options = dict(candidates=8, heads=4, dim=64, start=26, factor=factor, rare=factor < 40)
+            add(f"logits times {factor:g} {dtype}", accuracy, pattern, dtype, **options)
         for scale in (0.7, -0.3, 0.0):
-            add(f"scale {scale} {dtype}", accuracy, P.conv(4, (3, 5), kernel=3), dtype, start=9, scale=scale, slow=simulated)
+            pattern = P.conv(4, (3, 5), kernel=3)
+            add(f"scale {scale} {dtype}", accuracy, pattern, dtype, start=9, scale=scale, rare=True)
+        add(f"many image keys {dtype}", accuracy, P.causal(3, (13, 10)), dtype, dim=64, start=128)
+        add(f"many keys {dtype}", accuracy, P.causal(1100, (33, 32)), dtype, dim=64, start=33 * 32 - 1, rare=True)
         if target.kernels:
             add(f"bits {dtype}", bits, dtype)
-            add(f"graph {dtype}", graph, dtype, slow=simulated)
+            add(f"graph {dtype}", graph, dtype, rare=True)
             for layout in ("qkv", "heads last", "unaligned", "spread"):
                 add(f"{layout} {dtype}", strided, dtype, layout)
-    for check in (repeated_step, unseen_text, overflow):
+    for check in (repeated_step, unseen_text, overflow, what_is_written):
         add(check.__name__.replace("_", " "), check)
     if target.compiles and target.kernels:
         add("torch.compile", one_graph)
@@ -68,15 +70,16 @@ def make(target, pattern, prompts, candidates, heads, dim, dtype, start=0, facto
     return [x.flatten(0, 1) for x in (q * factor, k, v)]
 
 
-def new_cache(pattern, k, v, prompts, start=0):
+def new_cache(pattern, k, v, prompts, start=0, layers=1):
     """A cache with its prefix written and NaN in every slot that was not."""
     sequences, heads, _, dim = k.shape
     candidates, given = sequences // prompts, pattern.text_len + start
     sizes = dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=dim, dtype=k.dtype, device=k.device)
-    cache = dk.DecodeCache([pattern], **sizes, start=start)
-    for storage in (cache.layer(0).image_k, cache.layer(0).image_v):
-        storage.fill_(torch.nan)
-    cache.prefill(0, k[::candidates, :, :given], v[::candidates, :, :given])
+    cache = dk.DecodeCache([pattern] * layers, **sizes, start=start)
+    for layer in range(layers):
+        for storage in (cache.layer(layer).image_k, cache.layer(layer).image_v):
+            storage.fill_(torch.nan)
+        cache.prefill(layer, k[::candidates, :, :given], v[::candidates, :, :given])
     return cache
 
 
@@ -139,6 +142,22 @@ def strided(target, dtype, layout):
     assert torch.equal(*out) and out[0].is_contiguous()
     for name in ("image_k", "image_v"):
         assert torch.equal(*(getattr(cache.layer(0), name).nan_to_num(7.0) for cache in caches))
+
+
+def what_is_written(target):
+    """The new key and value in their slot, and nothing else."""
+    pattern = P.row(5, (2, 4))
+    q, k, v = make(target, pattern, 2, 3, 2, 24, torch.bfloat16 if "bfloat16" in target.dtypes else torch.float16)
+    cache = new_cache(pattern, k, v, 2)
+    layer = cache.layer(0)
+    for storage in (layer.image_k, layer.image_v):
+        storage.fill_(7.0)
+    step(target, (x[:, :, 5] for x in (q, k, v)), cache)
+    slot = int(layer.schedule[16])
+    for storage, x in ((layer.image_k, k), (layer.image_v, v)):
+        assert torch.equal(storage[:, :, slot], x[:, :, 5])
+        storage[:, :, slot] = 7.0
+        assert (storage == 7.0).all()
 
 
 def repeated_step(target):

@@ -18,47 +18,44 @@ TEXT, GRID = 21, (8, 10)  # 101 tokens: two tiles of 64, the second with a part 
 
 def cases(target: Target) -> list[Case]:
     found = Cases(target, "attention")
-    add, simulated = found.add, target.simulated
+    add = found.add
+    splits = (None, 1) if target.kernels else (None,)
     for name in NAMES:
         for dtype in target.dtypes:
-            dim = 32 if simulated and dtype == "float32" else 64
+            dim = 32 if target.simulated and dtype == "float32" else 64
             add(f"{name} {dtype}", accuracy, name, dtype, dim=dim)
             if target.kernels:
-                add(f"{name} {dtype}, split tiles", accuracy, name, dtype, dim=40, split=1, slow=simulated)
+                add(f"{name} {dtype}, split tiles", accuracy, name, dtype, dim=40, split=1, rare=True)
     for dtype in target.dtypes:
         for dim in (16, 31, 33, 80, 127, 128):
-            add(f"head dim {dim} {dtype}", accuracy, "conv-clip", dtype, dim=dim, slow=simulated and dim not in (33, 128))
+            add(f"head dim {dim} {dtype}", accuracy, "conv-clip", dtype, dim=dim, rare=dim not in (33, 128))
         for layout in LAYOUTS[1:]:
-            add(f"{layout} {dtype}", accuracy, "column", dtype, dim=48, layout=layout, slow=simulated and layout == "qkv")
+            add(f"{layout} {dtype}", accuracy, "column", dtype, dim=48, layout=layout, rare=layout == "qkv")
         for n in (1, 15, 64, 65, 90):
-            add(f"{n} tokens {dtype}", accuracy, "column", dtype, dim=32, n=n, slow=simulated and n not in (1, 65))
-        for factor in (5.0, 40.0):
-            for split in (None, 1) if target.kernels else (None,):
-                name = f"logits times {factor:g} {dtype}{', split tiles' if split else ''}"
-                add(name, accuracy, "row", dtype, factor=factor, split=split, slow=simulated and not split)
+            add(f"{n} tokens {dtype}", accuracy, "column", dtype, dim=32, n=n, rare=n not in (1, 65))
         for scale in (0.0, 0.37, -0.2):
-            add(f"scale {scale} {dtype}", accuracy, "causal", dtype, dim=32, n=90, scale=scale, slow=simulated and scale > 0)
+            add(f"scale {scale} {dtype}", accuracy, "causal", dtype, dim=32, n=90, scale=scale, rare=scale > 0)
         for name in ("row", "column", "conv"):
-            slow = simulated and (name != "row" or dtype == "float32")
-            add(f"{name} {dtype}, the paper's size", papers_size, name, dtype, slow=slow)
+            often = target.simulated and name == "row" and dtype != "float32"
+            add(f"{name} {dtype}, the paper's size", papers_size, name, dtype, slow=not often)
+        for split in splits:
+            kind = f"{dtype}{', split tiles' if split else ''}"
+            for factor in (5.0, 40.0):
+                name = f"logits times {factor:g} {kind}"
+                add(name, accuracy, "row", dtype, factor=factor, split=split, rare=not split)
+            if target.kernels:
+                add(f"bits {kind}", bits, dtype, split, rare=not split)
+                for name in ("conv-clip", "mask"):
+                    add(f"hidden pairs {name} {kind}", hidden_pairs, name, dtype, split, rare=name != "mask")
+                for which, tensor in enumerate(("q", "k", "v", "the gradient")):
+                    add(f"NaN in {tensor} {kind}", nan, which, dtype, split, rare=dtype != "float16")
         if target.kernels:
             add(f"expanded gradient {dtype}", expanded_gradient, dtype)
-            for split in (None, 1):
-                kind = f"{dtype}{', split tiles' if split else ''}"
-                add(f"bits {kind}", bits, dtype, split, slow=simulated and split is None)
-                for name in ("conv-clip", "mask"):
-                    add(f"hidden pairs {name} {kind}", hidden_pairs, name, dtype, split, slow=simulated and name != "mask")
-                for which in range(4):
-                    slow = simulated and dtype != "float16"
-                    add(f"NaN in {('q', 'k', 'v', 'the gradient')[which]} {kind}", nan, which, dtype, split, slow=slow)
-            add(f"graph {dtype}", graph, dtype, slow=simulated)
+            add(f"graph {dtype}", graph, dtype, rare=True)
     for dim in (1, 2, 3, 7):
-        add(f"head dim {dim}", tiny_head_dim, dim, slow=simulated and dim > 1)
-    add("strides of out", strides)
-    add("one token", one_token)
-    add("empty batch", empty_batch)
-    if target.kernels:
-        add("double backward", double_backward)
+        add(f"head dim {dim}", tiny_head_dim, dim, rare=dim > 1)
+    for check in (strides, one_token, empty_batch, *([double_backward] if target.kernels else [])):
+        add(check.__name__.replace("_", " "), check)
     if target.compiles:
         add("torch.compile", one_graph)
     if target.device != "cpu":

@@ -72,7 +72,7 @@ def _split(shape, groups):
 
 @dataclass(frozen=True)
 class Case:
-    """A check and its arguments. `slow`: it belongs to the slow suite."""
+    """A check with its arguments. `slow`: it belongs to the slow suite."""
 
     name: str
     check: Callable[[], None]
@@ -85,9 +85,10 @@ class Cases:
     def __init__(self, target: Target, operation: str) -> None:
         self.target, self.operation, self.list = target, operation, []
 
-    def add(self, name: str, check: Callable, *args, slow: bool = False, **options) -> None:
+    def add(self, name: str, check: Callable, *args, slow: bool = False, rare: bool = False, **options) -> None:
+        """`rare`: it is slow where the kernels are simulated."""
         check = functools.partial(check, self.target, *args, **options)
-        self.list.append(Case(f"{self.operation} {name}", check, slow))
+        self.list.append(Case(f"{self.operation} {name}", check, slow or (rare and self.target.simulated)))
 
 
 def what(target: Target, operation: str, tensor: str, dtype: str) -> str:
