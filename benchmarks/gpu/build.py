@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 
-from .setting import ROOT, logged, python
+from common.setting import ROOT, logged, python
 
 
 def items(setting):

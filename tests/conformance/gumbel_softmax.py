@@ -19,7 +19,7 @@ LAYOUTS = ("contiguous", "transposed", "strided", "offset", "classes last")
 # (shape, dim) of few and many classes and positions; the largest error over a few positions is chance, over many it is
 # a property.
 SHAPES = (
-    ((16, 65, 16, 8), 1), ((2000, 130), 1), ((8, 50, 17, 15), 1), ((500, 3), 1), ((400, 20, 2), 1), ((60, 20, 50), 0),
+    ((16, 65, 16, 8), 1), ((2000, 130), 1), ((8, 50, 17, 15), 1), ((500, 3), 1), ((100, 20, 3), 1), ((60, 20, 50), 0),
     ((3, 5, 300), 1), ((2, 100, 400), 1),
 )  # fmt: skip
 
@@ -243,13 +243,13 @@ def empty(target):
 
 def bits(target, dtype):
     """The bits of an image do not depend on how many follow it, nor on the run."""
-    for shape in ((5, 300, 3, 7), (7, 300)):
+    for shape in ((3, 300, 3, 7), (5, 300)):
         x, seed = target.randn(*shape, dtype=DTYPES[dtype]), target.seeds()
         grad_y, grad_kl = target.randn(*shape, dtype=DTYPES[dtype]), target.randn(*x.sum(1).shape)
         for hard in (False, True):
             relaxed = functools.partial(relax, target, seed=seed, hard=hard)
             whole = run(relaxed, x, grad_y, grad_kl)
-            for n in (shape[0], 1, 3):
+            for n in (shape[0], 1):
                 same(run(relaxed, x[:n], grad_y[:n], grad_kl[:n]), [part[:n] for part in whole])
 
 

@@ -8,7 +8,7 @@ import torch
 
 import dalle_kernels as dk
 from accuracy import assert_accurate
-from patterns_for_tests import NAMES, every_pattern
+from patterns_for_tests import every_pattern
 
 from .target import DTYPES, Case, Cases, P, Target, captured, compiled, need_memory, refuses_double_backward, same, what
 
@@ -20,11 +20,11 @@ def cases(target: Target) -> list[Case]:
     found = Cases(target, "attention")
     add = found.add
     splits = (None, 1) if target.kernels else (None,)
-    for name in NAMES:
-        for dtype in target.dtypes:
+    for dtype in target.dtypes:
+        for name in target.patterns(dtype):
             dim = 32 if target.simulated and dtype == "float32" else 64
             add(f"{name} {dtype}", accuracy, name, dtype, dim=dim)
-            if target.kernels:
+            if target.kernels and name in ("causal", "conv-clip", "mask"):
                 add(f"{name} {dtype}, split tiles", accuracy, name, dtype, dim=40, split=1, rare=True)
     for dtype in target.dtypes:
         for dim in (16, 31, 33, 80, 127, 128):
