@@ -47,7 +47,7 @@ def padded(pattern, new, candidates, masked):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_step(versus, dtype, name, candidates):
     """One step through 4 layers, in the middle of a picture of 32×32 tokens after 256 text tokens, 8 heads of 64. SDPA
-    has caches of the whole sequence and reads what is filled: masked under the pattern's mask, causal all of it.
+    has caches of the whole sequence: masked reads all of them under the pattern's mask, causal all that is filled.
     """
     new = torch.randn(3, candidates, HEADS, DIM).to(getattr(torch, dtype)).unbind(0)
     with torch.inference_mode():

@@ -10,7 +10,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 class PaddedCache:
     """In the place of dk.DecodeCache: storage for the whole sequence, for every layer and candidate. A step attends to
-    all that is filled, or `masked` to what the pattern lets it see of that.
+    all that is filled, or `masked` to the whole storage under the pattern's mask.
     """
 
     capturable = False
@@ -32,9 +32,10 @@ class PaddedCache:
 
     def attend(self, q, k, v, layer):
         """q, k, v [P * C, H, D] of the new token."""
-        keys, values, seen = self.keys[layer], self.values[layer], slice(self.token + 1)
+        keys, values = self.keys[layer], self.values[layer]
         keys[:, :, self.token], values[:, :, self.token] = k, v
-        mask = None if self.masks is None else self.masks[layer][self.token, seen][None]
+        seen = slice(self.token + 1) if self.masks is None else slice(None)
+        mask = None if self.masks is None else self.masks[layer][self.token, None]
         return sdpa(q[:, :, None], keys[:, :, seen], values[:, :, seen], attn_mask=mask)[:, :, 0]
 
 
