@@ -8,7 +8,7 @@ TORCH_STAMP := $(VENV)/installed-torch
 STAMP := $(VENV)/installed
 DEV_STAMP := $(VENV)/installed-for-development
 CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
-TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_triton_*.py)
+TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
@@ -54,7 +54,7 @@ test-full: test test-slow   ## all tests
 # A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice;
 # the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
 OTHER := build/torch-$(TORCH)
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile cuda_backend decode_attention decode_schedule \
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile conformance cuda_backend decode_attention decode_schedule \
 	gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention triton_backend))
 
 test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
@@ -69,10 +69,9 @@ test-kernels: $(DEV_STAMP)
 	$(PYTEST) -m "not slow" $(KERNEL_TESTS)
 	$(PYTEST) -m slow -k compiles $(KERNEL_TESTS)
 
-FUZZ_TESTS := $(wildcard tests/test_*sparse_attention*.py tests/test_*gumbel_softmax.py tests/test_*decode_attention.py)
-
 fuzz: $(DEV_STAMP)   ## fresh random numbers, N draws a test: prints the distribution of the errors; K=... chooses tests
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --fuzz $(or $(N),3) $(FUZZ_TESTS) $(if $(K),-k "$(K)")
+	$(PYTEST) -m "not slow" --fuzz $(or $(N),3) tests/test_conformance.py $(if $(K),-k "$(K)")
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" --fuzz $(or $(N),3) tests/test_conformance.py $(if $(K),-k "$(K)")
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

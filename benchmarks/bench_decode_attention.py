@@ -4,10 +4,12 @@ The paper's sizes: 256 text tokens, 32 x 32 image tokens, in the middle of the p
 so that their caches are not found in the processor's. Both sides write the new key and value.
 """
 
+import functools
+
 import pytest
 import torch
+from common.baselines import PaddedCache
 from comparison import SETTING
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dalle_kernels as dk
 
@@ -21,35 +23,23 @@ PATTERNS = {
 }
 
 
-def ours(pattern, new, candidates):
+def filled(make, pattern, new, candidates):
+    """A cache of LAYERS layers with everything before the step, made by `make`."""
     sizes = dict(prompts=1, candidates=candidates, heads=HEADS, head_dim=DIM, dtype=new[0].dtype, start=STEP)
-    cache = dk.DecodeCache([pattern] * LAYERS, **sizes)
+    cache = make([pattern] * LAYERS, **sizes)
     for layer in range(LAYERS):
         cache.prefill(layer, *torch.randn(2, 1, HEADS, TEXT + STEP, DIM).to(new[0].dtype))
-
-    def step():
-        for layer in range(LAYERS):
-            dk.decode_attention(*new, cache, layer)
-
-    return step
+    return cache
 
 
-def sdpa_over_caches(pattern, new, candidates, masked):
-    """SDPA over caches of the whole sequence: all of them under the pattern's mask, or the filled part causally."""
-    token = TEXT + STEP
-    shape = LAYERS, candidates, HEADS, pattern.seq_len, DIM
-    keys, values = (torch.randn(shape[2:]).to(new[0].dtype).expand(shape).contiguous() for _ in range(2))
-    mask = pattern.dense(token, token + 1) if masked else None
-    seen = slice(None) if masked else slice(token + 1)
-    q, k, v = (x[:, :, None] for x in new)
+def ours(pattern, new, candidates):
+    cache = filled(dk.DecodeCache, pattern, new, candidates)
+    return lambda: [dk.decode_attention(*new, cache, layer) for layer in range(LAYERS)]
 
-    def step():
-        for key, value in zip(keys, values):
-            key[:, :, token : token + 1] = k
-            value[:, :, token : token + 1] = v
-            sdpa(q, key[:, :, seen], value[:, :, seen], attn_mask=mask)
 
-    return step
+def padded(pattern, new, candidates, masked):
+    cache = filled(functools.partial(PaddedCache, masked=masked), pattern, new, candidates)
+    return lambda: [cache.attend(*new, layer) for layer in range(LAYERS)]
 
 
 @pytest.mark.parametrize("candidates", [64, 16, 1])
@@ -64,7 +54,7 @@ def test_step(versus, dtype, name, candidates):
         versus(
             ours(PATTERNS[name], new, candidates),
             {
-                "masked SDPA": sdpa_over_caches(PATTERNS[name], new, candidates, masked=True),
-                "causal SDPA": sdpa_over_caches(PATTERNS[name], new, candidates, masked=False),
+                "masked SDPA": padded(PATTERNS[name], new, candidates, masked=True),
+                "causal SDPA": padded(PATTERNS[name], new, candidates, masked=False),
             },
         )

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+from common.baselines import uniform_kl
 from comparison import SETTING, attempt, compiled
 from memory import peak_bytes
 from torch.nn.functional import gumbel_softmax
@@ -24,18 +25,13 @@ CASES = [("codes", "float32"), ("codes", "bfloat16"), ("rows", "float32")]
 KINDS = [*(("soft", *case) for case in CASES), ("hard", *CASES[0]), ("kl", *CASES[0]), ("kl", *CASES[1])]
 
 
-def plain_kl(logits, dim):
-    log_p = logits.float().log_softmax(dim)
-    return (log_p.exp() * (log_p + math.log(logits.shape[dim]))).sum(dim)
-
-
 def functions(kind, dim):
     """logits -> results of ours and of the baselines. `kind`: soft, hard or kl."""
     if kind == "kl":
         return {
             "ours": lambda x: dk.gumbel_softmax(x, TAU, dim=dim, return_kl=True),
-            EAGER: lambda x: (gumbel_softmax(x, TAU, dim=dim), plain_kl(x, dim)),
-            SOFTMAX: lambda x: (x.softmax(dim), plain_kl(x, dim)),
+            EAGER: lambda x: (gumbel_softmax(x, TAU, dim=dim), uniform_kl(x, dim)),
+            SOFTMAX: lambda x: (x.softmax(dim), uniform_kl(x, dim)),
         }
     hard = kind == "hard"
     return {

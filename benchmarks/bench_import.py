@@ -4,8 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from common.timing import quartiles
 from comparison import ROUNDS
-from gpu.timing import quartiles
 
 CODE = """
 import time

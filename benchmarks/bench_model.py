@@ -4,11 +4,11 @@ with PyTorch's in their place.
 
 import contextlib
 import functools
-import math
 from unittest import mock
 
 import pytest
 import torch
+from common.baselines import PaddedCache, uniform_kl
 from comparison import SETTING
 from torch.nn.functional import gumbel_softmax
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -26,35 +26,6 @@ else:
     PRIOR = PriorConfig(256, 1024, (32, 32), 1024, layers=4, heads=4)
     DVAE = DiscreteVAEConfig(128, 8192, (32, 64, 128), blocks=1)
     PICTURES, CANDIDATES = 2, 8
-
-
-class PaddedCache:
-    """What one would write first: keys and values of the whole sequence for every layer and candidate. A step attends
-    to all that is filled, or `masked` to what the pattern lets it see of that."""
-
-    capturable = False
-
-    def __init__(self, patterns, *, prompts, candidates, heads, head_dim, dtype, device=None, start=0, masked=False):
-        self.candidates, self.text, self.device = candidates, patterns[0].text_len, device
-        self.masks = [pattern.dense() for pattern in patterns] if masked else None
-        self.step = torch.tensor(start)
-        shape = 2, len(patterns), prompts * candidates, heads, patterns[0].seq_len, head_dim
-        self.keys, self.values = torch.empty(shape, dtype=dtype, device=device)
-
-    def prefill(self, layer, k, v):
-        for storage, x in ((self.keys, k), (self.values, v)):
-            storage[layer][:, :, : x.shape[2]] = x.repeat_interleave(self.candidates, 0)
-
-    def advance(self):
-        self.step += 1
-
-    def attend(self, q, k, v, layer):
-        token = self.text + int(self.step)
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, token], values[:, :, token] = k, v
-        mask = None if self.masks is None else self.masks[layer][token : token + 1, : token + 1]
-        seen = slice(token + 1)
-        return sdpa(q[:, :, None], keys[:, :, seen], values[:, :, seen], attn_mask=mask)[:, :, 0]
 
 
 def with_sdpa(masked: bool):
@@ -77,9 +48,7 @@ def with_sdpa(masked: bool):
 
 
 def plain_gumbel_softmax(logits, tau, dim, seed, return_kl):
-    log_p = logits.log_softmax(dim)
-    kl = (log_p.exp() * (log_p + math.log(logits.shape[dim]))).sum(dim)
-    return gumbel_softmax(logits, tau, dim=dim), kl
+    return gumbel_softmax(logits, tau, dim=dim), uniform_kl(logits, dim)
 
 
 PRIORS = {"ours": {}, "causal SDPA": with_sdpa(False), "masked SDPA": with_sdpa(True)}

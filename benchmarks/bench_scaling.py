@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from common.attention import Case, Inputs
 from comparison import ROUNDS, SETTING, seconds
-from gpu.attention import Case, Inputs
 from memory import peak_bytes
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from common.attention import Case, Inputs, flex, shrink
+from common.plain_attention import plain_attention
 from comparison import ROUNDS, SETTING, attempt, fastest, need_compiler
-from gpu.attention import Case, Inputs, flex, shrink
-from plain_attention import plain_attention
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import dalle_kernels as dk

@@ -6,9 +6,9 @@ import statistics
 import time
 
 import torch
-from gpu import timing
-from gpu.setting import Setting
-from gpu.timing import Unavailable, quartiles
+from common import timing
+from common.setting import Setting
+from common.timing import Unavailable, quartiles
 
 SETTING = Setting("cpu", tiny=os.environ.get("DALLE_BENCH") == "tiny")  # tiny: all code on small sizes, to see it run
 ROUNDS = 1 if SETTING.tiny else 11
@@ -66,7 +66,7 @@ def fastest(functions):
 
 
 def compiled(function):
-    """As `gpu.timing.compiled`, for a CPU; on tiny sizes the capture without code generation."""
+    """As `common.timing.compiled`, for a CPU; on tiny sizes the capture without code generation."""
     torch.compiler.reset()
     if SETTING.tiny:
         return torch.compile(function, dynamic=False, backend="eager")

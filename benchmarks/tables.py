@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import torch
-from gpu.machine import processor
-from gpu.timing import Unavailable
+from common.machine import processor
+from common.timing import Unavailable
 
 import dalle_kernels.info
 

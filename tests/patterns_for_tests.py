@@ -1,13 +1,8 @@
-"""One small pattern of every kind, shared by the tests of every operation; and how the CPU's plans cut them."""
-
-import contextlib
-from dataclasses import replace
+"""One small pattern of every kind, shared by the tests of every operation."""
 
 import torch
 
 import dalle_kernels as dk
-from dalle_kernels.backends import plans
-from dalle_kernels.backends.native.tiles import TILES
 
 
 def random_mask(n, generator=None):
@@ -30,20 +25,6 @@ def every_pattern(text_len, grid):
         "causal": P.causal(text_len, grid),
         "mask": P.from_mask(random_mask(n), text_len=text_len, order=torch.randperm(n).tolist()),
     }
-
-
-@contextlib.contextmanager
-def split_after(groups):
-    """Within, the CPU's plans split a tile after so many groups of keys; None: as they always do, which is after more
-    keys than small patterns have.
-    """
-    before = TILES["cpu"]
-    if groups:
-        TILES["cpu"] = plans.Tiles(replace(before.query, longest_run=1, split=groups, shares=None))
-    try:
-        yield
-    finally:
-        TILES["cpu"] = before
 
 
 NAMES = tuple(every_pattern(1, (2, 2)))

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import bench_model
 import pytest
 import torch
+from common.plain_attention import plain_attention
 from comparison import compare
-from plain_attention import plain_attention
 
 import dalle_kernels as dk
 from dalle.generation.sampler import generate_codes

@@ -1,19 +1,21 @@
 """Where the tests of Triton kernels run: on the GPU, else on the CPU in Triton's interpreter. It needs
 a process of its own, because TRITON_INTERPRET is read when Triton is imported: `make test-slow` does it, or
 
-TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_sparse_attention.py
+TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_kernels.py
 """
 
 import numpy as np
 import pytest
 import torch
+from conformance import Target
 
 import dalle_kernels as dk
-from dalle_kernels.backends.triton import interpreted, triton
+from dalle_kernels.backends.triton import interpreted, launch, triton
 
 ON_GPU = torch.cuda.is_available() and not interpreted()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if ON_GPU else [])]  # that the interpreter computes wrongly
+DTYPES = ("float32", "float16", *(["bfloat16"] if ON_GPU else []))  # which the interpreter computes wrongly
+TARGET = Target("triton", str(DEVICE), DTYPES, simulated=not ON_GPU)
 
 if reasons := triton.reasons("sample_tokens", torch.empty(1, 1, device=DEVICE)):
     pytest.skip("; ".join(reasons), allow_module_level=True)
@@ -35,9 +37,12 @@ if not ON_GPU:
 
 
 @pytest.fixture(autouse=True)
-def on_device():
-    """Tensors are made there, and operations taken from this backend, also by what is borrowed from tests of others.
-    For a test file to import.
+def on_device(monkeypatch):
+    """Tensors are made there, and operations taken from this backend. The interpreter's time goes by steps, whatever
+    their size: few and large ones for attention. For a test file to import.
     """
+    if not ON_GPU:
+        for kernel in ("sparse_attention", "sparse_attention.grad_q", "sparse_attention.grad_kv"):
+            monkeypatch.setitem(launch.OVERRIDES, kernel, launch.Launch(64, 64, 4, 2))
     with DEVICE, dk.use_backend("triton"):
         yield

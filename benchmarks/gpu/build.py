@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 
-from .setting import ROOT, logged, python
+from common.setting import ROOT, logged, python
 
 
 def items(setting):
@@ -32,4 +32,4 @@ def backends():
 
 def primitives():
     """The bitwise conformance test of the device primitives: what emulation on a CPU cannot prove."""
-    logged(python("tests/cuda_emulation/conformance.py"))
+    logged(python("tests/cuda_emulation/primitives.py"))

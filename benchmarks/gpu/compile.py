@@ -12,8 +12,9 @@ import sys
 import time
 from functools import partial
 
+from common.setting import ROOT, Setting, python
+
 from . import attention, checks, decode, gumbel, sampling, small
-from .setting import ROOT, Setting, python
 
 PARTS, SECONDS = min(16, os.cpu_count() or 1), 35.0
 LARGE = "beyond 32 bits"  # checks that want the device's memory for themselves

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
-from torch.nn.functional import scaled_dot_product_attention as sdpa
+from common.baselines import PaddedCache
 
 import dalle_kernels as dk
 from dalle_kernels.decode_schedule import compile_schedule
@@ -36,29 +38,19 @@ def row(name, candidates, dtype, setting, timer, bandwidth):
     make = dict(device=setting.device, dtype=getattr(torch, dtype))
     new = torch.randn(3, candidates, heads, dim, **make).unbind(0)
 
-    def on(backend):
+    def filled(make_cache):
         sizes = dict(prompts=1, candidates=candidates, heads=heads, head_dim=dim, start=step)
-        cache = dk.DecodeCache([pattern], **sizes, **make)
+        cache = make_cache([pattern], **sizes, **make)
         cache.prefill(0, *torch.randn(2, 1, heads, text + step, dim, **make))
+        return cache
 
-        def attend():
-            with dk.use_backend(backend):
-                return dk.decode_attention(*new, cache, 0)
-
-        return attend
+    def on(backend):
+        cache = filled(dk.DecodeCache)
+        return lambda: dk.decode_attention(*new, cache, 0, backend=backend)
 
     def padded():
-        token = text + step
-        key, value = torch.randn(2, candidates, heads, pattern.seq_len, dim, **make).unbind(0)
-        mask = pattern.dense(token, token + 1).to(setting.device)
-        q, k, v = (x[:, :, None] for x in new)
-
-        def attend():
-            key[:, :, token : token + 1] = k
-            value[:, :, token : token + 1] = v
-            return sdpa(q, key, value, attn_mask=mask)
-
-        return attend
+        cache = filled(functools.partial(PaddedCache, masked=True))
+        return lambda: cache.attend(*new, 0)
 
     with torch.inference_mode():
         ours = {backend: lambda backend=backend: on(backend) for backend in setting.backends()}

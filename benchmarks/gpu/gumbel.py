@@ -5,11 +5,12 @@ F.gumbel_softmax, eager and compiled, and against a copy of the same bytes.
 from __future__ import annotations
 
 import torch
+from common.timing import Unavailable
 from torch.nn.functional import gumbel_softmax
 
 import dalle_kernels as dk
 
-from .timing import Unavailable, compare
+from .timing import compare
 
 TAU = 0.9
 DIRECTIONS = ("forward", "forward and backward", "forward with KL")

@@ -6,11 +6,10 @@ import platform
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import torch
-
-from .setting import ROOT
+from common.machine import processor
+from common.setting import ROOT
 
 TOOLS = ("nvcc", "cmake", "ninja", "c++", "compute-sanitizer")
 PACKAGES = ("torch", "triton", "numpy", "pybind11", "pytest",
@@ -60,11 +59,6 @@ def commit() -> str | None:
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
     return subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def package(name: str) -> str | None:

@@ -13,8 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+from common.setting import ROOT, Setting, python
+
 from .report import Results, failures, plot
-from .setting import ROOT, Setting, python
 from .stages import LONG_FACTOR, ON_DEMAND, STAGES, TOTAL, Budget, run_stage, serve
 
 

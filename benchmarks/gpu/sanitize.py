@@ -5,7 +5,7 @@ import os
 import shutil
 from functools import partial
 
-from .setting import logged, python
+from common.setting import logged, python
 
 TOOLS = ("memcheck", "racecheck")
 

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 
-from .setting import ROOT, logged, python
+from common.setting import ROOT, logged, python
 
 # By name, so that tests which come later are run too; those of the model layer need more packages.
 FILES = ("test_cuda_*.py", "test_triton_*.py", "test_sparse_attention.py", "test_decode_*.py",

@@ -13,25 +13,10 @@ import time
 from collections.abc import Callable
 
 import torch
+from common.timing import quartiles, reason
 
 ROUNDS = 15
 LEAST_SECONDS, MOST_CALLS = 2e-3, 50  # of a warm sample
-
-
-class Unavailable(Exception):
-    """Why a baseline cannot be had here."""
-
-
-def quartiles(values) -> list[float]:
-    """First quartile, median, third quartile; single values as they are."""
-    values = sorted(values)
-    return [values[len(values) // 4], statistics.median(values), values[-1 - len(values) // 4]]
-
-
-def compiled(function):
-    """torch.compile for the sizes at hand, without the limit beyond which it quietly runs functions eagerly."""
-    torch._dynamo.config.recompile_limit = 1000
-    return torch.compile(function, dynamic=False)
 
 
 class HostTimer:
@@ -187,12 +172,6 @@ def ratios(rounds: list[dict], ours, baselines) -> dict:
         for name in ours
         if name in measured
     }
-
-
-def reason(error: BaseException) -> str:
-    """Why something could not be had: the message of those that say it, the kind too of those that may surprise."""
-    text = " ".join(str(error).split())[:300]
-    return text if isinstance(error, (Unavailable, NotImplementedError)) else f"{type(error).__name__}: {text}"
 
 
 def _ms(seconds):

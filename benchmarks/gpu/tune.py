@@ -6,7 +6,7 @@ import subprocess
 import sys
 from functools import partial
 
-from .setting import ROOT, python
+from common.setting import ROOT, python
 
 OPERATIONS = ("sample_tokens", "decode_attention", "gumbel_softmax.last", "gumbel_softmax", "sparse_attention")
 SHORT = ("--dtypes", "bfloat16", "--head-dims", "64")

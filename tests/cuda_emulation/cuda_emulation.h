@@ -5,7 +5,7 @@
 // or while a cp.async is in flight; missing barriers (by epochs, so whatever the order of this run); divergent
 // collectives; deadlocks; copies never waited for; bank conflicts of ldmatrix are counted. A cp.async destroys its
 // destination when it is issued and lands when it is waited for. What it cannot show: speed, rounding inside mma, and a
-// misreading of the PTX manual that both halves share (conformance.cu compares them on a GPU).
+// misreading of the PTX manual that both halves share (primitives.cu compares them on a GPU).
 #pragma once
 #include "machine.h"
 

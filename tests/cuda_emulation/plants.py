@@ -6,11 +6,15 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
+import conformance.decode_attention
 import torch
+from conformance import Target
 
 import dalle_kernels as dk
 from accuracy import mostly
 from cuda_emulation import emulated
+from cuda_emulation.backend import EMULATED
+from dalle_kernels.backends import BACKENDS
 
 
 @dataclass(frozen=True)
@@ -30,44 +34,34 @@ class Plant:
 INACCURATE = "a failed comparison"
 
 
-def sample_tokens():
-    from test_cuda_sample_tokens import check, random_logits
+TARGET = Target("emulated", simulated=True)
 
-    for dtype in (torch.float32, torch.bfloat16):
-        check(random_logits(12, 300, dtype), top_k=30, top_p=0.9)
-        check(random_logits(12, 203, dtype))
+
+def sample_tokens():
+    for dtype in ("float32", "bfloat16"):
+        conformance.sample_tokens.definition(TARGET, dtype, 12, 300, filters=({"top_k": 30, "top_p": 0.9}, {}))
 
 
 def decode_attention():
-    from test_cuda_decode_attention import check
-    from test_decode_attention import make
-
-    for dtype in (torch.float32, torch.bfloat16):
-        pattern = dk.AttentionPattern.column(150, (2, 6))
-        check(pattern, *make(pattern, 2, 5, 1, 64, dtype, 7), 2, 7, steps=3)
+    pattern = dk.AttentionPattern.column(150, (2, 6))
+    for dtype in ("float32", "bfloat16"):
+        sizes = dict(prompts=2, candidates=5, heads=1, dim=64, start=9)
+        conformance.decode_attention.accuracy(TARGET, pattern, dtype, **sizes)
 
 
 def sparse_attention():
-    from test_cuda_sparse_attention import EVERY_PATTERN, check, randn
-
-    check(EVERY_PATTERN["conv-clip"], *randn(torch.bfloat16))
-    check(EVERY_PATTERN["row"], *randn(torch.float16, dim=40), split=1)
-    check(EVERY_PATTERN["row"], *randn(torch.float32, dim=32))
-
-
-def sparse_attention_backward():
-    from test_cuda_sparse_attention_backward import EVERY_PATTERN, N, check, randn
-
-    check(EVERY_PATTERN["conv-clip"], *randn(torch.bfloat16, n=N))
-    check(EVERY_PATTERN["row"], *randn(torch.float32, n=N, dim=32), split=1)
+    for name, dtype, sizes in (
+        ("conv-clip", "bfloat16", dict(dim=64)),
+        ("row", "float16", dict(dim=40, split=1)),
+        ("row", "float32", dict(dim=32, split=1)),
+    ):
+        conformance.sparse_attention.accuracy(TARGET, name, dtype, **sizes)
 
 
 def gumbel_softmax():
-    from test_cuda_gumbel_softmax import check
-
-    for dtype in (torch.float32, torch.bfloat16):
-        check(torch.randn(2, 40, 5, 5).to(dtype), 0.7, False, 1)
-        check(torch.randn(1, 3000, 3, 3).to(dtype), 0.7, True, 1)  # a cluster of blocks
+    for dtype in ("float32", "bfloat16"):
+        conformance.gumbel_softmax.accuracy(TARGET, dtype, False, (2, 40, 5, 5), 1, taus=(0.7,))
+        conformance.gumbel_softmax.accuracy(TARGET, dtype, True, (1, 3000, 3, 3), 1, taus=(0.7,))  # a cluster of blocks
 
 
 ATTENTION_FILES = ("sparse_attention", "sparse_attention_backward")
@@ -75,7 +69,7 @@ GUMBEL_FILES = ("gumbel_softmax", "gumbel_softmax_backward")
 # The files of an operation, and what runs it.
 CASES = {
     "sparse_attention": (ATTENTION_FILES, sparse_attention),
-    "sparse_attention_backward": (ATTENTION_FILES, sparse_attention_backward),
+    "sparse_attention_backward": (ATTENTION_FILES, sparse_attention),
     "gumbel_softmax": (GUMBEL_FILES, gumbel_softmax),
     "sample_tokens": (("sample_tokens",), sample_tokens),
     "decode_attention": (("decode_attention",), decode_attention),
@@ -482,6 +476,7 @@ def report(operation: str, csrc: Path, objects: Path) -> str:
     torch.ops.load_library(path)
     library = ctypes.CDLL(str(path))
     emulated.library = lambda: library
+    BACKENDS["emulated"] = EMULATED
     try:
         mostly(case)
     except emulated.EmulationError as error:

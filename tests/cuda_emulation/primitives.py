@@ -1,7 +1,7 @@
 """Compares the primitives of csrc/cuda/device.h on this machine's GPU with their emulation, bit by bit; see
-conformance.cu. Needs nvcc, g++ and numpy.
+primitives.cu. Needs nvcc, g++ and numpy.
 
-python tests/cuda_emulation/conformance.py [FOLDER]      what is built stays in FOLDER (default: build/conformance)
+python tests/cuda_emulation/primitives.py [FOLDER]      what is built stays in FOLDER (default: build/primitives)
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SOURCE = HERE / "conformance.cu"
+SOURCE = HERE / "primitives.cu"
 OPTIONAL = {"cluster"}  # what a GPU before sm_90 does not have, and so does not print
 
 
 def expected(folder: Path, source: Path = SOURCE) -> str:
     """What the program prints under emulation."""
-    program = folder / "conformance-emulated"
+    program = folder / "primitives-emulated"
     flags = ["-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     return _run([_build(["g++", *flags, "-x", "c++"], source, program)])
 
@@ -30,7 +30,7 @@ def compile_for_gpu(folder: Path, architecture: str) -> Path:
     target = ["-arch=native"]
     if architecture != "native":
         target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    return _build(["nvcc", "-O3", *target], SOURCE, folder / f"conformance-{architecture}")
+    return _build(["nvcc", "-O3", *target], SOURCE, folder / f"primitives-{architecture}")
 
 
 def _build(compiler, source, program):
@@ -100,7 +100,7 @@ def _equal(how, got, expected):
 
 
 def main():
-    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "conformance"
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "build" / "primitives"
     wanted = expected(folder)
     problems = compare(_run([compile_for_gpu(folder, "native")]), wanted)
     print("\n".join(problems) or f"{len(_parse(wanted))} groups of primitives agree with their emulation, bit by bit")

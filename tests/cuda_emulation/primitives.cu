@@ -1,8 +1,8 @@
 // Does a GPU do what the emulation (cuda_emulation.h) takes it to do? Every primitive of csrc/cuda/device.h, on random
 // inputs, with all that each lane then holds written out. The same source is compiled by nvcc for a GPU and by g++
-// under emulation; conformance.py builds, runs and compares:
+// under emulation; primitives.py builds, runs and compares:
 //
-//   python tests/cuda_emulation/conformance.py       exit status 0: they agree; 1: what differs first, by primitive,
+//   python tests/cuda_emulation/primitives.py       exit status 0: they agree; 1: what differs first, by primitive,
 //   lane and word
 //
 // What is random is drawn in statements of its own: the arguments of a call are evaluated in any order.
@@ -235,7 +235,7 @@ template <class... Probes> int run_and_print(int cluster) {
   static int clusters;
   clusters = cluster;
   const auto launch = [](const Params& p) {
-    return dev::launch("conformance", run_probes<Probes...>, {BLOCKS, 1, clusters}, THREADS, SHARED, nullptr, p);
+    return dev::launch("primitives", run_probes<Probes...>, {BLOCKS, 1, clusters}, THREADS, SHARED, nullptr, p);
   };
   const char* error = run_on_device(launch, {nullptr, nullptr, block_words}, source, out);
   if (error) return fprintf(stderr, "%s\n", error), 1;

@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from cuda_emulation import conformance
+from cuda_emulation import primitives
 
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory):
-    return conformance.expected(tmp_path_factory.mktemp("conformance"))
+    return primitives.expected(tmp_path_factory.mktemp("primitives"))
 
 
 def changed(text, name, word, change):
@@ -26,7 +26,7 @@ def changed(text, name, word, change):
 
 
 def test_the_emulation_agrees_with_itself(expected):
-    assert conformance.compare(expected, expected) == []
+    assert primitives.compare(expected, expected) == []
 
 
 NAMES = [
@@ -48,14 +48,14 @@ NAMES = [
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_wrong_bit_is_reported(expected, name):
-    (problem,) = conformance.compare(changed(expected, name, 1, lambda word: word ^ 1), expected)
+    (problem,) = primitives.compare(changed(expected, name, 1, lambda word: word ^ 1), expected)
     assert problem.startswith(f"{name}: 1 of ") and "block 0, lane 9, word 1" in problem
 
 
 def test_approximations_may_err_as_the_manual_says(expected):
     for name, allowed, wrong in (("exp2_approx", 2, 3), ("log2_approx", 1, 256)):
-        assert conformance.compare(changed(expected, name, 0, lambda word, by=allowed: word + by), expected) == []
-        assert conformance.compare(changed(expected, name, 0, lambda word, by=wrong: word + by), expected) != []
+        assert primitives.compare(changed(expected, name, 0, lambda word, by=allowed: word + by), expected) == []
+        assert primitives.compare(changed(expected, name, 0, lambda word, by=wrong: word + by), expected) != []
 
 
 def test_missing_output_is_reported(expected):
@@ -63,17 +63,17 @@ def test_missing_output_is_reported(expected):
         name: "\n".join(line for line in expected.splitlines() if not line.startswith(name))
         for name in ("cluster", "ballot")
     }
-    assert conformance.compare(without["cluster"], expected) == []  # older GPUs have none
-    assert conformance.compare(without["ballot"], expected) == ["ballot: nothing was printed"]
+    assert primitives.compare(without["cluster"], expected) == []  # older GPUs have none
+    assert primitives.compare(without["ballot"], expected) == ["ballot: nothing was printed"]
 
 
 def test_swapped_fragment_registers_are_reported(expected, tmp_path):
-    text = conformance.SOURCE.read_text()
+    text = primitives.SOURCE.read_text()
     right = "DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, c[i]);"
     assert text.count(right) == 1
-    swapped = tmp_path / "conformance.cu"
+    swapped = tmp_path / "primitives.cu"
     swapped.write_text(text.replace(right, right.replace("c[i]", "c[i ^ 3]")))
-    problems = conformance.compare(conformance.expected(tmp_path, swapped), expected)
+    problems = primitives.compare(primitives.expected(tmp_path, swapped), expected)
     assert {problem.split(":")[0] for problem in problems} == {"mma_bfloat16", "mma_float16"}
 
 
@@ -81,13 +81,13 @@ def test_swapped_fragment_registers_are_reported(expected, tmp_path):
 def test_it_compiles_for_a_gpu(tmp_path, architecture):
     if not shutil.which("nvcc"):
         pytest.skip("there is no nvcc")
-    program = conformance.compile_for_gpu(tmp_path, architecture)
+    program = primitives.compile_for_gpu(tmp_path, architecture)
     if shutil.which("nvidia-smi") is None:  # what one sees without a driver is the error, not wrong numbers
         done = subprocess.run([program], capture_output=True, text=True)
         assert done.returncode == 1 and "CUDA" in done.stderr
 
 
 def test_the_command_says_what_is_missing(tmp_path):
-    command = [sys.executable, conformance.__file__, str(tmp_path)]
+    command = [sys.executable, primitives.__file__, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
     assert done.returncode == 1 and "g++" in done.stderr
