@@ -45,8 +45,12 @@ test: $(DEV_STAMP)   ## the tests that take minutes
 test-optional: $(DEV_STAMP)   ## of these, those that are skipped without the emoji font: fonts-noto-color-emoji libfribidi0
 	$(PYTEST) -m "optional and not slow"
 
+# They start first, and every process takes one test at a time, so that all end together.
+LONGEST := $(addprefix tests/test_,$(addsuffix .py,cuda_sanitizers cpu_sanitizers distribution triton_compile \
+	cuda_registration instruction_sets learn_shapes data_shapes))
+
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
-	$(PYTEST) -m slow
+	$(PYTEST) --dist load --maxschedchunk 1 -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
 
 test-full: test test-slow   ## all tests

@@ -55,6 +55,7 @@ def grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), scale: in
     height, width = (scale * side for side in rows[0][0].shape[1:])
     labels = labels or [""] * len(rows)
     font = ImageFont.load_default(size=min(max(10, height // 6), 20))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # which it is where a size is given
     headers = [sum(font.getmetrics()) + MARGIN if label else 0 for label in labels]
     canvas_width = MARGIN + max(map(len, rows)) * (width + MARGIN)
     canvas = Image.new("RGB", (canvas_width, MARGIN + sum(headers) + len(rows) * (height + MARGIN)), "white")

@@ -68,7 +68,8 @@ class Tokenizer:
         draw = random.Random(seed).random
         words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
         pieces = (word[i : i + MAX_WORD] for word, _ in words for i in range(0, len(word), MAX_WORD))
-        return [self._bpe.token_to_id(token) for piece in pieces for token in _merge(piece, self._ranks, dropout, draw)]
+        tokens = (token for piece in pieces for token in _merge(piece, self._ranks, dropout, draw))
+        return [self._bpe.token_to_id(token) for token in tokens]  # pyrefly: ignore[bad-return]  # all have one
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""

@@ -25,7 +25,8 @@ def prepare(
         n: sequence length; the pattern's whole length where omitted.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `sparse_attention` of such tensors.
+        ValueError, TypeError, NotImplementedError: as `sparse_attention` of such tensors; ValueError also for a device
+            that PyTorch cannot use.
     """
     if not isinstance(pattern, AttentionPattern):
         raise TypeError(f"pattern must be an AttentionPattern; got {type(pattern).__name__}")
@@ -36,5 +37,9 @@ def prepare(
         raise TypeError(f"dtype must be a floating-point dtype; got {dtype}")
     if head_dim < 1:
         raise ValueError(f"head_dim must be at least 1; got {head_dim}")
-    like = torch.empty(0, head_dim, dtype=dtype, device=device)  # its device has a number, as those of all tensors
+    try:
+        like = torch.empty(0, head_dim, dtype=dtype, device=device)  # its device has a number, as those of all tensors
+    except (AssertionError, RuntimeError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"device must be one that this PyTorch can use; got {str(device)!r}: {reason}") from error
     backends.select("sparse_attention", like).prepare(pattern, n, like)

@@ -128,6 +128,7 @@ def test_prepare_fills_the_cache_that_calls_read():
         ({"n": 20}, ValueError, r"n must lie in \[1, 19\], the pattern's length; got 20"),
         ({"head_dim": 0}, ValueError, "head_dim must be at least 1; got 0"),
         ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point dtype; got torch.int32"),
+        ({"device": "gpu"}, ValueError, "device must be one that this PyTorch can use; got 'gpu': "),
         ({"pattern": "row"}, TypeError, "pattern must be an AttentionPattern; got str"),
     ],
 )
@@ -135,3 +136,9 @@ def test_prepare_refuses(changed, error, message):
     arguments = {"pattern": PATTERN, "device": "cpu", "dtype": torch.float32, "head_dim": 8, **changed}
     with pytest.raises(error, match=message):
         dk.prepare(**arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_prepare_for_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match="device must be one that this PyTorch can use; got 'cuda': "):
+        dk.prepare(PATTERN, device="cuda", dtype=torch.float32, head_dim=8)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from builds_for_tests import once
 
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
@@ -31,21 +32,22 @@ class Compiled:
     log: str  # of ptxas -v
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def compiled(tmp_path_factory):
     """compile(source, architecture), once for each."""
-    done = {}
 
     def compile(source, architecture):
-        if (source, architecture) not in done:
-            folder = tmp_path_factory.mktemp(f"{source.stem}-{architecture}")
-            cubin = folder / f"{source.stem}.cubin"
+        def build(folder):
             command = ["nvcc", "-std=c++17", "-O3", "-lineinfo", f"-I{CSRC}", f"-arch=sm_{architecture}", "-cubin"]
-            command += ["-Xptxas=-v,-warn-spills,-warn-lmem-usage", "--keep", "--keep-dir", folder, source, "-o", cubin]
+            command += ["-Xptxas=-v,-warn-spills,-warn-lmem-usage", "--keep", "--keep-dir", folder]
+            command += [source, "-o", folder / f"{source.stem}.cubin"]
             result = subprocess.run(command, capture_output=True, text=True)
             assert result.returncode == 0, result.stderr
-            done[source, architecture] = Compiled(cubin, (folder / f"{source.stem}.ptx").read_text(), result.stderr)
-        return done[source, architecture]
+            (folder / "log").write_text(result.stderr)
+
+        folder = once(tmp_path_factory, f"{source.stem}-{architecture}", build)
+        ptx, log = ((folder / name).read_text() for name in (f"{source.stem}.ptx", "log"))
+        return Compiled(folder / f"{source.stem}.cubin", ptx, log)
 
     return compile
 

@@ -2,15 +2,14 @@
 faults planted in the real kernels.
 """
 
-import multiprocessing
 import shutil
 import subprocess
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from cuda_emulation import emulated, plants
+from processes_for_tests import call
 
 HERE = Path(emulated.__file__).parent
 CSRC = emulated.ROOT / "csrc"
@@ -100,8 +99,6 @@ def test_unwritten_elements_are_counted():
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
     """run(plant or None, operation): what one run of the operation's case says, from sources with that fault."""
-    processes = multiprocessing.get_context("forkserver")  # each run in a process of its own, torch already imported
-    processes.set_forkserver_preload([plants.__name__])
     folder = tmp_path_factory.mktemp("planted")
     copy = folder / "csrc"
     shutil.copytree(CSRC, copy)
@@ -113,8 +110,7 @@ def planted(tmp_path_factory):
             assert text.count(plant.old) == 1, f"{plant.file} has {text.count(plant.old)} times: {plant.old}"
             source.write_text(text.replace(plant.old, plant.new))
         try:
-            with ProcessPoolExecutor(1, mp_context=processes) as process:
-                return process.submit(plants.report, operation, copy, folder / "objects").result(timeout=300)
+            return call(plants.report, operation, copy, folder / "objects")
         finally:
             if plant:
                 source.write_text(text)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pybind11
 import pytest
 import torch
+from builds_for_tests import once
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import dalle_kernels as dk
@@ -41,7 +42,10 @@ def library(tmp_path_factory):
     """The package's own library where it has one, else one built for PTX alone, which is quickest."""
     if backends.cuda.problem is None:
         return "libdalle_cuda.so"
-    folder = tmp_path_factory.mktemp("cuda")
+    return once(tmp_path_factory, "cuda", build) / "libdalle_cuda.so"
+
+
+def build(folder):
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_LIBRARY_OUTPUT_DIRECTORY": folder,
@@ -59,7 +63,6 @@ def library(tmp_path_factory):
         ["--build", folder / "build", "--target", "dalle_cuda"],
     ):
         subprocess.run(["cmake", *command], check=True, env=environment)
-    return folder / "libdalle_cuda.so"
 
 
 @pytest.fixture

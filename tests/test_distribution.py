@@ -10,6 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from builds_for_tests import once
 
 import dalle_kernels
 
@@ -32,46 +33,53 @@ def run(*command, **options):
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A copy of the sources, without anything that was built."""
-    folder = tmp_path_factory.mktemp("source") / "dalle-kernels"
-    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*NOT_SOURCES))
-    return folder
+
+    def copy(folder):
+        shutil.copytree(ROOT, folder / "dalle-kernels", ignore=shutil.ignore_patterns(*NOT_SOURCES))
+
+    return once(tmp_path_factory, "source", copy) / "dalle-kernels"
 
 
 @pytest.fixture(scope="module")
 def sdist(source, tmp_path_factory):
-    out = tmp_path_factory.mktemp("sdist")
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", out, source)
-    [archive] = out.iterdir()
+    def build(folder):
+        run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "--outdir", folder, source)
+
+    [archive] = once(tmp_path_factory, "sdist", build).iterdir()
     return archive
 
 
 @pytest.fixture(scope="module")
 def unpacked(sdist, tmp_path_factory):
     """The folder in the sdist."""
-    folder = tmp_path_factory.mktemp("unpacked")
-    shutil.unpack_archive(sdist, folder)
+    folder = once(tmp_path_factory, "unpacked", lambda folder: shutil.unpack_archive(sdist, folder))
     return folder / f"dalle_kernels-{VERSION}"
 
 
 @pytest.fixture(scope="module")
 def wheel(unpacked, tmp_path_factory):
     """The wheel that pip builds in that folder."""
-    out = tmp_path_factory.mktemp("wheel")
-    run(sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", out, unpacked)
-    [archive] = out.iterdir()
+
+    def build(folder):
+        command = sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder
+        run(*command, unpacked)
+
+    [archive] = once(tmp_path_factory, "wheel", build).iterdir()
     return archive
 
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
     """The bin folder of a virtual environment with the wheel; the packages it needs are those of this environment."""
-    folder = tmp_path_factory.mktemp("venv")
-    venv.create(folder, symlinks=True)
-    run(sys.executable, "-m", "pip", "--python", folder, "install", "--no-index", "--no-deps", wheel)
-    [site] = folder.glob("lib/python*/site-packages")
-    outer = [path for path in sys.path if path.endswith("site-packages")]
-    (site / "outer.pth").write_text("\n".join(outer))
-    return folder / "bin"
+
+    def install(folder):
+        venv.create(folder, symlinks=True)
+        run(sys.executable, "-m", "pip", "--python", folder, "install", "--no-index", "--no-deps", wheel)
+        [site] = folder.glob("lib/python*/site-packages")
+        outer = [path for path in sys.path if path.endswith("site-packages")]
+        (site / "outer.pth").write_text("\n".join(outer))
+
+    return once(tmp_path_factory, "venv", install) / "bin"
 
 
 def test_the_sdist_has_all_that_a_build_needs(source, sdist):

@@ -3,8 +3,8 @@
 import io
 import sys
 from contextlib import redirect_stderr
-from dataclasses import fields, replace
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import tyro
 
@@ -23,7 +23,7 @@ STYLE = (
 
 def parse(config_class: type[Config], command: str, argv: list[str], default: Config | None = None) -> Config:
     """The configuration that `argv` describes. A value it refuses is a UserError, a misspelt option exits with 2."""
-    instead = {} if default is None else {"default": default}
+    instead: dict[str, Any] = {} if default is None else {"default": default}
     said = io.StringIO()
     try:
         with redirect_stderr(said):
@@ -35,9 +35,9 @@ def parse(config_class: type[Config], command: str, argv: list[str], default: Co
         raise
 
 
-def parse_with_preset(config_class: type[Config], command: str, argv: list[str], presets: dict) -> Config:
+def parse_with_preset(config_class: type[Any], command: str, argv: list[str], presets: dict[str, Any]) -> Any:
     """As `parse`; the fields of the model are options too (`--model.layers 4`), their defaults those of `--preset`."""
-    name = _preset_name(argv) or next(f.default for f in fields(config_class) if f.name == "preset")
+    name = _preset_name(argv) or config_class.preset
     size = configs.preset(presets, name)
     config = parse(config_class, command, argv, config_class(out=tyro.MISSING, preset=name, model=size))
     return replace(config, model=None) if config.model == size else config

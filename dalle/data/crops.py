@@ -25,7 +25,7 @@ def dvae_crop(picture: Tensor, size: int, rng: np.random.Generator) -> Tensor:
     """A square for the training of a dVAE: uint8 [3, h, w] -> uint8 [3, size, size]."""
     height, width = picture.shape[1:]
     side = min(height, width)
-    corner = rng.integers(height - side + 1), rng.integers(width - side + 1)
+    corner = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
     return _cut(picture, corner, _scaled_side(side, size, (9, 12), rng), size, rng)
 
 
@@ -42,18 +42,19 @@ def reduced(image: Image.Image, size: int) -> Image.Image:
     limit, short = _eighths(size, 12), min(image.size)
     if short <= limit:
         return image
-    return image.resize(tuple(max(1, round(side * limit / short)) for side in image.size), Image.Resampling.BOX)
+    width, height = (max(1, round(side * limit / short)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BOX)
 
 
 def _central(slack: int, rng: np.random.Generator) -> int:
     """An offset between 3/8 and 5/8 of what the square leaves free."""
     first = 3 * slack // 8
-    return rng.integers(first, max(first + 1, 5 * slack // 8))
+    return int(rng.integers(first, max(first + 1, 5 * slack // 8)))
 
 
 def _scaled_side(side: int, size: int, eighths: tuple[int, int], rng: np.random.Generator) -> int:
     low, high = (max(size, min(side, _eighths(size, n))) for n in eighths)
-    return rng.integers(low, high + 1)
+    return int(rng.integers(low, high + 1))
 
 
 def _eighths(size: int, count: int) -> int:

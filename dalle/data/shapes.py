@@ -193,15 +193,15 @@ class ShapesSource(Source):
 
     def __init__(self, image_size: int, count: int | None = None, *, simple: bool = False) -> None:
         self.image_size = image_size
-        self.count = DEFAULT_COUNT if count is None else count
+        self._count = DEFAULT_COUNT if count is None else count
         self.simple = simple
         self.skipped = []
 
     def __len__(self) -> int:
-        return self.count
+        return self._count
 
     def key(self, index: int) -> str:
-        return str(range(self.count)[index])
+        return str(range(self._count)[index])
 
     def scene(self, index: int) -> Scene:
         return self._generate(index)[0]
@@ -214,19 +214,17 @@ class ShapesSource(Source):
         return Sample(draw(scene, self.image_size, offset), (caption(scene),), self.key(index))
 
     def split(self, part: Part) -> "ShapesPart":
-        return ShapesPart(self, [i for i in range(self.count) if _part_of(i) == part])
+        return ShapesPart(self, [i for i in range(self._count) if _part_of(i) == part])
 
     def _generate(self, index: int) -> tuple[Scene, Offset]:
-        index = range(self.count)[index]
+        index = range(self._count)[index]
         rng = random.Random(f"{'simple' if self.simple else 'mixed'} scene {index}")
         scene = random_scene(rng, _part_of(index), simple=self.simple)
         return scene, (rng.uniform(-MAX_OFFSET, MAX_OFFSET), rng.uniform(-MAX_OFFSET, MAX_OFFSET))
 
 
-class ShapesPart(Subset):
+class ShapesPart(Subset[ShapesSource]):
     """One side of the split of a ShapesSource."""
-
-    source: ShapesSource
 
     def scene(self, index: int) -> Scene:
         return self.source.scene(self.indices[index])

@@ -38,6 +38,7 @@ def compare(scene: Scene, parsed: Scene) -> dict[str, bool]:
     colour and shape: the same set of them is there; size and position: likewise; count: as many objects;
     relation: exactly two objects, in the right relation and with the right colour and shape each.
     """
+    assert scene.kind, "a scene with a caption is of a kind"
     mentioned = {
         "single": ("colour", "shape", "size", "position"),
         "count": ("colour", "shape", "count"),

@@ -3,7 +3,7 @@
 import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -67,7 +67,7 @@ class Source(Sequence[Sample]):
         held_out = part == "heldout"
         return Subset(self, [i for i in range(len(self)) if _is_held_out(self.key(i)) == held_out])
 
-    def __getitem__(self, index: int) -> Sample:
+    def __getitem__(self, index: int) -> Sample:  # pyrefly: ignore[bad-override]  # no slices
         """Picture `index`; raises UnreadablePicture if it cannot be decoded and IndexError if there is none."""
         return self.load(index)
 
@@ -90,10 +90,13 @@ class Source(Sequence[Sample]):
                 self.skipped.append((name, reason))
 
 
-class Subset(Source):
+OfSource = TypeVar("OfSource", bound=Source)
+
+
+class Subset(Source, Generic[OfSource]):
     """The samples of ``source`` at ``indices``; shares its list of skipped pictures."""
 
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+    def __init__(self, source: OfSource, indices: Sequence[int]) -> None:
         self.source = source
         self.indices = indices
         self.skipped = source.skipped

@@ -4,9 +4,10 @@ import datetime
 import json
 import platform
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ import dalle_kernels.info
 from dalle import config as configs
 from dalle import images
 from dalle.data import Source, open_source, split
-from dalle.data.shapes import ShapesSource
+from dalle.data.shapes import Scene, ShapesPart, ShapesSource
 from dalle.data.source import Subset
 from dalle.evaluation import shapes
 from dalle.evaluation.measures import likelihood, reconstruction, retrieval
@@ -101,6 +102,12 @@ class Run(NamedTuple):
     report: Report
     track: Track
 
+    def scenes(self, name: str, indices: Sequence[int]) -> list[Scene]:
+        """What the captions of a part of the drawn shapes say."""
+        part = self.parts[name]
+        assert isinstance(part, ShapesPart)
+        return [part.scene(i) for i in indices]
+
     def drawn(self, name: str) -> dict[str, Tensor]:
         """What is drawn for the captions of a part: the first candidates, and the best."""
         captions, config = self.groups[name].captions, self.config
@@ -170,7 +177,7 @@ def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Sour
 def measure_ranks(run: Run) -> None:
     """The ranks of a caption's picture, seen from what is drawn for it, its reconstruction and another's picture."""
     gallery = Gallery(run.parts[TRAINING], run.parts[HELD_OUT], run.track)
-    section = {"pictures": len(gallery.captions)}
+    section: dict[str, Any] = {"pictures": len(gallery.captions)}
     for name, group in run.groups.items():
         ranks = {kind: gallery.rank(group.captions, pictures) for kind, pictures in run.drawn(name).items()}
         if len({caption for caption, _ in gallery.known}) > 1:
@@ -183,7 +190,7 @@ def measure_shapes(run: Run) -> None:
     """What drawn pictures show of their captions."""
     reader, accuracies = shapes.Reader(), {}
     for name, group in run.groups.items():
-        scenes = [run.parts[name].scene(i) for i in group.indices]
+        scenes = run.scenes(name, group.indices)
         drawn = run.drawn(name)
         kinds = {"real pictures": group.images, "reconstructions": group.copies, **drawn}
         accuracies[name] = {kind: shapes.accuracy(reader, scenes, pictures) for kind, pictures in kinds.items()}
@@ -198,7 +205,7 @@ def measure_candidates(run: Run, reader: shapes.Reader) -> None:
     for name, group in run.groups.items():
         chosen = spaced(len(group.indices), run.config.ranked_captions)
         captions = [group.captions[i] for i in chosen]
-        scenes = [run.parts[name].scene(group.indices[i]) for i in chosen]
+        scenes = run.scenes(name, [group.indices[i] for i in chosen])
         drawn = draw(run.pipeline, captions, most, seed, run.track, f"{most} candidates, {name}")
         right, scores = [], []
         for scene, row in zip(scenes, drawn, strict=True):

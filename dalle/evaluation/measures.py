@@ -52,16 +52,18 @@ def retrieval(pipeline: Pipeline, groups: dict[str, PictureSet]) -> dict:
 
     All groups are cut to the size of the smallest, for the more there are to choose from, the harder it is.
     """
+    clip = pipeline.clip
+    assert clip is not None
     count = min(len(group.indices) for group in groups.values())
     section = {}
     for name, group in groups.items():
         chosen = spaced(len(group.indices), count)
         captions = [group.captions[i] for i in chosen]
         same = torch.tensor([[one == other for other in captions] for one in captions])
-        text = pipeline.clip.pack_text([pipeline.tokenizer.encode(caption) for caption in captions], truncate=True)
+        text = clip.pack_text([pipeline.tokenizer.encode(caption) for caption in captions], truncate=True)
         section[name] = {}
         for kind, pictures in {"pictures": group.images, "reconstructions": group.copies}.items():
-            scores = pipeline.clip.similarities(pictures[chosen], text)
+            scores = clip.similarities(pictures[chosen], text)
             for direction, table in {"picture to caption": scores, "caption to picture": scores.T}.items():
                 ahead = outranked(table, same)
                 section[name][f"{kind}, {direction}"] = {

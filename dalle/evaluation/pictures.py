@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -91,6 +92,6 @@ def first_and_best(
     for row in draw(pipeline, captions, candidates if ranked else 1, seed, track, title):
         first.append(images.to_tensor(row[0].image))
         if ranked:
-            best.append(images.to_tensor(max(row, key=lambda drawing: drawing.score).image))
+            best.append(images.to_tensor(max(row, key=attrgetter("score")).image))
     kinds = {"first candidate": torch.stack(first)}
     return kinds | ({f"best of {candidates} by CLIP": torch.stack(best)} if ranked else {})

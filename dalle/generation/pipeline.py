@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,7 +125,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             clip.eval()
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # pyrefly: ignore[bad-override-param-name]  # theirs is for repositories alone
         cls, model: str | os.PathLike | None = None, *, device: str = "cpu", **download: Any
     ) -> Pipeline:
         """Loads a model.
@@ -149,7 +149,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         clip = load_clip(directory) if (directory / "clip.json").exists() else None
         return cls(dvae, prior, tokenizer, clip).to(device)
 
-    def save_pretrained(
+    def save_pretrained(  # pyrefly: ignore[bad-override-param-name]
         self, directory: str | os.PathLike, *, model_card_kwargs: dict[str, Any] | None = None, **push: Any
     ) -> str | None:
         """Writes every part's .json and .safetensors, tokenizer.json and a README.md if there is none, each atomically.
@@ -282,10 +282,10 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
     def region(self, rows: int | None = None, mask: Tensor | None = None) -> Tensor:
         """The codes that `complete` draws anew when it is told `rows` or `mask`, bool [rows, columns]."""
         side = self.dvae.config.grid
-        if (rows is None) == (mask is None):
-            raise UserError("say what to keep of the picture: give either its first rows or a mask of what to redraw")
-        if mask is not None:
+        if mask is not None and rows is None:
             return torch.as_tensor(mask)
+        if rows is None or mask is not None:
+            raise UserError("say what to keep of the picture: give either its first rows or a mask of what to redraw")
         if not 1 <= rows < side:
             raise UserError(f"rows, the rows of codes to keep, must be in [1, {side}), not {rows}")
         return (torch.arange(side) >= rows)[:, None].expand(side, side)
@@ -387,7 +387,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             raise UserError(f"a picture as a tensor must be {[3, side, side]}, not {list(picture.shape)}")
         return picture[None].to(self.device)
 
-    def _passes(self, batch: Tensor) -> Iterator[Tensor]:
+    def _passes(self, batch: Tensor) -> tuple[Tensor, ...]:
         """A batch in parts whose pictures fit into memory."""
         return batch.split(max(1, PIXELS_AT_ONCE // self.dvae.config.image_size**2))
 

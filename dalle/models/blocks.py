@@ -48,7 +48,8 @@ class TransformerBlock(nn.Module):
 def reset_transformer(blocks: nn.ModuleList) -> None:
     """Scales the initial weights that write to the residual stream by 1/sqrt(2 blocks)."""
     for block in blocks:
-        for linear in (block.attention.out, block.mlp_out):
+        for linear in (block.attention.out, block.mlp_out):  # pyrefly: ignore[missing-attribute]
+            assert isinstance(linear, nn.Linear)
             nn.init.normal_(linear.weight, std=0.02 / (2 * len(blocks)) ** 0.5)
 
 

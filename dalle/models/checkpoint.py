@@ -2,6 +2,7 @@
 
 import hashlib
 from pathlib import Path
+from typing import TypeVar
 
 from torch import Tensor, nn
 
@@ -11,6 +12,8 @@ from dalle.files import read_tensors, write_json, write_tensors
 from dalle.models.clip import CLIP, CLIPConfig
 from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.models.prior import Prior, PriorConfig
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def save_part(directory: Path, name: str, model: nn.Module) -> None:
@@ -54,7 +57,7 @@ def fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _load_part(directory: Path, name: str, model_class: type, config_class: type) -> nn.Module:
+def _load_part(directory: Path, name: str, model_class: type[Model], config_class: type) -> Model:
     settings, weights = (Path(directory) / f"{name}.{suffix}" for suffix in ("json", "safetensors"))
     if not settings.exists():
         raise UserError(

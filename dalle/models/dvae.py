@@ -122,7 +122,8 @@ class Decoder(nn.Module):
 
     def from_codes(self, codes: Tensor) -> Tensor:
         """From codes, int64 [B, h, w]: the 1x1 convolution of their one-hot vectors is a look-up."""
-        x = F.embedding(codes, self.input.weight[:, :, 0, 0].t()) + self.input.bias
+        x = F.embedding(codes, self.input.weight[:, :, 0, 0].t())
+        x = x + self.input.bias  # pyrefly: ignore[unsupported-operation]  # it has one
         return self._decode(x.permute(0, 3, 1, 2))
 
     def _decode(self, x: Tensor) -> Tensor:
@@ -150,7 +151,7 @@ class DiscreteVAE(nn.Module):
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.normal_(conv.weight, std=conv.weight[0].numel() ** -0.5)
-                nn.init.zeros_(conv.bias)
+                nn.init.zeros_(conv.bias)  # pyrefly: ignore[bad-argument-type]  # it has one
         if self.config.codebook_std is not None:
             nn.init.normal_(self.decoder.input.weight, std=self.config.codebook_std)
 

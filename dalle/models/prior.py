@@ -199,7 +199,7 @@ class Prior(nn.Module):
         """
         x = self._embed_codes(codes, place)[:, 0]
         for i, layer in enumerate(self.layers):
-            x = layer.step(x, cache, i)
+            x = layer.step(x, cache, i)  # pyrefly: ignore[not-callable]  # a ModuleList does not say of what
         cache.advance()
         return x
 

@@ -38,7 +38,7 @@ def step_seed(seed: int, step: int) -> int:
 
 def choose_caption(captions: Sequence[str], seed: int, step: int, index: int) -> str:
     """The caption that step `step` sees of picture `index`: one of its captions, all of them equally often."""
-    return captions[np.random.default_rng((seed, step, index)).integers(len(captions))]
+    return captions[int(np.random.default_rng((seed, step, index)).integers(len(captions)))]
 
 
 def crop_generator(seed: int, step: int, index: int) -> np.random.Generator:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import ClassVar, Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -83,8 +83,8 @@ class Result:
 class Task(Protocol):
     """What differs between the dVAE, the prior and CLIP."""
 
-    name: ClassVar[str]
-    model: nn.Module
+    name: str
+    model: Any
     optimizer: torch.optim.Optimizer
     average_decay: float
     max_grad_norm: float
@@ -93,13 +93,13 @@ class Task(Protocol):
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         """The "loss" to minimise and what else to report, for the batch of a step."""
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Any) -> dict[str, float]:
         """Numbers on held-out pictures; empty if there are none."""
 
-    def draw_samples(self, model: nn.Module, path: Path) -> None:
+    def draw_samples(self, model: Any, path: Path) -> None:
         """Writes a PNG that shows what the model can do."""
 
-    def write_model(self, model: nn.Module, done: bool) -> None:
+    def write_model(self, model: Any, done: bool) -> None:
         """Writes the model into the model directory; `done` says that training has come to its end."""
 
 

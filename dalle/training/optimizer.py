@@ -4,8 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
-def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+
+def adamw(model: nn.Module, betas: tuple[float, float], weight_decay: float) -> torch.optim.Optimizer:
     """AdamW whose decay spares gains, biases and embeddings; the loop sets the learning rate."""
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     parameters = list(model.parameters())
@@ -21,7 +23,7 @@ def average(model: nn.Module, decay: float) -> AveragedModel:
     In the first updates the decay is (1 + n) / (10 + n) while that is smaller, so that the random start is forgotten.
     """
 
-    def update(averages: list[Tensor], weights: list[Tensor], count: Tensor) -> None:
+    def update(averages: Tensors, weights: Tensors, count: Tensor | int) -> None:
         n = int(count)
         torch._foreach_lerp_(averages, weights, 1 - min(decay, (1 + n) / (10 + n)))
 

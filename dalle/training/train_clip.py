@@ -80,7 +80,7 @@ class CLIPTask:
         self.training, held_out = (WithCopies(split(source, part), self.dvae) for part in ("train", "heldout"))
         self.pictures = PictureLoader(self.training, config.batch_size, config.seed)
         self.held_out = _first(held_out, HELD_OUT)
-        self.model = CLIP(size).to(self.device, memory_format=torch.channels_last)
+        self.model = CLIP(size).to(self.device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         self.optimizer = adamw(self.model, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def learning_rate(self, step: int, fraction: float) -> float:
@@ -98,7 +98,7 @@ class CLIPTask:
         ]
         return self.model.loss(shown.to(self.device), self.pack(captions), batch.indices.to(self.device))
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: CLIP) -> dict[str, float]:
         """Retrieval among held-out pictures that went through the dVAE.
 
         "caption@k" is the share of pictures whose caption is among the k that fit best, "picture@k" the share of
@@ -113,7 +113,7 @@ class CLIPTask:
             f"picture@{k}": recall(fits.t(), same, k) for k in (1, 5)
         }
 
-    def draw_samples(self, model: nn.Module, path: Path) -> None:
+    def draw_samples(self, model: CLIP, path: Path) -> None:
         """For a few captions, held-out ones if there are any: the true picture, then those that fit best."""
         samples = self.held_out or _first(self.training, HELD_OUT)
         pictures, captions = [sample.image[3:] for sample in samples], [sample.caption for sample in samples]

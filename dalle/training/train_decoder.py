@@ -1,52 +1,36 @@
 """Between the stages: a decoder for codes as they are drawn, without relaxation."""
 
-import math
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from dalle import config as configs
 from dalle.models.checkpoint import fingerprint, load_dvae
 from dalle.models.dvae import DiscreteVAE, logit_laplace_nll
 from dalle.runtime import OnStep
-from dalle.training.loop import Result, TrainConfig, train
-from dalle.training.train_dvae import DVAETask
+from dalle.training.loop import Result, train
+from dalle.training.train_dvae import PixelConfig, PixelTask
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDecoderConfig(TrainConfig):
+class TrainDecoderConfig(PixelConfig):
     """Trains the decoder of a dVAE further, or a larger one, on the codes of its encoder, which stays as it is.
 
     While encoder and decoder train together, the decoder sees mixtures of codes; here it sees what the prior draws: one
     code at every position. The codes of `dalle tokenize` stay valid, so this can run beside the training of the prior.
     """
 
-    data: str = "emoji"
-    """Pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
-    font: str | None = None
-    """Colour-emoji font, if the system's is not found."""
-    crops: Literal["published", "center"] = "published"
-    """How squares are cut from the pictures of a folder, as in `dalle train dvae`."""
     widths: tuple[int, ...] | None = None
     """Channels of the decoder's groups, those of whole pixels first; by default as they are. A decoder of another size
     than the one there is starts anew."""
     blocks: int | None = None
     """Residual blocks in a group of the decoder; by default as many as there are."""
-    lr: float = 2e-3
-    """Learning rate at the start; falls by a cosine to 1/80 of it."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
 
 
-class DecoderTask(DVAETask):
+class DecoderTask(PixelTask[TrainDecoderConfig]):
     """The dVAE with a frozen encoder, for the shared loop."""
 
     name = "decoder"
-    config: TrainDecoderConfig
 
     def start(self) -> DiscreteVAE:
         known = load_dvae(self.config.out)

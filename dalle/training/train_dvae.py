@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,8 @@ HELD_OUT = 256  # pictures an evaluation looks at
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDVAEConfig(TrainConfig):
-    """Trains the dVAE on pictures and writes dvae.json and dvae.safetensors into a model directory."""
+class PixelConfig(TrainConfig):
+    """What trains on pixels can be told."""
 
     data: str = "emoji"
     """Pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
@@ -36,13 +36,23 @@ class TrainDVAEConfig(TrainConfig):
     pictures are always seen whole, and evaluations look at the centre."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
+    lr: float = 2e-3
+    """Learning rate at the start (the published one is 1e-4); falls by a cosine to 1/80 of it. Some 5e-3 learns faster,
+    but on pictures that are mostly white it can end with a single code in use."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDVAEConfig(PixelConfig):
+    """Trains the dVAE on pictures and writes dvae.json and dvae.safetensors into a model directory."""
+
     preset: str = "tiny"
     """Size of the model: tiny, small, medium or dalle; it sets the side of the pictures."""
     model: DiscreteVAEConfig | None = None
     """The model in every detail, in place of the preset."""
-    lr: float = 2e-3
-    """Learning rate at the start (the published one is 1e-4); falls by a cosine to 1/80 of it. Some 5e-3 learns faster,
-    but on pictures that are mostly white it can end with a single code in use."""
     beta: float | None = None
     """Weight of the KL term after its warm-up. By default the published 6.6 for codes of 8x8 pixels, and in proportion
     to the side for others: with 4x4 pixels a larger weight lost sharpness and a smaller one left codes unused."""
@@ -55,22 +65,25 @@ class TrainDVAEConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf, tau_end=0 < self.tau_end < math.inf)
+        configs.check(self, "be positive and finite", tau_end=0 < self.tau_end < math.inf)
         configs.check(self, "be at least 0 and finite", beta=self.beta is None or 0 <= self.beta < math.inf)
         configs.check(self, "be in [0, 1]", beta_warmup=0 <= self.beta_warmup <= 1)
         configs.check(self, "be in (0, 1]", tau_fall=0 < self.tau_fall <= 1)
 
 
-class DVAETask:
-    """Losses, schedules and evaluation of the dVAE, for the shared loop."""
+Config = TypeVar("Config", bound=PixelConfig)
 
-    name = "dvae"
+
+class PixelTask(Generic[Config]):
+    """The schedule and the evaluation of what trains on pixels; a subclass gives the losses."""
+
+    name: str
     average_decay = 0.999
     max_grad_norm = math.inf
 
-    def __init__(self, config: TrainDVAEConfig) -> None:
+    def __init__(self, config: Config) -> None:
         self.config, self.device = config, prepare(config, self.name)
-        self.model = self.start().to(self.device, memory_format=torch.channels_last)
+        self.model = self.start().to(self.device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
         source = open_source(config.data, self.model.config.image_size, font=config.font)
         training, held_out = split(source, "train"), split(source, "heldout")
         self.skipped = source.skipped
@@ -81,10 +94,33 @@ class DVAETask:
         self.optimizer = adamw(self.model, betas=(0.9, 0.999), weight_decay=1e-4)
 
     def start(self) -> DiscreteVAE:
-        return DiscreteVAE(self.config.model or DiscreteVAEConfig.preset(self.config.preset))
+        """The model before the first update, on the CPU."""
+        raise NotImplementedError
 
     def learning_rate(self, step: int, fraction: float) -> float:
         return cosine(self.config.lr, self.config.lr / 80, fraction)
+
+    def evaluate(self, model: DiscreteVAE) -> dict[str, float]:
+        return evaluate(model, self.held_out) if self.held_out else {}
+
+    def draw_samples(self, model: DiscreteVAE, path: Path) -> None:
+        """Pairs of rows: pictures, and below them what is left of them after the codes."""
+        shown = self.held_out[:24] or list(self.pictures.batch(0).pictures[:24])
+        copies = model.reconstruct(torch.stack(shown).to(self.device)).cpu()
+        rows = [row for i in range(0, len(shown), 8) for row in (shown[i : i + 8], list(copies[i : i + 8]))]
+        images.save(images.grid(rows, scale=max(1, 64 // self.model.config.image_size)), path)
+
+    def write_model(self, model: nn.Module, done: bool) -> None:
+        save_part(self.config.out, "dvae", model)
+
+
+class DVAETask(PixelTask[TrainDVAEConfig]):
+    """Losses, schedules and evaluation of the dVAE, for the shared loop."""
+
+    name = "dvae"
+
+    def start(self) -> DiscreteVAE:
+        return DiscreteVAE(self.config.model or DiscreteVAEConfig.preset(self.config.preset))
 
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         config = self.config
@@ -95,19 +131,6 @@ class DVAETask:
             beta=cosine(0.0, beta, fraction / config.beta_warmup) if config.beta_warmup else beta,
             seed=step_seed(config.seed, step),
         )
-
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
-        return evaluate(model, self.held_out) if self.held_out else {}
-
-    def draw_samples(self, model: nn.Module, path: Path) -> None:
-        """Pairs of rows: pictures, and below them what is left of them after the codes."""
-        shown = self.held_out[:24] or list(self.pictures.batch(0).pictures[:24])
-        copies = model.reconstruct(torch.stack(shown).to(self.device)).cpu()
-        rows = [row for i in range(0, len(shown), 8) for row in (shown[i : i + 8], list(copies[i : i + 8]))]
-        images.save(images.grid(rows, scale=max(1, 64 // self.model.config.image_size)), path)
-
-    def write_model(self, model: nn.Module, done: bool) -> None:
-        save_part(self.config.out, "dvae", model)
 
 
 @torch.inference_mode()

@@ -65,9 +65,10 @@ class PriorTask:
         self.training, self.held_out = tokens["train"], tokens["heldout"]
         wanted = config.model or PriorConfig.preset(config.preset)
         self.tokenizer = Tokenizer.load(config.out / "tokenizer.json")
+        rows, columns = self.training.codes.shape[1:]
         size = replace(
             wanted,
-            grid=tuple(self.training.codes.shape[1:]),
+            grid=(rows, columns),
             image_vocab=self.dvae.config.vocab,
             text_vocab=self.tokenizer.vocab_size,
         )
@@ -91,7 +92,7 @@ class PriorTask:
         ]
         return self.model.loss(self.pack(captions), self.training.codes[indices].flatten(1).to(self.device))
 
-    def evaluate(self, model: nn.Module) -> dict[str, float]:
+    def evaluate(self, model: Prior) -> dict[str, float]:
         """Nats per token of text and image, and the two weighted, on whole captions, the first of each picture."""
         count = min(HELD_OUT, len(self.held_out.captions))
         sums = {}
@@ -103,7 +104,7 @@ class PriorTask:
                 sums[name] = sums.get(name, 0.0) + value.item() * (last - first)
         return {name: value / count for name, value in sums.items()}
 
-    def draw_samples(self, model: nn.Module, path: Path) -> None:
+    def draw_samples(self, model: Prior, path: Path) -> None:
         """For a few captions, held-out ones if there are any: the picture as the dVAE sees it, then drawn ones."""
         part: Tokens = self.held_out if self.held_out.captions else self.training
         chosen = torch.linspace(0, len(part.captions) - 1, min(SHOWN, len(part.captions))).long()

@@ -1,17 +1,12 @@
-"""Compiles the Triton kernels of an operation for a GPU that need not be there, in a process of its own:
-
-python -m tests.triton_ahead.compile_ahead OPERATION DTYPE SIZE TARGET...
+"""Compiles the Triton kernels of an operation for a GPU that need not be there. It needs a process of its own.
 
 An operation of PROBLEMS is called on CPU tensors. Where it would start a kernel, the kernel is compiled: with these
-arguments, and the line that launch.TABLE has for the target (sm_80, gfx942, ...). Prints one JSON object with what the
-compiler made of each: {target: [{"kernel": name, ...}]}.
+arguments, and the line that launch.TABLE has for the target (sm_80, gfx942, ...).
 """
 
-import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -126,12 +121,9 @@ def nvidia_resources(asm):
         file.write(asm["cubin"])
         file.flush()
         environment = {**os.environ, "PATH": f"{TOOLS}:{os.environ['PATH']}"}  # cuobjdump calls nvdisasm
-        options = dict(capture_output=True, text=True, check=True, env=environment)
-        usage, listing = (
-            subprocess.run([TOOLS / "cuobjdump", option, file.name], **options).stdout
-            for option in ("-res-usage", "-sass")
-        )
-    registers, stack, local = (int(re.search(rf"{word}:(\d+)", usage)[1]) for word in ("REG", "STACK", "LOCAL"))
+        command = [TOOLS / "cuobjdump", "-res-usage", "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    registers, stack, local = (int(re.search(rf"{word}:(\d+)", listing)[1]) for word in ("REG", "STACK", "LOCAL"))
     counts = {name: len(re.findall(rf"\b{name}\b", listing)) for name in INSTRUCTIONS}
     return {"registers": registers, "spilled": stack + local + counts.pop("LDL") + counts.pop("STL"), **counts}
 
@@ -143,10 +135,7 @@ def amd_resources(asm):
     return {"registers": find("vgpr_count"), "spilled": spilled, "MFMA": len(re.findall(r"\bv_mfma_", text))}
 
 
-def main(operation, dtype, size, *targets):
+def compile_problem(operation, dtype, size, *targets):
+    """{target: what compile_for says of an operation with a dtype, by its name, and a head dim or number of classes}"""
     problem = PROBLEMS[operation]
-    print(json.dumps({t: compile_for(t, lambda: problem(getattr(torch, dtype), int(size))) for t in targets}))
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    return {target: compile_for(target, lambda: problem(getattr(torch, dtype), size)) for target in targets}

@@ -1,0 +1,23 @@
+"""Calls in processes of their own, forked from one that has imported PyTorch and Triton."""
+
+import multiprocessing
+import os
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import forkserver
+
+import pytest
+
+PRELOADED = ["cuda_emulation.plants", "triton_ahead.compile_ahead"]  # what is called, and takes seconds to import
+
+
+def call(function, *arguments):
+    """The result of a function that stands in a module, called in a new process."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # servers ignore the parent's path, and what they miss
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        forkserver.ensure_running()
+    with ProcessPoolExecutor(1, mp_context=processes) as process:
+        return process.submit(function, *arguments).result()
