@@ -39,7 +39,8 @@ TARGET = Target("emulated", simulated=True)
 
 def sample_tokens():
     for dtype in ("float32", "bfloat16"):
-        conformance.sample_tokens.definition(TARGET, dtype, 12, 300, filters=({"top_k": 30, "top_p": 0.9}, {}))
+        conformance.sample_tokens.definition(TARGET, dtype, 12, 300, filters=({"top_k": 30, "top_p": 0.9},))
+        conformance.sample_tokens.definition(TARGET, dtype, 12, 203, filters=({},))
 
 
 def decode_attention():
