@@ -54,6 +54,7 @@ def sparse_attention():
     for name, dtype, sizes in (
         ("conv-clip", "bfloat16", dict(dim=64)),
         ("row", "float16", dict(dim=40, split=1)),
+        ("row", "float32", dict(dim=32)),  # several entries of a tile, one after the other
         ("row", "float32", dict(dim=32, split=1)),
     ):
         conformance.sparse_attention.accuracy(TARGET, name, dtype, **sizes)
