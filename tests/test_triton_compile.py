@@ -32,11 +32,12 @@ def compiled(*arguments):
 
 def targets(operation, dtype, size):
     """The GPUs to compile for: those with lines of their own in the launch table, and by the other lines, which are the
-    same for all, the oldest one. All of them for the commonest head dim, and where none is looked up.
+    same for all, the oldest one. All of them for the commonest head dim and, where there is none, for 16 bits.
     """
     lines = {line for kernel, table in launch.TABLE.items() if kernel.startswith(operation) for line in table}
-    own = {line[0] for line in lines if line[1:] == (size, getattr(torch, dtype).itemsize)}
-    everywhere = size == 64 or all(dim == 0 for _, dim, _ in lines)
+    bytes = getattr(torch, dtype).itemsize
+    own = {line[0] for line in lines if line[1:] == (size, bytes)}
+    everywhere = size == 64 or (bytes == 2 and all(dim == 0 for _, dim, _ in lines))
     return [target for target in MATRIX if everywhere or target in own or target == "sm_80"]
 
 
