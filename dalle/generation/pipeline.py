@@ -126,7 +126,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             clip.eval()
 
     @classmethod
-    def from_pretrained(  # pyrefly: ignore[bad-override-param-name]  # theirs is for repositories alone
+    def from_pretrained(  # pyrefly: ignore[bad-override-param-name]  # the inherited one takes repositories only
         cls, model: str | os.PathLike | None = None, *, device: str = "cpu", **download: Any
     ) -> Pipeline:
         """Loads a model.
