@@ -1,4 +1,4 @@
-"""DALL·E 1: a discrete VAE, a sparse transformer prior, and what is needed to train them and to draw with them."""
+"""DALL·E 1: a discrete VAE and a sparse transformer prior, with training, image generation and evaluation."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ __all__ = [
     "UserError",
 ]
 
-# The models need torch; they are imported when first asked for, so that `import dalle` stays instant.
+# The models need torch. They are imported on first use, so that `import dalle` stays fast.
 _LAZY = {
     "CLIP": "dalle.models.clip",
     "CLIPConfig": "dalle.models.clip",

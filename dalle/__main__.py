@@ -1,4 +1,4 @@
-"""`python -m dalle` is `dalle`."""
+"""`python -m dalle` runs the command line."""
 
 import sys
 

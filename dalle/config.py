@@ -1,4 +1,4 @@
-"""Configurations are frozen dataclasses: this module reads and writes them as JSON and hands out presets."""
+"""Configurations: frozen dataclasses, read and written as JSON, with named presets."""
 
 import dataclasses
 import json
@@ -17,31 +17,31 @@ Config = TypeVar("Config", bound="DataclassInstance")
 
 
 def preset(presets: Mapping[str, Config], name: str) -> Config:
-    """`presets[name]`, or a UserError that lists the names there are."""
+    """Returns `presets[name]`; raises a UserError that lists the available names if there is no such preset."""
     if name not in presets:
         raise UserError(f"there is no preset {name!r}; the presets are {', '.join(sorted(presets))}")
     return presets[name]
 
 
-def check(config: object, wanted: str, **fits: bool) -> None:
-    """A UserError for the first field in `fits` that does not: it must `wanted`."""
-    for name, fit in fits.items():
-        if not fit:
-            raise UserError(f"{name} must {wanted}, not {getattr(config, name)}")
+def check(config: object, requirement: str, **valid: bool) -> None:
+    """Raises a UserError, "FIELD must REQUIREMENT, not VALUE", for the first field in `valid` that is False."""
+    for name, ok in valid.items():
+        if not ok:
+            raise UserError(f"{name} must {requirement}, not {getattr(config, name)}")
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A dataclass as JSON-ready data: tuples become lists, paths strings."""
+    """Converts a dataclass to JSON-compatible data: tuples become lists, paths strings."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def from_dict(cls: type[Config], data: dict[str, Any], origin: str) -> Config:
-    """The dataclass `cls` with the fields of `data`; a UserError naming `origin` if they do not fit."""
+    """Builds the dataclass `cls` from `data`; raises a UserError that names `origin` if the fields do not match."""
     if not isinstance(data, dict):
         raise UserError(f"{origin} holds {type(data).__name__}, not the fields of a {cls.__name__}")
     fields = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(fields)):
-        raise UserError(f"{origin} has fields that a {cls.__name__} does not know: {', '.join(unknown)}")
+        raise UserError(f"{origin} has unknown fields for a {cls.__name__}: {', '.join(unknown)}")
     required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(data)):
         raise UserError(f"{origin} lacks the fields {', '.join(missing)} of a {cls.__name__}")
@@ -52,7 +52,7 @@ def from_dict(cls: type[Config], data: dict[str, Any], origin: str) -> Config:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON in a file, or a UserError that names it."""
+    """Parses a JSON file; raises a UserError that names the file if it is missing or invalid."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -62,7 +62,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """`value` checked against the annotation `kind`; lists become tuples and strings paths where it says so."""
+    """Checks `value` against the annotation `kind`; converts lists to tuples and strings to paths where annotated."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         options = typing.get_args(kind)
         if value is None and type(None) in options:

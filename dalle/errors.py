@@ -1,9 +1,8 @@
-"""Errors that are the user's to fix."""
+"""The error for invalid input."""
 
 
 class UserError(ValueError):
-    """A mistake in the input: one sentence with the offending value and the fix.
+    """Invalid input. The message is one sentence with the offending value and the fix.
 
-    The command line prints it as one line and exits with code 2; anything else that is raised is a bug and shows a
-    traceback.
+    The command line prints it as one line and exits with code 2. Any other exception is a bug and shows a traceback.
     """

@@ -1,4 +1,4 @@
-"""Packages that come with the extras of the distribution (`pip install "dalle-kernels[dalle]"`)."""
+"""Optional dependencies, grouped into the extras of the distribution (`pip install "dalle-kernels[dalle]"`)."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,12 +14,12 @@ EXTRAS = {
 
 
 class MissingExtra(UserError, ImportError):
-    """A package is missing that an extra installs; the message says which command does."""
+    """A package of an extra is not installed. The message gives the command that installs it."""
 
 
 @contextmanager
 def extras() -> Iterator[None]:
-    """Within the `with` block, a missing package of an extra raises MissingExtra."""
+    """Within the `with` block, importing a missing package of an extra raises MissingExtra."""
     try:
         yield
     except ModuleNotFoundError as error:

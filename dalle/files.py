@@ -1,4 +1,4 @@
-"""Files that are either complete or not there: atomic writes, and reads that say in one sentence what is wrong."""
+"""Atomic file writes, and reads whose errors name the file and the problem."""
 
 import json
 import os
@@ -17,10 +17,10 @@ from dalle.errors import UserError
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path that takes the place of `path`, complete and synced to disk, when the block ends well.
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yields a temporary path, which replaces `path` atomically and synced to disk when the block exits normally.
 
-    If it does not, the previous file stays as it was; a failure to write is a UserError.
+    If the block raises, the previous file is kept. A failed write raises a UserError.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,14 +31,14 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"{path} cannot be written ({error}); what was there before is intact: make room or choose another place"
+            f"{path} cannot be written ({error}); the previous file is intact: free disk space or choose another path"
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def writable_directory(path: Path) -> Path:
-    """`path`, created if need be; a UserError at once if nothing can be written there."""
+    """Creates the directory `path` if needed and returns it; raises a UserError if it is not writable."""
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -51,35 +51,35 @@ def writable_directory(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Atomically."""
-    with replacing(path) as temporary:
+    """Writes a UTF-8 text file atomically."""
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, config: Any) -> None:
-    """A configuration, atomically."""
+    """Writes a configuration as JSON, atomically."""
     write_text(path, json.dumps(configs.to_dict(config), indent=2) + "\n")
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Atomically, as safetensors."""
+    """Writes tensors, from any device, as a safetensors file, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.touch()
-        mode = temporary.stat().st_mode  # what the user's umask gives, where safetensors would let only the owner read
+        mode = temporary.stat().st_mode  # the umask's mode: safetensors makes files that only their owner can read
         save_file(tensors, temporary, metadata)
         temporary.chmod(mode)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors on the CPU and metadata of a safetensors file; a UserError if it is missing, damaged or another kind."""
+    """Reads a safetensors file: tensors on the CPU, and metadata. Raises UserError if it is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error}); write it anew") from error
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}): create it again") from error
 
 
 def _sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Numbers that training and evaluation share: quality of reconstructions, use of the codes, retrieval."""
+"""Metrics shared by training and evaluation: reconstruction quality, codebook usage, retrieval."""
 
 import math
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def codebook_usage(codes: Tensor, vocab: int) -> tuple[int, float]:
-    """How many codes occur in `codes` (any shape, int64), and the perplexity of their frequencies."""
+    """The number of distinct codes in `codes` (int64, any shape), and the perplexity of their distribution."""
     counts = torch.bincount(codes.flatten(), minlength=vocab)
     frequencies = counts[counts > 0] / counts.sum()
     entropy = -(frequencies * frequencies.log()).sum().item()
@@ -15,15 +15,19 @@ def codebook_usage(codes: Tensor, vocab: int) -> tuple[int, float]:
 
 
 def psnr(images: Tensor, reconstructions: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pictures in [0, 1], from the error over the whole batch."""
+    """Peak signal-to-noise ratio in dB of images in [0, 1], any shape, from the mean squared error of the batch."""
     mse = (images.float() - reconstructions.float()).square().mean().item()
     return math.inf if mse == 0 else -10 * math.log10(mse)
 
 
-def outranked(scores: Tensor, same: Tensor) -> Tensor:
-    """How many wrong columns come before the best right one in every row: `scores` [n, m], `same` bool, to int64 [n].
+def retrieval_rank(scores: Tensor, match: Tensor) -> Tensor:
+    """The rank, counted from 0, of the best match in every row, int64 [n].
 
-    Ties count against the right one: it takes no CLIP to rank equal pictures.
+    Ties count against the match, so that constant scores earn nothing.
+
+    Args:
+        scores: higher is better, [n, m].
+        match: which columns are correct, bool [n, m], at least one per row.
     """
-    best = scores.masked_fill(~same, -math.inf).amax(1, keepdim=True)
-    return ((scores >= best) & ~same).sum(1)
+    best = scores.masked_fill(~match, -math.inf).amax(1, keepdim=True)
+    return ((scores >= best) & ~match).sum(1)

@@ -1,4 +1,4 @@
-"""Devices, their memory, and how far a long computation is."""
+"""Devices, their free memory, and the progress of long computations."""
 
 import os
 from collections.abc import Callable
@@ -12,27 +12,27 @@ from dalle.errors import UserError
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a long computation is: what `on_step` receives."""
+    """Progress of a long computation, as passed to `on_step`."""
 
     step: int
-    """Updates done, or pictures."""
+    """Training steps done, or images processed."""
     fraction: float
-    """Of the whole, 0 to 1."""
+    """Fraction of the work done, 0 to 1."""
     metrics: dict[str, float]
-    """Losses in nats, means since the last report."""
-    pictures_per_second: float
-    """Since the last report."""
+    """Training losses in nats, averaged since the last call."""
+    images_per_second: float
+    """Throughput since the last call."""
     seconds_left: float
-    """Estimate."""
+    """Estimated time left."""
     evaluation: dict[str, float] = field(default_factory=dict)
-    """Numbers on held-out pictures, if an evaluation was just made."""
+    """Metrics on held-out images; empty unless an evaluation was just made."""
 
 
 OnStep = Callable[[Progress], None]
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name; a UserError if PyTorch cannot use it."""
+    """The PyTorch device of that name; raises a UserError if it cannot be used."""
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -43,12 +43,12 @@ def choose_device(name: str) -> torch.device:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be taken on a device."""
+    """Free memory of a device, in bytes."""
     if device.type == "cuda":
-        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # PyTorch holds it for us
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # cached by PyTorch
         return torch.cuda.mem_get_info(device)[0] + idle
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux: a part of what is built in
+    except (OSError, StopIteration):  # not Linux: assume a quarter of the physical memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4

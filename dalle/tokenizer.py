@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-# Captions are encoded one at a time, which gains nothing from the library's threads; forking after their use warns.
+# Captions are encoded one at a time, so the library's threads gain nothing, and forking after their use warns.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import tokenizers
@@ -17,13 +17,13 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, tra
 from dalle.errors import UserError
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, so that any text can be encoded
-MAX_WORD = 64  # longer words are cut before dropout merges them: the merge loop is quadratic
+MAX_WORD = 64  # longer words are split before merging with dropout, because the merge loop is quadratic
 
 
 class Tokenizer:
-    """Text to ids in [0, vocab_size) and back. There are no special tokens: start and padding belong to the prior.
+    """Converts text to token ids in [0, vocab_size) and back. There are no special tokens: the prior adds its own.
 
-    Text is NFC-normalised and lower-cased (Ramesh et al. 2021, App. B.1), its whitespace collapsed to single spaces.
+    Text is NFC-normalised and lower-cased (Ramesh et al. 2021, App. B.1); whitespace collapses to single spaces.
     """
 
     def __init__(self, bpe: tokenizers.Tokenizer) -> None:
@@ -31,16 +31,17 @@ class Tokenizer:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learns the merges from ``captions``; the same captions in the same order give the same tokenizer.
+        """Learns the merges from ``captions``. The same captions in the same order give the same tokenizer.
 
-        The vocabulary comes out smaller than ``vocab_size`` when the captions run out of pairs to merge.
+        The vocabulary is smaller than ``vocab_size`` if the captions run out of pairs to merge. Raises UserError if
+        ``vocab_size`` is below 256.
         """
         if vocab_size < len(ALPHABET):
             raise UserError(f"vocabulary size {vocab_size} is too small: the bytes alone take {len(ALPHABET)}")
         bpe = tokenizers.Tokenizer(models.BPE())
         collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
         bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *collapse])
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # the first word is a word like any other
+        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word has the same tokens when first
         bpe.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=ALPHABET, show_progress=False)
         bpe.train_from_iterator(captions, trainer)
@@ -55,24 +56,30 @@ class Tokenizer:
         return self._bpe.get_vocab_size()
 
     def encode(self, text: str, dropout: float = 0.0, seed: int | None = None) -> list[int]:
-        """The ids of ``text``, at least one.
+        """Token ids of ``text``, at least one.
 
-        dropout: the probability with which a possible merge is passed over, at every merge; one text then has many
-        segmentations, and ``seed`` says which. Raises UserError for text that is not text or is empty.
+        Args:
+            text: a non-empty string.
+            dropout: probability of skipping each possible merge, so that one text has many segmentations.
+            seed: seed of the dropout; None takes a random one.
+
+        Raises:
+            UserError: ``text`` is not a string, is empty, or is not valid Unicode.
+            ValueError: ``dropout`` is not in [0, 1].
         """
         _check_text(text)
         if not 0.0 <= dropout <= 1.0:
             raise ValueError(f"dropout {dropout} is not in [0, 1]")
         if dropout == 0.0:
             return self._bpe.encode(text, add_special_tokens=False).ids
-        draw = random.Random(seed).random
+        uniform = random.Random(seed).random
         words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
         pieces = (word[i : i + MAX_WORD] for word, _ in words for i in range(0, len(word), MAX_WORD))
-        tokens = (token for piece in pieces for token in _merge(piece, self._ranks, dropout, draw))
+        tokens = (token for piece in pieces for token in _merge(piece, self._ranks, dropout, uniform))
         return [self._bpe.token_to_id(token) for token in tokens]  # pyrefly: ignore[bad-return]  # all have one
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ``ids``; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``ids``; invalid UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary."""
         outside = [i for i in ids if not 0 <= i < self.vocab_size]
         if outside:
             raise ValueError(f"token {outside[0]} is outside the vocabulary of {self.vocab_size}")
@@ -84,7 +91,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> "Tokenizer":
-        """Reads what ``save`` wrote; raises UserError when the file is missing, damaged or something else."""
+        """Reads a file that ``save`` wrote; raises UserError if it is missing, damaged or of another kind."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -104,22 +111,22 @@ class Tokenizer:
 
 
 def _merge(
-    word: str, ranks: dict[tuple[str, str], int], dropout: float, draw: Callable[[], float]
+    word: str, ranks: dict[tuple[str, str], int], dropout: float, uniform: Callable[[], float]
 ) -> list[str]:
-    """Applies the learned merges to one word, best rank first, passing over each with probability ``dropout``.
+    """Applies the learned merges to one word, best rank first, skipping each with probability ``dropout``.
 
-    The library has this too, but its randomness cannot be seeded, so that training could not resume exactly.
+    The library's own dropout cannot be seeded, so training could not resume exactly with it.
     """
     tokens = list(word)
     while True:
-        live = [
+        mergeable = [
             (ranks[pair], i)
             for i, pair in enumerate(itertools.pairwise(tokens))
-            if pair in ranks and draw() >= dropout
+            if pair in ranks and uniform() >= dropout
         ]
-        if not live:
+        if not mergeable:
             return tokens
-        _, i = min(live)
+        _, i = min(mergeable)
         tokens[i : i + 2] = [tokens[i] + tokens[i + 1]]
 
 

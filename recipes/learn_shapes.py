@@ -1,11 +1,11 @@
-"""Does it learn? Trains a tiny model on drawn shapes for some minutes on two CPU cores, and measures what it draws, for
-combinations of colour and shape that it was never shown too.
+"""Trains a tiny model on synthetic shapes, for minutes on two CPU cores, and evaluates the images that it generates for
+seen and for held-out combinations of colour and shape.
 
     python recipes/learn_shapes.py --minutes 10 --out runs/learn_shapes
 
-All parts are trained on seen combinations only. What is measured is said in `dalle.evaluation`; the exact parser also
-reads the real pictures and what the dVAE leaves of them: the former bounds what it can tell, the latter what any prior
-could reach with these codes.
+All parts are trained on seen combinations only. `dalle.evaluation` describes the measures. The parser also reads the
+real images and their reconstructions: the former bound what it can measure, the latter what any prior could reach with
+these codes.
 """
 
 import json
@@ -28,15 +28,15 @@ from dalle.extras import MissingExtra
 from dalle.files import writable_directory, write_text
 from dalle.models.dvae import DiscreteVAEConfig
 from dalle.models.prior import PriorConfig
-from dalle.training.loop import Result, TrainConfig, run_path
+from dalle.training.loop import Result, TrainConfig, checkpoint_path
 from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_clip import TrainCLIPConfig, train_clip
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 
 DATA = "shapes:10000"
-# Many short steps, fewer codes, and a KL term that is strong from the start, without which nearly white pictures end in
-# one code for everything.
+# Many short steps, fewer codes, and a KL term that is strong from the start. Without it, the codebook collapses to a
+# single code on mostly white images.
 DVAE_SETTINGS = dict(
     data=DATA,
     model=replace(DiscreteVAEConfig.preset("tiny"), vocab=128),
@@ -45,8 +45,7 @@ DVAE_SETTINGS = dict(
     beta=13.0,
     beta_warmup=0.0,
 )
-# A narrow model that can learn its pictures by heart, with always the same tokens for a word: a minute of a CPU is only
-# a few passes over them.
+# A narrow model without BPE dropout, because a minute on a CPU is only a few epochs.
 PRIOR_SETTINGS = dict(
     model=replace(PriorConfig.preset("tiny"), text_len=24, heads=4), batch_size=16, lr=2e-3, bpe_dropout=0.0
 )
@@ -62,42 +61,42 @@ def main(
     seed: int = 0,
     threads: int = 2,
 ) -> int:
-    """Trains on drawn shapes, draws captions with seen and held-out combinations, and counts what is right.
+    """Trains on synthetic shapes, and evaluates on seen and held-out combinations.
 
     Args:
-        minutes: time for training; goes on from an earlier run in `out`.
-        dvae_share: part of the time for the dVAE.
-        clip_share: part of the time for CLIP; the rest is for the prior.
+        minutes: time for training; resumes an earlier run in `out`.
+        dvae_share: fraction of the time for the dVAE.
+        clip_share: fraction of the time for CLIP; the rest is for the prior.
         out: directory for the model, learn_shapes.json, learn_shapes.md and plots.
-        captions: pictures and captions of each part to measure on, at most.
-        ranked: most candidates in the curve of accuracy against candidates.
-        seed: of training and of the drawings.
-        threads: of PyTorch; on a processor that others use too, 1 is faster than 2.
+        captions: maximum number of captioned images per split to evaluate on.
+        ranked: maximum number of candidates in the curve of accuracy against candidates.
+        seed: seed of the training and of the generated images.
+        threads: CPU threads; on a busy machine, 1 is faster than 2.
     """
     if min(dvae_share, clip_share) <= 0 or dvae_share + clip_share >= 1:
         raise UserError(f"the shares must be positive and leave time for the prior, not {dvae_share} and {clip_share}")
-    measuring = EvaluateConfig(
+    evaluation = EvaluateConfig(
         model=str(out), data=DATA, out=out, captions=captions, ranked=ranked, seed=seed, threads=threads
     )
     out = writable_directory(out)
     shares = {"dvae": dvae_share, "clip": clip_share, "prior": 1 - dvae_share - clip_share}
     trained = train({name: minutes * share for name, share in shares.items()}, out, seed, threads)
     if trained is None:
-        print("stopped, and what was learned is saved: run the same command again to go on", file=sys.stderr)
+        print("stopped; checkpoints are saved. Run the same command again to resume", file=sys.stderr)
         return 130
-    report = {"command": " ".join(["python", *sys.argv]), "training": trained, **evaluate(measuring, track)}
+    report = {"command": " ".join(["python", *sys.argv]), "training": trained, **evaluate(evaluation, track)}
     write_text(out / "learn_shapes.json", json.dumps(report, indent=1) + "\n")
     write_text(out / "learn_shapes.md", page(report))
     print(page(report))
     try:
         plot(report, out)
     except MissingExtra as error:
-        print(f"plots are left out: {error}", file=sys.stderr)
+        print(f"no plots: {error}", file=sys.stderr)
     return 0
 
 
 def train(minutes: dict[str, float], out: Path, seed: int, threads: int) -> dict | None:
-    """Trains all parts, and says how; None if it was interrupted."""
+    """Trains all parts; returns times, steps and settings, or None if it was interrupted."""
     common = dict(out=out, seed=seed, threads=threads)
     stages = {
         "dvae": (train_dvae, TrainDVAEConfig(minutes=minutes["dvae"], **DVAE_SETTINGS, **common)),
@@ -111,7 +110,7 @@ def train(minutes: dict[str, float], out: Path, seed: int, threads: int) -> dict
             return None
         steps[name] = result.step
         if name == "dvae":
-            with shown("pictures to codes") as on_step:
+            with shown("tokenize") as on_step:
                 tokenize(TokenizeConfig(out=out, data=DATA), on_step=on_step)
     return {
         "minutes": minutes,
@@ -122,24 +121,24 @@ def train(minutes: dict[str, float], out: Path, seed: int, threads: int) -> dict
 
 
 def run(stage: Callable[..., Result], config: TrainConfig, name: str) -> Result:
-    """Trains one model, on from where an earlier run left it."""
+    """Trains one part, from its checkpoint if there is one."""
     with shown(name) as on_step:
-        return stage(replace(config, resume=run_path(config, name).exists()), on_step=on_step)
+        return stage(replace(config, resume=checkpoint_path(config, name).exists()), on_step=on_step)
 
 
 def page(report: dict) -> str:
-    """The report in short, as Markdown."""
+    """A summary of the report, as Markdown."""
     trained, conditions = report["training"], report["conditions"]
     versions = ", ".join(f"{name} {version}" for name, version in conditions["versions"].items())
     stages = ", ".join(f"{name} {trained['minutes'][name]:g} min ({n} steps)" for name, n in trained["steps"].items())
     lines = [
-        "# Learning drawn shapes",
+        "# Learning synthetic shapes",
         "",
         f"- command: {report['command']}",
         f"- {conditions['date']}, {conditions['processor']}, {conditions['threads']} threads, {versions}",
         f"- training on seen combinations: {stages}; {trained['processor minutes']:.1f} minutes of processor time",
-        "- training: combinations of colour and shape that were seen; held-out: those that never were",
-        "- in brackets the 95 % interval; it covers the drawing with this one trained model, not training anew",
+        "- training: seen combinations of colour and shape; held-out: combinations that never occur in training",
+        "- in brackets: 95 % intervals for this trained model; they do not cover retraining",
     ]
     return "\n".join([*lines, "", "```", table(report), "```", ""])
 

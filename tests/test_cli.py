@@ -1,4 +1,4 @@
-"""The command line: every command end to end on a tiny model, and every bad input as one line and exit code 2."""
+"""The command line: every command end to end on a tiny model, and invalid input as one line and exit code 2."""
 
 import io
 import json
@@ -22,7 +22,7 @@ import dalle
 from dalle import CLIP, CLIPConfig, DiscreteVAE, DiscreteVAEConfig, Pipeline, Prior, PriorConfig, images
 from dalle.cli import COMMANDS, main
 from dalle.cli.complete import read_mask
-from dalle.cli.drawing import sheet
+from dalle.cli.generation import labelled_grid
 from dalle.cli.progress import duration, shown
 from dalle.data import emoji
 from dalle.models import hub as places
@@ -53,7 +53,7 @@ def trained(tmp_path_factory):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, trained):
-    """The working directory, with a model, a picture and all kinds of broken things in it."""
+    """The working directory, with a model, an image and all kinds of invalid files."""
     monkeypatch.chdir(tmp_path)
     for name in ("model", "other", "truncated", "mixed", "half", "unranked"):
         shutil.copytree(trained, name)
@@ -69,26 +69,26 @@ def here(tmp_path, monkeypatch, trained):
     Path("running").mkdir()
     Path("running/prior.run.safetensors").touch()
     Path("file.txt").write_text("hello")
-    Image.new("RGB", (20, 30), "red").save("picture.png")
+    Image.new("RGB", (20, 30), "red").save("image.png")
     Image.new("1", (20, 30), 0).save("black.png")
-    broken_pictures(Path("broken"))
+    broken_images(Path("broken"))
     return tmp_path
 
 
-def broken_pictures(folder):
-    """A folder of everything that can be wrong with a picture or its caption."""
+def broken_images(folder):
+    """A folder with every kind of invalid image or caption."""
     folder.mkdir()
     Image.effect_noise((64, 64), 50).save(folder / "whole.png")
     data = (folder / "whole.png").read_bytes()
     (folder / "truncated.png").write_bytes(data[: len(data) // 2])
     (folder / "zero.png").touch()
-    (folder / "garbage.png").write_bytes(b"not a picture")
+    (folder / "garbage.png").write_bytes(b"not an image")
     (folder / "huge.png").write_bytes(png_header(100_000, 100_000))
     (folder / "no-pixels.png").write_bytes(png_header(0, 5))
     for path in folder.glob("*.png"):
         path.with_suffix(".txt").write_text("noise")
     Image.new("RGB", (8, 8)).save(folder / "silent.png")
-    (folder / "lonely.txt").write_text("a caption without a picture")
+    (folder / "lonely.txt").write_text("a caption without an image")
 
 
 def png_header(width, height):
@@ -107,29 +107,29 @@ def run(capsys, *argv):
     return code, said.out, said.err
 
 
-# What works
+# Valid commands
 
 
-def test_from_pictures_to_pictures(capsys, tmp_path, monkeypatch):
+def test_from_images_to_images(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    steps = ["--steps", "4", "--batch-size", "4", "--threads", "1", "--report-every", "2"]
+    steps = ["--steps", "4", "--batch-size", "4", "--threads", "1", "--log-every", "2"]
     code, out, err = run(capsys, "train", "dvae", "--out", "m", "--data", DATA, *steps, *TINY)
-    assert code == 0 and "4 steps, model in m; held-out pictures: nll" in out and "psnr" in err
+    assert code == 0 and "4 steps, model in m; held-out images: nll" in out and "psnr" in err
     assert sorted(p.name for p in Path("m/samples").iterdir()) == ["dvae-0000004.png"]
     code, out, err = run(capsys, "tokenize", "--out", "m", "--data", DATA)
     assert code == 0 and "57 train, 3 heldout" in out
     code, out, err = run(capsys, "train", "prior", "--out", "m", *steps, *TINY_PRIOR)
-    assert code == 0 and "4 steps, model in m; held-out pictures: loss" in out and "pictures/s" in err
+    assert code == 0 and "4 steps, model in m; held-out images: loss" in out and "images/s" in err
     options = ["--model", "m", "--candidates", "3", "--seed", "7"]
     code, out, err = run(capsys, "generate", "a red circle", "a blue cross", *options)
     assert code == 0 and "96 image tokens" in err
-    assert out == "a red circle: seeds 7, 8, 9\na blue cross: seeds 7, 8, 9\n6 pictures in grid.png\n"
+    assert out == "a red circle: seeds 7, 8, 9\na blue cross: seeds 7, 8, 9\n6 images in grid.png\n"
     assert Image.open("grid.png").format == "PNG"
     code, out, err = run(capsys, "info", "m")
     assert code == 0 and "parameters" in out and "train: 57" in out and "grid: 4, 4" in out and "clip" not in out
 
 
-def test_the_same_seed_draws_the_same_grid(capsys, here):
+def test_the_same_seed_gives_the_same_grid(capsys, here):
     command = ["generate", "a red circle", "--model", "model", "--candidates", "4"]
     for seed, out in ((3, "a.png"), (3, "b.png"), (4, "c.png")):
         assert run(capsys, *command, "--seed", str(seed), "--out", out)[0] == 0
@@ -140,25 +140,25 @@ def test_the_best_are_shown_first_and_named(capsys, here, trained):
     command = ["generate", "a  red circle", "--model", "model", "--candidates", "5", "--top", "3", "--seed", "2"]
     code, out, _ = run(capsys, *command)
     assert code == 0
-    drawings = Pipeline.from_pretrained(trained).generate("a red circle", candidates=5, seed=2)[0]
-    best = sorted(drawings, key=lambda drawing: -drawing.score)[:3]
-    seeds = ", ".join(f"{drawing.seed} ({drawing.score:.3f})" for drawing in best)
-    assert out == f"a red circle: seeds {seeds}\n3 of 5 pictures in grid.png\n"
-    assert Image.open("grid.png").tobytes() == sheet([[d.image for d in best]], ["a red circle"]).tobytes()
+    results = Pipeline.from_pretrained(trained).generate("a red circle", candidates=5, seed=2)[0]
+    best = sorted(results, key=lambda result: -result.score)[:3]
+    seeds = ", ".join(f"{result.seed} ({result.score:.3f})" for result in best)
+    assert out == f"a red circle: seeds {seeds}\n3 of 5 images in grid.png\n"
+    assert Image.open("grid.png").tobytes() == labelled_grid([[d.image for d in best]], ["a red circle"]).tobytes()
 
 
 def test_the_shipped_model_is_the_default(capsys, here, monkeypatch):
     monkeypatch.setattr(places, "SHIPPED", Path("model"))
     assert run(capsys, "generate", "a red circle", "--candidates", "1")[0] == 0
-    assert run(capsys, "complete", "picture.png", "a red circle", "--rows", "2", "--candidates", "1")[0] == 0
-    assert run(capsys, "reconstruct", "picture.png")[0] == 0
+    assert run(capsys, "complete", "image.png", "a red circle", "--rows", "2", "--candidates", "1")[0] == 0
+    assert run(capsys, "reconstruct", "image.png")[0] == 0
 
 
-def test_complete_shows_the_picture_what_is_kept_and_the_candidates(capsys, here, trained):
-    picture = Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).convert("RGB")
-    picture.save("fractal.png")
+def test_complete_shows_the_image_what_is_kept_and_the_candidates(capsys, here, trained):
+    fractal = Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).convert("RGB")
+    fractal.save("fractal.png")
     mask = Image.new("L", (32, 32), 0)
-    mask.paste(255, (16, 8, 32, 32))  # of 4 x 4 codes the last three rows of the last two columns
+    mask.paste(255, (16, 8, 32, 32))  # the last three rows of the last two columns of 4 x 4 codes
     mask.save("mask.png")
     command = ["complete", "fractal.png", "a red circle", "--model", "model", "--seed", "2", "--candidates", "3"]
     code, out, _ = run(capsys, *command, "--mask", "mask.png", "--top", "2", "--out", "masked.png")
@@ -166,19 +166,19 @@ def test_complete_shows_the_picture_what_is_kept_and_the_candidates(capsys, here
     region[1:, 2:] = True
     assert code == 0 and torch.equal(read_mask(Path("mask.png"), 4), region)
     pipeline = Pipeline.from_pretrained(trained)
-    small = images.square(picture, 16)
+    small = images.square(fractal, 16)
     best = pipeline.complete(small, prompt="a red circle", mask=region, candidates=3, top=2, seed=2)
     assert out.splitlines()[0] == f"a red circle: seeds {', '.join(f'{d.seed} ({d.score:.3f})' for d in best)}"
     kept = pipeline.reconstruct(small)
     kept.paste((128, 128, 128), (8, 4, 16, 16))
-    expected = sheet([[small, kept, *(d.image for d in best)]], ["a red circle"])
+    expected = labelled_grid([[small, kept, *(d.image for d in best)]], ["a red circle"])
     assert Image.open("masked.png").tobytes() == expected.tobytes()
 
     assert run(capsys, *command, "--rows", "2")[0] == 0
     best = pipeline.complete(small, prompt="a red circle", rows=2, candidates=3, seed=2)
     kept = pipeline.reconstruct(small)
     kept.paste((128, 128, 128), (0, 8, 16, 16))
-    expected = sheet([[small, kept, *(d.image for d in best)]], ["a red circle"])
+    expected = labelled_grid([[small, kept, *(d.image for d in best)]], ["a red circle"])
     assert Image.open("grid.png").tobytes() == expected.tobytes()
 
 
@@ -190,29 +190,29 @@ def test_info_lists_every_part(capsys, here):
     assert found["clip"]["parameters"] == sum(p.numel() for p in clip.parameters())
 
 
-def test_a_sheet_shows_every_candidate_in_order():
+def test_a_labelled_grid_shows_every_candidate_in_order():
     colours = ["red", "lime", "blue", "black", "yellow"]
-    picture = sheet([[Image.new("RGB", (16, 16), colour) for colour in colours]], ["a caption"])
+    grid = labelled_grid([[Image.new("RGB", (16, 16), colour) for colour in colours]], ["a caption"])
     step = 128 + images.MARGIN
-    tops = picture.height - 2 * step, picture.height - step
-    shown = [picture.getpixel((images.MARGIN + 64 + column * step, top + 64)) for top in tops for column in range(3)]
+    tops = grid.height - 2 * step, grid.height - step
+    shown = [grid.getpixel((images.MARGIN + 64 + column * step, top + 64)) for top in tops for column in range(3)]
     assert shown == [ImageColor.getrgb(colour) for colour in [*colours, "white"]]
-    label = picture.crop((0, 0, picture.width, tops[0]))
+    label = grid.crop((0, 0, grid.width, tops[0]))
     assert label.height > 10 and min(label.convert("L").tobytes()) < 50  # there is text in it
 
 
 def test_reconstruct(capsys, here, trained):
-    Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).convert("RGB").save("other picture.png")
-    pictures = ["picture.png", "other picture.png"]
-    code, out, err = run(capsys, "reconstruct", *pictures, "--model", "model", "--out", "r.png")
+    Image.effect_mandelbrot((32, 32), (-2, -1, 1, 1), 50).convert("RGB").save("other image.png")
+    paths = ["image.png", "other image.png"]
+    code, out, err = run(capsys, "reconstruct", *paths, "--model", "model", "--out", "r.png")
     assert code == 0 and err == ""
-    assert [line.split(":")[0] for line in out.splitlines()] == [*pictures, "all"]
+    assert [line.split(":")[0] for line in out.splitlines()] == [*paths, "all"]
     dvae = Pipeline.from_pretrained(trained).dvae
-    original = torch.stack([images.to_tensor(images.square(Image.open(path), 16)) for path in pictures]) / 255
+    original = torch.stack([images.to_tensor(images.square(Image.open(path), 16)) for path in paths]) / 255
     error = (original - dvae.reconstruct(original)).square().mean().item()
     assert f"all: PSNR {-10 * math.log10(error):.2f} dB" in out
     red = Image.open("r.png").getpixel((images.MARGIN + 20, images.MARGIN + 20))
-    assert red == (255, 0, 0)  # the original is above its copy
+    assert red == (255, 0, 0)  # the original is above its reconstruction
 
 
 def test_info_without_a_model_says_what_is_installed(capsys):
@@ -231,10 +231,10 @@ def test_help_shows_every_command_and_every_default(capsys):
         assert code == 0 and f"usage: dalle {command}" in out
     code, out, _ = run(capsys, "train", "dvae", "--preset", "small", "--help")
     text = " ".join(out.replace("\u2502", " ").split())
-    assert "Pictures per update. (default: 32)" in text and "Side of a picture in pixels. (default: 64)" in text
+    assert "Images per step. (default: 32)" in text and "Side of the images in pixels. (default: 64)" in text
 
 
-def test_training_goes_on_without_the_pictures_it_cannot_use(capsys, here):
+def test_training_skips_the_images_it_cannot_use(capsys, here):
     for i in range(20):
         Image.effect_noise((16, 16), 20 + i).save(f"broken/{i:02}.png")
         Path(f"broken/{i:02}.txt").write_text("noise")
@@ -247,7 +247,7 @@ def test_training_goes_on_without_the_pictures_it_cannot_use(capsys, here):
     ]  # fmt: skip
 
 
-def test_truncate_cuts_a_prompt(capsys, here):
+def test_truncate_shortens_a_prompt(capsys, here):
     code, _, _ = run(capsys, "generate", "red " * 50, "--model", "model", "--truncate", "--candidates", "1")
     assert code == 0 and Path("grid.png").exists()
 
@@ -264,10 +264,10 @@ def test_export_rounds_prior_and_clip_and_leaves_the_model_alone(capsys, here, t
     assert run(capsys, "generate", "a red circle", "--model", "small", "--candidates", "2", "--top", "1")[0] == 0
 
 
-# What the user gets wrong
+# Invalid input
 
 GENERATE = ("generate", "a red circle", "--model", "model")
-COMPLETE = ("complete", "picture.png", "a red circle", "--model", "model")
+COMPLETE = ("complete", "image.png", "a red circle", "--model", "model")
 TRAIN = ("train", "dvae", "--data", DATA, *TINY)
 TRAIN_HERE = (*TRAIN, "--out", "m")
 
@@ -276,7 +276,7 @@ WRONG = [
     (("train",), "'train'"),
     (("train", "painter"), "'train painter'"),
     # Prompts
-    (("generate", "--model", "model"), "no caption"),
+    (("generate", "--model", "model"), "no prompt"),
     (("generate", "", "--model", "model"), "''"),
     (("generate", " \t\n", "--model", "model"), "empty"),
     (("generate", "a \udcff", "--model", "model"), "not valid Unicode"),
@@ -311,14 +311,14 @@ WRONG = [
     ((*COMPLETE, "--rows", "2", "--device", "toaster"), "toaster"),
     ((*COMPLETE, "--rows", "2", "--out", "missing/grid.png"), "missing/grid.png"),
     ((*COMPLETE, "--rows", "2", "--out", "folder.png"), ("folder.png", "directory")),
-    (("complete", "picture.png", "", "--rows", "2", "--model", "model"), "''"),
-    (("complete", "picture.png", "red " * 50, "--rows", "2", "--model", "model"), ("50 tokens", "--truncate")),
+    (("complete", "image.png", "", "--rows", "2", "--model", "model"), "''"),
+    (("complete", "image.png", "red " * 50, "--rows", "2", "--model", "model"), ("50 tokens", "--truncate")),
     (("complete", "missing.png", "red", "--rows", "2", "--model", "model"), "missing.png"),
     (("complete", "nothing", "red", "--rows", "2", "--model", "model"), "nothing"),
     *((("complete", f"broken/{name}.png", "red", "--rows", "2", "--model", "model"), f"broken/{name}.png")
       for name in ("truncated", "zero", "garbage", "huge", "no-pixels")),
-    (("complete", "picture.png", "red", "--rows", "2", "--model", "unranked", "--top", "2"), "dalle train clip"),
-    (("complete", "picture.png", "red", "--rows", "2", "--model", "truncated"), "truncated/dvae.safetensors"),
+    (("complete", "image.png", "red", "--rows", "2", "--model", "unranked", "--top", "2"), "dalle train clip"),
+    (("complete", "image.png", "red", "--rows", "2", "--model", "truncated"), "truncated/dvae.safetensors"),
     # Output
     ((*GENERATE, "--out", "missing/grid.png"), "missing/grid.png"),
     ((*GENERATE, "--out", "file.txt/grid.png"), "file.txt/grid.png"),
@@ -338,17 +338,17 @@ WRONG = [
     (("info", "file.txt"), "file.txt"),
     (("info", "nothing"), "nothing"),
     (("info", "truncated"), ("truncated/dvae.safetensors", "damaged")),
-    # Pictures
-    (("reconstruct", "--model", "model"), "no picture"),
+    # Images
+    (("reconstruct", "--model", "model"), "no image"),
     (("reconstruct", "missing.png", "--model", "model"), "missing.png"),
     (("reconstruct", "nothing", "--model", "model"), "nothing"),
     *((("reconstruct", f"broken/{name}.png", "--model", "model"), f"broken/{name}.png")
       for name in ("truncated", "zero", "garbage", "huge", "no-pixels")),
-    (("reconstruct", "picture.png", "--model", "nothing"), ("nothing", "dvae.json")),
-    (("reconstruct", "picture.png", "--model", "model", "--out", "missing/r.png"), "missing/r.png"),
+    (("reconstruct", "image.png", "--model", "nothing"), ("nothing", "dvae.json")),
+    (("reconstruct", "image.png", "--model", "model", "--out", "missing/r.png"), "missing/r.png"),
     # Data
     (("train", "dvae", "--out", "m", "--data", "missing"), "missing"),
-    (("train", "dvae", "--out", "m", "--data", "nothing"), ("nothing", "no pictures")),
+    (("train", "dvae", "--out", "m", "--data", "nothing"), ("nothing", "no images")),
     (("train", "dvae", "--out", "m", "--data", "file.txt"), "file.txt"),
     (("train", "dvae", "--out", "m", "--data", "shapes:many"), "shapes:many"),
     (("train", "dvae", "--out", "m", "--font", "missing.ttf"), "missing.ttf"),
@@ -370,10 +370,10 @@ WRONG = [
     ((*TRAIN_HERE, "--beta-warmup", "1.5"), ("beta_warmup", "1.5")),
     ((*TRAIN_HERE, "--tau-end", "0"), ("tau_end", "0")),
     ((*TRAIN_HERE, "--tau-fall", "0"), ("tau_fall", "0")),
-    ((*TRAIN_HERE, "--sample-every", "-1"), ("sample_every", "-1")),
+    ((*TRAIN_HERE, "--eval-every", "-1"), ("eval_every", "-1")),
     (("train", "prior", "--out", "m", "--lr", "-1"), ("lr", "-1")),
     (("train", "prior", "--out", "m", "--warmup", "-1"), ("warmup", "-1")),
-    (("train", "prior", "--out", "m", "--average-decay", "1"), ("average_decay", "1")),
+    (("train", "prior", "--out", "m", "--ema-decay", "1"), ("ema_decay", "1")),
     (("train", "prior", "--out", "m", "--bpe-dropout", "2"), ("bpe_dropout", "2")),
     ((*TRAIN_HERE, "--threads", "0"), ("threads", "0")),
     ((*TRAIN_HERE, "--device", "toaster"), "toaster"),
@@ -404,7 +404,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("argv", "named"), WRONG)
-def test_a_mistake_is_one_line_and_exit_code_2(capsys, here, argv, named):
+def test_invalid_input_is_one_line_and_exit_code_2(capsys, here, argv, named):
     Path("folder.png").mkdir()
     code, out, err = run(capsys, *argv)
     assert code == 2 and out == ""
@@ -420,7 +420,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, here, argv, named):
         ((*GENERATE, "--candidates", "many"), ("--candidates", "'many'")),
         ((*GENERATE, "--colour", "red"), ("--colour",)),
         ((*COMPLETE, "--rows", "many"), ("--rows", "'many'")),
-        (("complete", "picture.png", "--rows", "2"), ("CAPTION", "required")),
+        (("complete", "image.png", "--rows", "2"), ("PROMPT", "required")),
         (("train", "dvae", "--data", DATA), ("--out", "required")),
         (("train", "dvae"), ("--out", "required")),
         ((*TRAIN_HERE, "--precision", "float8"), ("--precision", "float8")),
@@ -470,9 +470,9 @@ def test_a_bug_shows_its_traceback():
 # Ctrl-C and progress
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monkeypatch):
+def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_resume(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    options = "--steps 1000000 --batch-size 4 --threads 1 --report-every 1 --sample-every 0 --save-every 1000000"
+    options = "--steps 1000000 --batch-size 4 --threads 1 --log-every 1 --eval-every 0 --save-every 1000000"
     command = ["train", "dvae", "--out", "my model", "--data", DATA, *options.split(), *TINY]
     environment = os.environ | {"PYTHONPATH": str(Path(dalle.__file__).parents[1])}
     process = [sys.executable, "-m", "dalle", *command]
@@ -483,7 +483,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_says_how_to_go_on(capsys, tmp_path, monk
     assert training.returncode == 130 and "Traceback" not in said
     again = shlex.split(said.splitlines()[-1])
     assert again == ["dalle", *command, "--resume"]
-    stopped = int(said.split("stopped at step ")[1].split(",")[0])
+    stopped = int(said.split("stopped at step ")[1].split(";")[0])
     code, out, _ = run(capsys, *again[1:], "--steps", str(stopped + 3))
     assert code == 0 and f"{stopped + 3} steps, model in my model" in out
 
@@ -502,8 +502,8 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(capsys):
             on_step(Progress(step, step / 100, {"loss": 1.5}, 123.4, 65.0))
         on_step(Progress(100, 1.0, {"loss": 1.5}, 123.4, 0.0, {"psnr": 20.125, "codes used": 7}))
     assert capsys.readouterr().err.splitlines() == [
-        "training:   1%  step 1  loss 1.500  123 pictures/s  1:05 left",
-        "training: step 100, held-out pictures: psnr 20.125, codes used 7",
+        "training:   1%  step 1  loss 1.500  123 images/s  1:05 left",
+        "training: step 100, held-out images: psnr 20.125, codes used 7",
     ]
 
 
@@ -514,7 +514,7 @@ def test_progress_on_a_terminal_is_a_bar(monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
     with shown("training") as on_step:
         on_step(Progress(50, 0.5, {"loss": 1.5}, 123.4, 65.0))
-    assert "50%" in terminal.getvalue() and "step 50  loss 1.500  123 pictures/s  1:05 left" in terminal.getvalue()
+    assert "50%" in terminal.getvalue() and "step 50  loss 1.500  123 images/s  1:05 left" in terminal.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3723, "1:02:03"), (math.inf, "?")])

@@ -1,4 +1,4 @@
-"""CLIP: embeddings and loss against independent arithmetic, its training, and what can be wrong."""
+"""CLIP: embeddings and loss against independent arithmetic, training, and invalid input."""
 
 import dataclasses
 import math
@@ -21,8 +21,8 @@ from dalle.models.checkpoint import load_clip, load_dvae, save_part
 from dalle.models.clip import PRESETS
 from dalle.tokenizer import Tokenizer
 from dalle.training import train_clip as module
-from dalle.training.feed import PictureLoader
-from dalle.training.train_clip import CLIPTask, TrainCLIPConfig, WithCopies, recall, shift, train_clip
+from dalle.training.loader import ImageLoader
+from dalle.training.train_clip import CLIPTask, TrainCLIPConfig, WithReconstructions, recall, shift, train_clip
 from statistics_for_tests import REJECT, binomial_p
 
 DATA = "shapes-simple:80"
@@ -45,7 +45,7 @@ def directory(tmp_path, monkeypatch):
 
 
 def train_config(out, **change):
-    defaults = dict(data=DATA, preset="test", steps=6, batch_size=8, report_every=1, sample_every=4, threads=1)
+    defaults = dict(data=DATA, preset="test", steps=6, batch_size=8, log_every=1, eval_every=4, threads=1)
     return TrainCLIPConfig(out=out, **defaults | change)
 
 
@@ -64,15 +64,15 @@ def test_the_preset_for_emoji_fits_into_the_package():
 @pytest.mark.parametrize("name", ["tiny", "small"])
 def test_embeddings_have_length_one(name, seed):
     model = CLIP(config := CLIPConfig.preset(name))
-    pictures = torch.rand(3, 3, config.image_size, config.image_size)
-    for points in (model.encode_images(pictures), model.encode_text(model.pack_text([[1], [2, 3], [5]]))):
+    images = torch.rand(3, 3, config.image_size, config.image_size)
+    for points in (model.encode_images(images), model.encode_text(model.pack_text([[1], [2, 3], [5]]))):
         assert points.shape == (3, config.embedding_dim) and points.dtype == torch.float32
         torch.testing.assert_close(points.square().sum(1), torch.ones(3))
 
 
-def test_bytes_and_fractions_are_the_same_picture(clip):
-    pictures = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
-    assert torch.equal(clip.encode_images(pictures), clip.encode_images(pictures / 255))
+def test_bytes_and_fractions_are_the_same_image(clip):
+    images = torch.randint(256, (4, 3, 16, 16), dtype=torch.uint8)
+    assert torch.equal(clip.encode_images(images), clip.encode_images(images / 255))
 
 
 def test_packed_text(clip):
@@ -81,7 +81,7 @@ def test_packed_text(clip):
     assert clip.pack_text([list(range(20))], truncate=True).tolist() == [[0, 1, 2, 3, 4, 5, 6, 300]]
 
 
-def test_a_caption_is_read_alike_whatever_stands_beside_it(clip):
+def test_an_embedding_does_not_depend_on_the_rest_of_the_batch(clip):
     captions = random_captions(6)
     together = clip.encode_text(clip.pack_text(captions))
     alone = torch.cat([clip.encode_text(clip.pack_text([caption])) for caption in captions])
@@ -116,7 +116,7 @@ def test_the_text_encoder_against_its_own_arithmetic(clip):
 
 
 def hand_counted_loss(cosines, scale, same):
-    """In plain Python sums: pairs (i, j) of `same` do not compete, but (i, i) does."""
+    """The loss in plain Python: pairs (i, j) in `same` are no negatives, except that (i, i) is the positive."""
     n, total = len(cosines), 0.0
     for i in range(n):
         rivals = [j for j in range(n) if i == j or not same[i][j]]
@@ -129,17 +129,17 @@ def test_the_loss_by_hand(clip):
     captions = random_captions(7)
     captions[4] = captions[1]
     keys = torch.tensor([0, 1, 2, 3, 4, 2, 6])
-    pictures, text = torch.rand(7, 3, 16, 16), clip.pack_text(captions)
-    cosines = (clip.encode_images(pictures).double() @ clip.encode_text(text).double().t()).tolist()
+    images, text = torch.rand(7, 3, 16, 16), clip.pack_text(captions)
+    cosines = (clip.encode_images(images).double() @ clip.encode_text(text).double().t()).tolist()
     for given in (keys, None):
         same = [[captions[i] == captions[j] or (given is not None and keys[i] == keys[j]) for j in range(7)]
                 for i in range(7)]  # fmt: skip
-        losses = clip.loss(pictures, text, given)
+        losses = clip.loss(images, text, given)
         assert losses["loss"].item() == pytest.approx(hand_counted_loss(cosines, 1 / 0.07, same), rel=1e-4)
         assert losses["scale"].item() == pytest.approx(1 / 0.07)
 
 
-def test_the_same_caption_throughout_leaves_nothing_to_learn(clip):
+def test_a_batch_of_one_caption_has_no_loss(clip):
     losses = clip.loss(torch.rand(4, 3, 16, 16), clip.pack_text([[1, 2]] * 4))
     assert losses["loss"].item() == 0 and losses["accuracy"].item() == 1
     losses["loss"].backward()
@@ -173,20 +173,20 @@ def test_unsuitable_inputs(clip):
         clip.pack_text([list(range(8))])
     with pytest.raises(UserError, match="text id 300 is not in the vocabulary of 300"):
         clip.pack_text([[300]])
-    with pytest.raises(UserError, match=r"pictures must be \[B, 3, 16, 16\], not \[2, 3, 16, 8\]"):
+    with pytest.raises(UserError, match=r"images must be \[B, 3, 16, 16\], not \[2, 3, 16, 8\]"):
         clip.encode_images(torch.rand(2, 3, 16, 8))
     with pytest.raises(UserError, match=r"text must be \[B, 8\].*not \[2, 5\]"):
         clip.encode_text(torch.zeros(2, 5, dtype=torch.int64))
 
 
-# What a step sees
+# Batches
 
 
 def test_shifts_repeat_the_edge(seed):
-    pictures = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
-    moved = shift(pictures, np.random.default_rng(seed)).numpy()
+    images = torch.randint(256, (40, 3, 32, 32), dtype=torch.uint8)
+    moved = shift(images, np.random.default_rng(seed)).numpy()
     seen = set()
-    for before, after in zip(pictures.numpy(), moved, strict=True):
+    for before, after in zip(images.numpy(), moved, strict=True):
         padded = np.pad(before, ((0, 0), (2, 2), (2, 2)), mode="edge")
         places = [(y, x) for y, x in product(range(5), repeat=2) if (padded[:, y : y + 32, x : x + 32] == after).all()]
         assert len(places) == 1
@@ -194,47 +194,47 @@ def test_shifts_repeat_the_edge(seed):
     assert len(seen) > 10
 
 
-def test_every_picture_comes_with_its_copy(directory):
+def test_every_image_comes_with_its_reconstruction(directory):
     dvae, source = load_dvae(directory), split(open_source(DATA, 16), "train")
-    both = WithCopies(source, dvae)
+    both = WithReconstructions(source, dvae)
     assert both[3].captions == source[3].captions and both.key(3) == source.key(3)
     with torch.inference_mode():
         expected = torch.cat([source[3].image, to_uint8(dvae.reconstruct(source[3].image[None]))[0]])
     assert torch.equal(both[3].image, expected)
 
 
-def test_a_step_mixes_pictures_and_copies_and_repeats_itself(directory, monkeypatch):
+def test_a_step_mixes_images_and_reconstructions_and_repeats_itself(directory, monkeypatch):
     task = CLIPTask(train_config(directory, batch_size=32))
-    monkeypatch.setattr(module, "shift", lambda pictures, rng: pictures)
+    monkeypatch.setattr(module, "shift", lambda images, rng: images)
     calls = []
     monkeypatch.setattr(task.model, "loss", lambda *inputs: calls.append(inputs) or {})
     for step in (0, 1, 0):
         task.losses(step, 0.0)
     assert all(torch.equal(a, b) for a, b in zip(calls[0], calls[2], strict=True))
     copies = 0
-    for pictures, text, keys in calls[:2]:
-        for picture, row, i in zip(pictures, text, keys.tolist(), strict=True):
+    for images, text, keys in calls[:2]:
+        for image, row, i in zip(images, text, keys.tolist(), strict=True):
             both = task.training[i].image
-            copies += torch.equal(picture, both[3:])
-            assert torch.equal(picture, both[:3]) or torch.equal(picture, both[3:])
+            copies += torch.equal(image, both[3:])
+            assert torch.equal(image, both[:3]) or torch.equal(image, both[3:])
             assert task.tokenizer.decode(row[row < task.model.config.text_vocab].tolist()) in task.training.caption(i)
     assert binomial_p(copies, 64, 0.5) > REJECT
 
 
-def test_an_unreadable_picture_does_not_lend_its_caption(directory, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def test_the_caption_of_an_unreadable_image_is_not_used(directory, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for i in range(8):
         pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     for i in (3, 4):
         damaged = folder / f"{i}.png"
         damaged.write_bytes(damaged.read_bytes()[:100])
-    source = WithCopies(open_source(str(folder), 16), load_dvae(directory))
-    batch = PictureLoader(source, batch_size=8, seed=0).batch(0)
+    source = WithReconstructions(open_source(str(folder), 16), load_dvae(directory))
+    batch = ImageLoader(source, batch_size=8, seed=0).batch(0)
     assert sorted(batch.indices.tolist()) == [0, 1, 2, 5, 5, 5, 6, 7]
-    for picture, i in zip(batch.pictures, batch.indices.tolist(), strict=True):
-        assert torch.equal(picture, source.load(i).image)
+    for image, i in zip(batch.images, batch.indices.tolist(), strict=True):
+        assert torch.equal(image, source.load(i).image)
 
 
 # Retrieval
@@ -247,7 +247,7 @@ def test_retrieval_by_hand():
     assert [recall(fits.t(), own, k) for k in (1, 2, 3)] == pytest.approx([2 / 3, 2 / 3, 1])
     shared = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     assert recall(fits, shared, 1) == pytest.approx(2 / 3)
-    nothing = torch.zeros(3, 3)  # equal scores tell nothing apart
+    nothing = torch.zeros(3, 3)  # equal scores do not discriminate
     assert [recall(nothing, own, k) for k in (1, 2, 3)] == [0, 0, 1]
 
 
@@ -289,32 +289,32 @@ def test_clip_resumes_exactly(directory):
 
 def test_what_a_run_leaves(directory):
     result = train_clip(train_config(directory))
-    assert {f"{what}@{k}" for what in ("caption", "picture") for k in (1, 5)} == result.evaluation.keys()
+    assert {f"{what} R@{k}" for what in ("image-to-text", "text-to-image") for k in (1, 5)} == result.evaluation.keys()
     vocab = Tokenizer.load(directory / "tokenizer.json").vocab_size
     assert load_clip(directory).config == dataclasses.replace(TEST, text_vocab=vocab)
     assert sorted(p.name for p in (directory / "samples").iterdir()) == ["clip-0000004.png", "clip-0000006.png"]
 
 
-def test_clip_learns_which_picture_belongs_to_a_caption(clip):
-    """Pictures of one colour each, whose three values, coarsely, are the caption; half of them are never seen."""
+def test_clip_learns_which_image_belongs_to_a_caption(clip):
+    """Images of one colour each; the caption is its three quantised values. Half of the images are held out."""
     values = torch.cartesian_prod(*[torch.arange(4)] * 3)[torch.randperm(64)]
-    pictures, text = (values / 3)[:, :, None, None].expand(-1, -1, 16, 16), clip.pack_text((values + 10).tolist())
+    images, text = (values / 3)[:, :, None, None].expand(-1, -1, 16, 16), clip.pack_text((values + 10).tolist())
     optimizer = torch.optim.Adam(clip.train().parameters(), lr=3e-3)
     for _ in range(150):
         optimizer.zero_grad()
-        clip.loss(pictures[:32], text[:32])["loss"].backward()
+        clip.loss(images[:32], text[:32])["loss"].backward()
         optimizer.step()
-    assert clip.loss(pictures[:32], text[:32])["accuracy"].item() > 0.9
-    assert clip.loss(pictures[32:], text[32:])["accuracy"].item() > 0.2  # by chance 1/32
+    assert clip.loss(images[:32], text[:32])["accuracy"].item() > 0.9
+    assert clip.loss(images[32:], text[32:])["accuracy"].item() > 0.2  # by chance 1/32
 
 
 def test_training_reduces_the_loss(directory):
-    config = train_config(directory, steps=60, batch_size=16, lr=3e-3, warmup=10, sample_every=0)
+    config = train_config(directory, steps=60, batch_size=16, lr=3e-3, warmup=10, eval_every=0)
     losses, _ = run_through(config)
     assert sum(losses[step] for step in range(51, 61)) / 10 < losses[1] - 0.25
 
 
-# What can be wrong
+# Invalid input
 
 
 def test_stages_out_of_order(directory):
@@ -329,9 +329,9 @@ def test_stages_out_of_order(directory):
 
 def test_a_resumed_run_must_be_of_the_same_dvae_and_captions(directory):
     train_clip(train_config(directory, steps=1))
-    with pytest.raises(UserError, match="add --resume to go on with it"):
+    with pytest.raises(UserError, match="add --resume to continue it"):
         train_clip(train_config(directory, steps=1))
-    with pytest.raises(UserError, match=r"was trained with captions .* resume with the former or start anew"):
+    with pytest.raises(UserError, match=r"was trained with captions .* resume with the former, or choose"):
         train_clip(train_config(directory, steps=1, resume=True, data="shapes-simple:90"))
     torch.manual_seed(1)
     save_part(directory, "dvae", DiscreteVAE(load_dvae(directory).config))
@@ -342,7 +342,7 @@ def test_a_resumed_run_must_be_of_the_same_dvae_and_captions(directory):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(batch_size=1), "batch_size must be at least 2, for captions to tell apart, not 1"),
+        (dict(batch_size=1), "batch_size must be at least 2 for a contrastive loss, not 1"),
         (dict(lr=0.0), "lr must be positive and finite, not 0.0"),
         (dict(warmup=-1), "warmup must be at least 0, not -1"),
         (dict(weight_decay=-0.1), "weight_decay must be at least 0"),
@@ -359,6 +359,6 @@ def test_bad_options(directory, change, reason):
 def test_the_command(directory, capsys):
     options = ["--data", DATA, "--preset", "test", "--batch-size", "8", "--threads", "1"]
     assert main(["train", "clip", "--out", str(directory), "--steps", "2", *options]) == 0
-    assert re.search(r"2 steps, model in .*held-out pictures: caption@1 \d", capsys.readouterr().out)
+    assert re.search(r"2 steps, model in .*held-out images: image-to-text R@1 \d", capsys.readouterr().out)
     assert main(["train", "clip", "--out", str(directory / "empty"), *options]) == 2
     assert capsys.readouterr().err.startswith("dalle: ")

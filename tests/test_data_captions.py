@@ -1,4 +1,4 @@
-"""The captions of a folder: every way to write them, how they are merged, and what strangers may put there."""
+"""The captions of a folder: all formats, how they are merged, and invalid or hostile input."""
 
 import csv
 import json
@@ -27,7 +27,7 @@ def captions_of(folder):
     return {source.key(i): source.captions_of(i) for i in range(len(source))}, dict(source.skipped)
 
 
-def test_all_captions_of_a_picture_are_merged_in_order_and_each_once(tmp_path):
+def test_all_captions_of_an_image_are_merged_in_order_and_each_once(tmp_path):
     add(tmp_path, "a.png", "deep/a.png", "deep/er/b c.jpg")
     (tmp_path / "a.txt").write_text("from text\n\n  twice\ttold \n")
     (tmp_path / "captions.csv").write_text(
@@ -54,20 +54,20 @@ def test_all_captions_of_a_picture_are_merged_in_order_and_each_once(tmp_path):
 
 
 def test_paths_that_lead_out_of_the_folder_are_not_followed(tmp_path):
-    root, outside = tmp_path / "pictures", tmp_path / "outside"
-    add(tmp_path, "pictures/in.png", "pictures/sub/deep.png", "outside/out.png", "secret.png")
+    root, outside = tmp_path / "images", tmp_path / "outside"
+    add(tmp_path, "images/in.png", "images/sub/deep.png", "outside/out.png", "secret.png")
     (root / "link").symlink_to(outside, target_is_directory=True)
     paths = ["../secret.png", str(tmp_path / "secret.png"), str(root / "in.png"), "sub/../../secret.png"]
     paths += ["link/out.png", "..", ".", "sub", "nothing.png", "in.png\0", "IN.PNG", "sub\\deep.png", "a" * 100_000]
     lines = [{"file": path, "caption": "x"} for path in [*paths, "in.png"]]
     (root / "captions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    rows = ["../../pictures/in.png,x", "../in.png,fine", f"{root}/in.png,x"]
+    rows = ["../../images/in.png,x", "../in.png,fine", f"{root}/in.png,x"]
     (root / "sub/captions.csv").write_text("\n".join(["file,caption", *rows, ""]))
     found, skipped = captions_of(root)
     assert found == {"in.png": ("fine", "x")}
     places = {f"captions.jsonl:{n}" for n in range(1, len(paths) + 1)}
     assert set(skipped) == places | {"sub/captions.csv:2", "sub/captions.csv:4", "sub/deep.png"}
-    assert all(reason.startswith("there is no picture") and len(reason) < 200 for reason in map(skipped.get, places))
+    assert all(reason.startswith("there is no image") and len(reason) < 200 for reason in map(skipped.get, places))
 
 
 def test_bad_lines_of_a_jsonl_are_listed_by_number_and_the_others_used(tmp_path):
@@ -88,7 +88,7 @@ def test_bad_lines_of_a_jsonl_are_listed_by_number_and_the_others_used(tmp_path)
         b'{"file": "a.png", "caption": []}': "no caption",
         b'{"file": "a.png", "caption": null}': "no caption",
         b'{"file": "a.png", "caption": {"en": "x"}}': "no caption",
-        b'{"file": "a.png", "caption": [4]}': "no text",
+        b'{"file": "a.png", "caption": [4]}': "not a string",
         b'{"file": "a.png", "caption": " \\n "}': "empty",
         b'{"file": "a.png", "caption": "\\u0000"}': "NUL",
         b'{"file": "a.png", "caption": "\\ud800"}': "not UTF-8",
@@ -112,7 +112,7 @@ def test_bad_rows_of_a_csv_are_listed_by_number_and_the_others_used(tmp_path):
         b"a.png,": "empty",
         b",x": "names no file",
         b"a.png,a dog, a cat": "quote captions",
-        b"b.png,x": "no picture 'b.png'",
+        b"b.png,x": "no image 'b.png'",
         b"a.png,caf\xe9": "not UTF-8",
         b'a.png,"one"two': "",
         b"a.png,%s" % (b"x" * 200_000): "",
@@ -144,12 +144,12 @@ def test_a_nul_in_a_csv_costs_its_row_alone(tmp_path):
         (b"file,text\na.png,x\n", "'file', 'text'"),
         (b"file;caption\na.png;x\n", "'file;caption'"),
         ("file,caption\n".encode("utf-16"), "x00"),
-        (b"a.png,a picture\n", "'a.png', 'a picture'"),
+        (b"a.png,an image\n", "'a.png', 'an image'"),
         (b"\x89PNG" + bytes(100), ""),
         (b"x" * 200_000, ""),
     ],
 )
-def test_a_csv_without_the_columns_is_the_users_to_mend(tmp_path, content, found):
+def test_a_csv_without_the_columns_is_rejected(tmp_path, content, found):
     add(tmp_path, "a.png")
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "captions.csv").write_bytes(content)
@@ -158,7 +158,7 @@ def test_a_csv_without_the_columns_is_the_users_to_mend(tmp_path, content, found
     assert found in str(caught.value) and "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
-def test_tables_that_cannot_be_read_are_the_users_to_mend(tmp_path, monkeypatch):
+def test_unreadable_tables_are_rejected(tmp_path, monkeypatch):
     add(tmp_path, "a.png")
     for name in ("captions.csv", "captions.jsonl"):
         os.mkfifo(tmp_path / name)
@@ -191,7 +191,7 @@ def test_names_that_are_not_utf8_are_skipped(tmp_path):
     assert found == {"a.png": ("good",)} and skipped == {r"caf\xe9.png": "its name is not UTF-8"}
 
 
-def test_captions_of_a_picture_stay_on_one_side_of_the_split(tmp_path):
+def test_captions_of_an_image_stay_on_one_side_of_the_split(tmp_path):
     names = [f"{i}.png" for i in range(60)]
     add(tmp_path, *names)
     with open(tmp_path / "captions.csv", "w", newline="") as file:
@@ -213,20 +213,20 @@ text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filte
 @given(listed=st.lists(st.tuples(st.sampled_from(["a.png", "sub/ü, b.png"]), text), max_size=8))
 def test_csv_and_jsonl_say_the_same(tmp_path_factory, listed):
     root = tmp_path_factory.mktemp("tables")
-    pictures = ["a.png", "sub/ü, b.png"]
+    images = ["a.png", "sub/ü, b.png"]
     with open(root / "captions.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("file", "caption"), *listed])
     (root / "captions.jsonl").write_text(
         "".join(json.dumps({"file": name, "caption": caption}, ensure_ascii=False) + "\n" for name, caption in listed),
         encoding="utf-8",
     )
-    expected = {p: tuple(dict.fromkeys(" ".join(c.split()) for name, c in listed if name == p)) for p in pictures}
+    expected = {p: tuple(dict.fromkeys(" ".join(c.split()) for name, c in listed if name == p)) for p in images}
     for table in ("captions.csv", "captions.jsonl"):
-        read = FolderCaptions(root, [table], pictures)
-        assert {picture: read.of(picture) for picture in pictures} == expected and read.skipped == []
+        read = FolderCaptions(root, [table], images)
+        assert {image: read.of(image) for image in images} == expected and read.skipped == []
 
 
-def test_garbled_tables_never_break_out(tmp_path, seed):
+def test_garbled_tables_raise_no_other_errors(tmp_path, seed):
     rng = random.Random(seed)
     intact = {
         "captions.csv": b'file,caption\na.png,one\n"a.png","two, ""three""\nlines"\n' * 3,

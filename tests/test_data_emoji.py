@@ -1,4 +1,4 @@
-"""The colour-emoji font as a source. Rendering needs the font and raqm; doing without them is tested everywhere."""
+"""The colour-emoji font as a source. Rendering needs the font and raqm; errors without them are always tested."""
 
 import hashlib
 import re
@@ -29,7 +29,7 @@ def index_of(source, text):
 
 
 @pytest.mark.optional
-def test_about_3800_pictures_with_their_names(source):
+def test_about_3800_images_with_their_names(source):
     assert 3_500 < len(source) < 4_500
     captions = list(source.captions())
     assert len(set(captions)) > 0.99 * len(captions)
@@ -48,10 +48,10 @@ def test_about_3800_pictures_with_their_names(source):
 
 @pytest.mark.optional
 def test_the_whole_glyph_fills_the_width_and_is_centred(source):
-    def drawn(text):
-        return to_tensor(emoji_source.draw(text, source.font, emoji_source.GLYPH_WIDTH))
+    def rendered(text):
+        return to_tensor(emoji_source.render(text, source.font, emoji_source.GLYPH_WIDTH))
 
-    square = drawn("🟥")  # symmetric, with a margin
+    square = rendered("🟥")  # symmetric, with a margin
     ink = (square.float().mean(0) < 250).nonzero()
     (top, left), (bottom, right) = ink.min(0).values.tolist(), ink.max(0).values.tolist()
     assert abs((top + bottom) / 2 - 67.5) <= 2 and abs((left + right) / 2 - 67.5) <= 2
@@ -59,16 +59,16 @@ def test_the_whole_glyph_fills_the_width_and_is_centred(source):
     red, green, blue = square[:, 68, 68].tolist()
     assert red > 180 and green < 100 and blue < 100
     for text in "😀🐍🏔🗼🦒":  # four rows above and below the 128 of the glyph stay white
-        assert (drawn(text)[:, :4] == 255).all() and (drawn(text)[:, -4:] == 255).all()
+        assert (rendered(text)[:, :4] == 255).all() and (rendered(text)[:, -4:] == 255).all()
 
 
 @pytest.mark.optional
-def test_every_picture_has_something_in_it_and_nearly_all_differ(source):
-    pictures = [source[i].image for i in range(len(source))]
-    assert all(p.dtype == torch.uint8 and p.shape == (3, 32, 32) for p in pictures)
-    assert all((p < 250).float().mean() > 0.005 for p in pictures)
-    different = len({hashlib.sha1(p.numpy().tobytes()).digest() for p in pictures})
-    assert different > 0.98 * len(pictures)  # some territories share a flag
+def test_every_image_has_something_in_it_and_nearly_all_differ(source):
+    images = [source[i].image for i in range(len(source))]
+    assert all(p.dtype == torch.uint8 and p.shape == (3, 32, 32) for p in images)
+    assert all((p < 250).float().mean() > 0.005 for p in images)
+    different = len({hashlib.sha1(p.numpy().tobytes()).digest() for p in images})
+    assert different > 0.98 * len(images)  # some territories share a flag
 
 
 @pytest.mark.optional
@@ -83,7 +83,7 @@ def test_sequences_the_font_lacks_are_left_out_and_listed(source):
 
 
 @pytest.mark.optional
-def test_held_out_captions_recombine_what_the_training_part_knows(source):
+def test_held_out_captions_recombine_those_of_the_training_split(source):
     train, held_out = split(source, "train"), split(source, "heldout")
     assert len(train) + len(held_out) == len(source)
     listed = emoji_source.held_out_captions()
@@ -98,7 +98,7 @@ def test_held_out_captions_recombine_what_the_training_part_knows(source):
 
 
 @pytest.mark.optional
-def test_no_held_out_picture_is_in_the_training_part(source):
+def test_no_held_out_image_is_in_the_training_split(source):
     train, held_out = (
         {part.load(i).image.numpy().tobytes() for i in range(len(part))}
         for part in (split(source, "train"), split(source, "heldout"))
@@ -107,7 +107,7 @@ def test_no_held_out_picture_is_in_the_training_part(source):
 
 
 @pytest.mark.optional
-def test_drawing_in_threads_gives_the_same_pictures(source, seed):
+def test_rendering_in_threads_gives_the_same_images(source, seed):
     indices = torch.randperm(len(source))[:200].tolist()
     serial = [source[i].image for i in indices]
     with ThreadPoolExecutor(4) as pool:
@@ -130,12 +130,12 @@ def test_without_a_font_the_package_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "not a font", "without colour"])
-def test_a_font_that_will_not_do(monkeypatch, tmp_path, kind):
+def test_an_unusable_font_is_rejected(monkeypatch, tmp_path, kind):
     path = tmp_path if kind == "folder" else tmp_path / "font.ttf"
     if kind == "not a font":
         path.write_bytes(b"not a font")
     if kind == "without colour":
-        path.write_bytes(ImageFont.load_default(12).path.getvalue())  # the outline font within Pillow
+        path.write_bytes(ImageFont.load_default(12).path.getvalue())  # Pillow's outline font
     with pytest.raises(UserError, match="--font PATH") as caught:
         open_source("emoji", 32, font=str(path))
     assert str(path) in str(caught.value)

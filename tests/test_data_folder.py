@@ -1,4 +1,4 @@
-"""A folder of captioned pictures: what is read, what is skipped and why, and that training goes on."""
+"""A folder of captioned images: what is read, what is skipped and why, and that training continues."""
 
 import io
 import os
@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from dalle.data import open_source, split
-from dalle.data.folder import FORMATS, MAX_PIXELS, read_picture
-from dalle.data.source import UnreadablePicture, _is_held_out
+from dalle.data.folder import FORMATS, MAX_PIXELS, read_image
+from dalle.data.source import UnreadableImage, _is_held_out
 from dalle.errors import UserError
 
 
@@ -39,13 +39,13 @@ def png_header(width, height):
 def test_reads_every_format_recursively_in_the_order_of_names(tmp_path):
     names = ["a.jpg", "B.JPEG", "c.png", "deep/er/d.webp", "e.gif", "f.bmp"]
     for name in names:
-        add(tmp_path, name, caption=f"  picture\t of  {name} \r\n\n second {name}\n")
+        add(tmp_path, name, caption=f"  image\t of  {name} \r\n\n second {name}\n")
     source = open_source(str(tmp_path), 16)
     assert [sample.key for sample in source] == sorted(names)
     assert source.skipped == []
     for index, sample in enumerate(source):
         assert sample.image.dtype == torch.uint8 and sample.image.shape == (3, 16, 16)
-        assert sample.caption == source.caption(index) == f"picture of {sample.key}"
+        assert sample.caption == source.caption(index) == f"image of {sample.key}"
         assert sample.captions == source.captions_of(index) == (sample.caption, f"second {sample.key}")
         assert (sample.image.float().mean((1, 2)) - torch.tensor([200.0, 30.0, 40.0])).abs().max() < 6
     assert list(source.captions()) == [caption for sample in source for caption in sample.captions]
@@ -56,9 +56,9 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
     add(tmp_path, "lonely.png", caption=None)
     add(tmp_path, "blank.png", caption=" \n\t ")
     add(tmp_path, "long.png", caption="a" * 70_000)
-    (tmp_path / "orphan.txt").write_text("no picture here")
+    (tmp_path / "orphan.txt").write_text("no image here")
     for name, content in {
-        "text.jpg": b"this is no picture",
+        "text.jpg": b"this is no image",
         "zero.jpg": b"",
         "bomb.png": png_header(100_000, 100_000),
         "huge.png": png_header(MAX_PIXELS // 9_000 + 1, 9_000),
@@ -82,13 +82,13 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
         "blank.txt": "empty",
         "long.png": "no caption",
         "long.txt": "longer than",
-        "orphan.txt": "without a picture",
-        "text.jpg": "not a picture",
+        "orphan.txt": "without an image",
+        "text.jpg": "not an image",
         "zero.jpg": "empty file",
         "bomb.png": f"{MAX_PIXELS} pixels",
         "huge.png": f"{MAX_PIXELS} pixels",
         "flat.png": "",
-        "tiff.png": "not a picture",
+        "tiff.png": "not an image",
         "latin.png": "no caption",
         "latin.txt": "not UTF-8",
         "pipe.jpg": "not a regular file",
@@ -98,7 +98,7 @@ def test_what_cannot_be_used_is_skipped_with_its_reason(tmp_path):
     assert reasons == {}
 
 
-def test_a_picture_that_fails_later_is_left_out_and_listed_once(tmp_path):
+def test_an_image_that_fails_later_is_left_out_and_listed_once(tmp_path):
     for i in range(5):
         add(tmp_path, f"{i}.png", caption=f"number {i}", colour=(40 * i, 0, 0))
     source = open_source(str(tmp_path), 8)
@@ -111,15 +111,15 @@ def test_a_picture_that_fails_later_is_left_out_and_listed_once(tmp_path):
         assert [i for i, _ in source.readable([3, 4, 2, 3])] == [3, 3]
     assert source[3].caption == "number 3"
     assert sorted(name for name, _ in source.skipped) == ["1.png", "2.png", "4.png"]
-    with pytest.raises(UnreadablePicture, match="truncated"):
+    with pytest.raises(UnreadableImage, match="truncated"):
         source[1]
-    with pytest.raises(UnreadablePicture, match="no such file"):
+    with pytest.raises(UnreadableImage, match="no such file"):
         source[-1]
     with pytest.raises(IndexError):
         source[5]
 
 
-def test_a_part_lists_what_it_leaves_out_with_the_whole(tmp_path):
+def test_a_split_shares_the_list_of_skipped_images(tmp_path):
     for i in range(60):
         add(tmp_path, f"{i}.png")
     source = open_source(str(tmp_path), 8)
@@ -148,24 +148,24 @@ def test_split_depends_on_nothing_but_the_names(tmp_path):
 
 
 def test_short_side_is_scaled_and_the_centre_cropped(tmp_path):
-    picture = np.zeros((40, 80, 3), np.uint8)
-    picture[:, 20:60, 0] = np.repeat(np.arange(20), 2) * 10 + 5  # the centre square, in stripes two pixels wide
-    picture[:, :20] = picture[:, 60:] = 255
-    Image.fromarray(picture).save(tmp_path / "wide.png")
-    Image.fromarray(picture.transpose(1, 0, 2)).save(tmp_path / "tall.png")
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[:, 20:60, 0] = np.repeat(np.arange(20), 2) * 10 + 5  # the centre square, in stripes two pixels wide
+    image[:, :20] = image[:, 60:] = 255
+    Image.fromarray(image).save(tmp_path / "wide.png")
+    Image.fromarray(image.transpose(1, 0, 2)).save(tmp_path / "tall.png")
     expected = np.zeros((20, 20, 3), np.uint8)
     expected[..., 0] = np.arange(20) * 10 + 5  # the mean over 2x2 pixels: an area filter
-    assert np.array_equal(np.array(read_picture(tmp_path / "wide.png", 20)), expected)
-    assert np.array_equal(np.array(read_picture(tmp_path / "tall.png", 20)), expected.transpose(1, 0, 2))
+    assert np.array_equal(np.array(read_image(tmp_path / "wide.png", 20)), expected)
+    assert np.array_equal(np.array(read_image(tmp_path / "tall.png", 20)), expected.transpose(1, 0, 2))
     for size in [(1, 1), (1, 3000), (3000, 1), (7, 5)]:
         add(tmp_path, "odd.png", size=size)
-        assert read_picture(tmp_path / "odd.png", 16).getcolors() == [(256, (200, 30, 40))]
+        assert read_image(tmp_path / "odd.png", 16).getcolors() == [(256, (200, 30, 40))]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(tmp_path, orientation, seed):
     upright = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
-    stored = {  # EXIF: which side of the stored picture is up
+    stored = {  # EXIF: which side of the stored image is up
         1: upright,
         2: upright[:, ::-1],
         3: upright[::-1, ::-1],
@@ -178,7 +178,7 @@ def test_exif_orientation(tmp_path, orientation, seed):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / "a.png", exif=exif)
-    assert np.array_equal(np.array(read_picture(tmp_path / "a.png", 16)), upright)
+    assert np.array_equal(np.array(read_image(tmp_path / "a.png", 16)), upright)
 
 
 def test_transparency_is_composited_on_white(tmp_path):
@@ -187,7 +187,7 @@ def test_transparency_is_composited_on_white(tmp_path):
     palette = Image.new("P", (9, 9), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
     palette.save(tmp_path / "P.png", transparency=1)
-    read = {name: read_picture(tmp_path / f"{name}.png", 8).getpixel((3, 3)) for name in ("RGBA", "LA", "P")}
+    read = {name: read_image(tmp_path / f"{name}.png", 8).getpixel((3, 3)) for name in ("RGBA", "LA", "P")}
     assert read == {"RGBA": (244, 204, 204), "LA": (224, 224, 224), "P": (255, 255, 255)}
 
 
@@ -195,14 +195,14 @@ def test_other_modes(tmp_path):
     Image.fromarray(np.full((9, 9), 40_000, np.uint16)).save(tmp_path / "deep.png")
     Image.new("1", (9, 9), 1).save(tmp_path / "bit.png")
     Image.new("CMYK", (9, 9), (0, 255, 255, 0)).save(tmp_path / "print.jpg")
-    assert read_picture(tmp_path / "deep.png", 8).getpixel((3, 3)) == (156, 156, 156)
-    assert read_picture(tmp_path / "bit.png", 8).getpixel((3, 3)) == (255, 255, 255)
-    red, green, blue = read_picture(tmp_path / "print.jpg", 8).getpixel((3, 3))
+    assert read_image(tmp_path / "deep.png", 8).getpixel((3, 3)) == (156, 156, 156)
+    assert read_image(tmp_path / "bit.png", 8).getpixel((3, 3)) == (255, 255, 255)
+    red, green, blue = read_image(tmp_path / "print.jpg", 8).getpixel((3, 3))
     assert red > 200 and green < 50 and blue < 50
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_damaged_files_are_read_or_refused_but_never_break_out(tmp_path, kind, seed):
+def test_damaged_files_are_read_or_rejected_without_other_errors(tmp_path, kind, seed):
     rng = random.Random(seed)
     buffer = io.BytesIO()
     Image.effect_noise((40, 30), 60).convert("RGB").save(buffer, kind)
@@ -214,19 +214,19 @@ def test_damaged_files_are_read_or_refused_but_never_break_out(tmp_path, kind, s
                 data[rng.choice([rng.randrange(len(data)), rng.randrange(min(64, len(data)))])] = rng.randrange(256)
         path.write_bytes(data)
         try:
-            assert read_picture(path, 8).size == (8, 8)
-        except UnreadablePicture as error:
+            assert read_image(path, 8).size == (8, 8)
+        except UnreadableImage as error:
             assert str(error)
 
 
-def test_nothing_to_read_is_the_users_to_fix(tmp_path):
+def test_a_folder_without_captioned_images_is_rejected(tmp_path):
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     add(tmp_path / "bare", "a.png", caption=None)
     for spec, sentence in {
         str(tmp_path / "missing"): "does not exist",
         str(tmp_path / "file"): "is not a folder",
-        str(tmp_path / "empty"): "no pictures and no captions.*same name",
+        str(tmp_path / "empty"): "no images and no captions.*same name",
         str(tmp_path / "bare"): "1 files were skipped, the first, a.png: no caption",
     }.items():
         with pytest.raises(UserError, match=sentence) as caught:
@@ -238,5 +238,5 @@ def test_nothing_to_read_is_the_users_to_fix(tmp_path):
     add(tmp_path / "one", name)
     only = open_source(str(tmp_path / "one"), 16)
     assert len(split(only, "heldout")) == 1
-    with pytest.raises(UserError, match="training part"):
+    with pytest.raises(UserError, match="training split"):
         split(only, "train")

@@ -1,4 +1,4 @@
-"""Drawn shapes: the grammar, the pictures, the captions, and the parser that reads pictures back."""
+"""Synthetic shapes: the grammar, the rendering, the captions, and the parser."""
 
 import itertools
 import random
@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageFilter
 
 from dalle.data import open_source, shapes, split
-from dalle.data.shapes import Object, Scene, caption, draw
+from dalle.data.shapes import Object, Scene, caption, render
 from dalle.data.shapes_parser import compare, parse
 from dalle.errors import UserError
 from dalle.images import to_tensor
@@ -21,7 +21,7 @@ RECONSTRUCTIONS = [(32, 1.0, 8, 1.0), (64, 2.0, 8, 1.0), (32, 0.7, 20, 0.8), (64
 
 
 def random_offset(rng):
-    """Mostly the extremes, where pictures are hardest to read."""
+    """Mostly the extremes, where images are hardest to read."""
     return tuple(rng.choice((-1, 0, 1, rng.uniform(-1, 1))) * shapes.MAX_OFFSET for _ in "yx")
 
 
@@ -54,12 +54,12 @@ def test_captions_tell_apart_what_they_should():
 
 
 @pytest.mark.parametrize("size", [32, 64])
-def test_parser_reads_drawn_pictures_back_exactly(size, seed):
+def test_parser_is_exact_on_rendered_images(size, seed):
     rng = random.Random(seed)
     scenes = shapes.all_scenes("single") + shapes.all_scenes("count")
     for scene in scenes + rng.sample(shapes.all_scenes("relation"), 300):
         offset = random_offset(rng)
-        assert parse(draw(scene, size, offset)) == scene, offset
+        assert parse(render(scene, size, offset)) == scene, offset
 
 
 @pytest.mark.slow
@@ -67,14 +67,14 @@ def test_parser_reads_every_scene_of_the_grammar(seed):
     rng, size = random.Random(seed), 32  # the hardest size
     for scene in itertools.chain.from_iterable(map(shapes.all_scenes, KINDS)):
         offset = random_offset(rng)
-        assert parse(draw(scene, size, offset)) == scene, offset
+        assert parse(render(scene, size, offset)) == scene, offset
 
 
 def test_parser_is_exact_at_other_sizes(seed):
     rng = random.Random(seed)
     for _ in range(200):
         scene, size, offset = shapes.random_scene(rng, "train"), rng.randrange(32, 97), random_offset(rng)
-        assert parse(draw(scene, size, offset)) == scene, (size, offset)
+        assert parse(render(scene, size, offset)) == scene, (size, offset)
 
 
 @pytest.mark.parametrize(("size", "blur", "noise", "fade"), RECONSTRUCTIONS)
@@ -82,10 +82,10 @@ def test_parser_survives_the_blur_of_a_reconstruction(size, blur, noise, fade, s
     rng, right, total = random.Random(seed), Counter(), Counter()
     for _ in range(300):
         scene = shapes.random_scene(rng, rng.choice(("train", "heldout")))
-        sharp = Image.fromarray(draw(scene, size, random_offset(rng)).permute(1, 2, 0).numpy())
-        picture = to_tensor(sharp.filter(ImageFilter.GaussianBlur(blur))).float()
-        picture = 255 - fade * (255 - picture) + noise * torch.randn(3, size, size)
-        for attribute, correct in compare(scene, parse(picture.clamp(0, 255).byte())).items():
+        sharp = Image.fromarray(render(scene, size, random_offset(rng)).permute(1, 2, 0).numpy())
+        image = to_tensor(sharp.filter(ImageFilter.GaussianBlur(blur))).float()
+        image = 255 - fade * (255 - image) + noise * torch.randn(3, size, size)
+        for attribute, correct in compare(scene, parse(image.clamp(0, 255).byte())).items():
             right[attribute] += correct
             total[attribute] += 1
     accuracy = {attribute: right[attribute] / total[attribute] for attribute in total}
@@ -93,7 +93,7 @@ def test_parser_survives_the_blur_of_a_reconstruction(size, blur, noise, fade, s
     assert min(accuracy.values()) > 0.95, accuracy
 
 
-def test_parser_sees_nothing_in_nothing_and_refuses_what_is_no_picture(seed):
+def test_parser_finds_nothing_in_a_blank_image_and_rejects_other_tensors(seed):
     assert parse(torch.full((3, 32, 32), 255, dtype=torch.uint8)) == Scene(())
     assert parse((255 - 20 * torch.rand(3, 64, 64)).byte()) == Scene(())
     assert parse(torch.randint(256, (3, 32, 32), dtype=torch.uint8)).kind is None
@@ -102,7 +102,7 @@ def test_parser_sees_nothing_in_nothing_and_refuses_what_is_no_picture(seed):
             parse(torch.zeros(shape, dtype=dtype))
 
 
-def test_objects_stay_in_their_cell_and_inside_the_picture(seed):
+def test_objects_stay_in_their_cell_and_inside_the_image(seed):
     rng = random.Random(seed)
     for _ in range(300):
         size, offset = rng.randrange(32, 129), random_offset(rng)
@@ -182,7 +182,7 @@ def test_a_sample_is_a_function_of_its_index():
 
 
 @pytest.mark.parametrize("spec", ["shapes:", "shapes:0", "shapes:-3", "shapes:many", "shapes-simple:1.5", "shapes:²"])
-def test_a_count_that_is_none_is_the_users_to_fix(spec):
+def test_an_invalid_count_is_rejected(spec):
     with pytest.raises(UserError, match="positive integer") as caught:
         open_source(spec, 32)
     assert spec in str(caught.value)

@@ -60,7 +60,7 @@ def test_small_presets(name, size, grid):
 
 @settings(max_examples=10, deadline=None)
 @given(groups=st.integers(1, 4), height=st.integers(1, 3), width=st.integers(1, 3), batch=st.integers(1, 3))
-def test_any_depth_and_oblong_pictures(groups, height, width, batch):
+def test_any_depth_and_oblong_images(groups, height, width, batch):
     factor = 2 ** (groups - 1)
     model = DiscreteVAE(DiscreteVAEConfig(factor, 7, (4,) * groups, blocks=1, codebook_dim=3))
     codes = model.codes(torch.rand(batch, 3, height * factor, width * factor))
@@ -172,21 +172,21 @@ def test_psnr():
 
 
 def learn_colours(seed):
-    """PSNR and codes in use of a small model after 250 updates on pictures of two halves in eight colours."""
+    """PSNR and codes in use of a small model after 250 updates on images of two halves in eight colours."""
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     model = DiscreteVAE(DiscreteVAEConfig(8, 16, (16, 32), blocks=1, codebook_dim=16, codebook_std=1.0))
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
 
-    def draw(count):
+    def sample(count):
         colours = torch.randint(0, 2, (count, 3, 2), generator=generator).float()
         return colours.repeat_interleave(4, 2)[:, :, :, None].expand(-1, -1, -1, 8)
 
     for step in range(250):
         optimizer.zero_grad()
-        model.loss(draw(16), tau=1 - step / 333, beta=0.5, seed=step)["loss"].backward()
+        model.loss(sample(16), tau=1 - step / 333, beta=0.5, seed=step)["loss"].backward()
         optimizer.step()
-    test = draw(64)
+    test = sample(64)
     return psnr(test, model.reconstruct(test)), codebook_usage(model.codes(test), 16)[0]
 
 
@@ -221,7 +221,7 @@ def test_bad_input():
     model = DiscreteVAE(SMALL)
     with pytest.raises(UserError, match="multiple of 4"):
         model.encode(torch.rand(1, 3, 15, 16))
-    with pytest.raises(UserError, match="pictures must be"):
+    with pytest.raises(UserError, match="images must be"):
         model.encode(torch.rand(3, 16, 16))
     with pytest.raises(UserError, match="codes must be int64"):
         model.decode(torch.zeros(1, 4, 4))

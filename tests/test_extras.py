@@ -15,7 +15,7 @@ USES = {
     "emoji": "import sys; from dalle.data import open_source; open_source('emoji', 64)",
     "tensorboard": (
         "from pathlib import Path; from dalle.training import loop;"
-        "loop._Reporter(loop.TrainConfig(out=Path('.'), tensorboard=True), None)"
+        "loop._Logger(loop.TrainConfig(out=Path('.'), tensorboard=True), None)"
     ),
     "matplotlib": "from pathlib import Path; from dalle.evaluation.plots import plot; plot({}, Path('.'))",
 }

@@ -1,4 +1,4 @@
-"""The measurement of learning on a model of toy size."""
+"""The recipe for synthetic shapes, on a tiny model."""
 
 import json
 
@@ -24,16 +24,16 @@ def test_the_whole_on_a_toy_model(tmp_path, monkeypatch):
     report = json.loads((tmp_path / "learn_shapes.json").read_text())
     for part in ("training", "held-out"):
         found = report["shapes"][part]
-        assert all(entry["share"] == 1 and entry["of"] == 12 for entry in found["real pictures"].values())
-        drawn = found["best of 16 by CLIP"]
-        assert drawn["joint"]["right"] <= min(entry["right"] for entry in drawn.values())
+        assert all(entry["proportion"] == 1 and entry["total"] == 12 for entry in found["real images"].values())
+        generated = found["best of 16 by CLIP"]
+        assert generated["joint"]["correct"] <= min(entry["correct"] for entry in generated.values())
         assert report["candidates"][part]["joint"]["candidates"] == [1, 2, 4]
         assert 1 <= report["dvae"][part]["codes in use"] <= 32
     page = (tmp_path / "learn_shapes.md").read_text()
-    assert "min (" in page and "real pictures" in page
+    assert "min (" in page and "real images" in page
 
     minutes = report["training"]["minutes"]
-    again = learn_shapes.train(minutes, tmp_path, 5, 1)  # nothing is left to train
+    again = learn_shapes.train(minutes, tmp_path, 5, 1)  # the training is complete
     assert again["steps"] == report["training"]["steps"]
 
 

@@ -1,4 +1,4 @@
-"""The pipeline: a model directory out and in again, drawing that depends on prompt and seed alone, and ranking."""
+"""The pipeline: saving and loading, generation that depends only on prompt and seed, ranking, completion."""
 
 import inspect
 import json
@@ -53,21 +53,21 @@ def directory(ranking, tmp_path):
 
 
 @pytest.fixture
-def picture():
+def image():
     return Image.effect_mandelbrot((30, 20), (-2, -1, 1, 1), 50).convert("RGB")
 
 
-def codes(drawings):
-    return torch.stack([drawing.codes for row in drawings for drawing in row])
+def codes(results):
+    return torch.stack([result.codes for row in results for result in row])
 
 
-# Out and in again
+# Saving and loading
 
 PARTS = ["dvae.json", "dvae.safetensors", "prior.json", "prior.safetensors", "tokenizer.json"]
 CLIP_PARTS = ["clip.json", "clip.safetensors"]
 
 
-def test_a_saved_model_draws_the_same(ranking, directory):
+def test_a_saved_model_generates_the_same(ranking, directory):
     assert sorted(p.name for p in directory.iterdir()) == ["README.md", *CLIP_PARTS, *PARTS]
     loaded = Pipeline.from_pretrained(directory)
     assert loaded.dvae.config == ranking.dvae.config and loaded.prior.config == ranking.prior.config
@@ -92,7 +92,7 @@ def test_saving_that_fails_leaves_the_earlier_model(pipeline, directory, monkeyp
         raise OSError("no space left")
 
     monkeypatch.setattr("dalle.files.save_file", fail)
-    with pytest.raises(UserError, match=r"no space left.*what was there before is intact"):
+    with pytest.raises(UserError, match=r"no space left.*the previous file is intact"):
         pipeline.save_pretrained(directory)
     assert {path.name: path.read_bytes() for path in directory.iterdir()} == before
     with pytest.raises(UserError, match="not a directory that can be written to"):
@@ -100,7 +100,7 @@ def test_saving_that_fails_leaves_the_earlier_model(pipeline, directory, monkeyp
 
 
 def test_the_shipped_model(directory, monkeypatch):
-    """Its weights are stored in half precision and computed with in single."""
+    """Its weights are stored in float16 and loaded as float32."""
     for path in directory.glob("*.safetensors"):
         save_file({name: tensor.half() for name, tensor in load_file(path).items()}, path)
     monkeypatch.setattr(places, "SHIPPED", directory)
@@ -112,7 +112,7 @@ def test_the_shipped_model(directory, monkeypatch):
 
 def test_an_installation_without_a_model(tmp_path, monkeypatch):
     monkeypatch.setattr(places, "SHIPPED", tmp_path / "shipped")
-    with pytest.raises(UserError, match=r"no model came with this installation .*prior.json is missing"):
+    with pytest.raises(UserError, match=r"this installation has no shipped model .*prior.json is missing"):
         Pipeline.from_pretrained()
 
 
@@ -136,7 +136,7 @@ def test_a_hub_that_cannot_be_reached(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match=r"someone/emoji is neither a directory nor .* \(cannot be reached\)"):
+    with pytest.raises(UserError, match=r"someone/emoji is not a directory, and .* \(cannot be reached\)"):
         Pipeline.from_pretrained("someone/emoji")
 
 
@@ -156,31 +156,31 @@ def test_pushing_uploads_what_saving_writes(ranking, tmp_path, monkeypatch):
     uploaded = tmp_path / "uploaded"
     assert sorted(path.name for path in uploaded.iterdir()) == ["README.md", *CLIP_PARTS, *PARTS]
     assert "library_name: dalle-kernels" in (uploaded / "README.md").read_text()
-    drawn = Pipeline.from_pretrained(uploaded).generate("a red circle", seed=1)
-    assert torch.equal(codes(drawn), codes(ranking.generate("a red circle", seed=1)))
+    generated = Pipeline.from_pretrained(uploaded).generate("a red circle", seed=1)
+    assert torch.equal(codes(generated), codes(ranking.generate("a red circle", seed=1)))
 
 
-# Drawing
+# Generation
 
 
-def test_what_a_drawing_is(pipeline):
+def test_what_a_generated_image_is(pipeline):
     rows = pipeline.generate(CAPTIONS[:2], candidates=3, seed=7)
     assert [[d.prompt for d in row] for row in rows] == [[CAPTIONS[0]] * 3, [CAPTIONS[1]] * 3]
     assert [d.seed for d in rows[1]] == [7, 8, 9] and rows[1][0].score is None
-    drawing = rows[0][2]
-    assert drawing.image.size == (16, 16) and drawing.image.mode == "RGB" and drawing.codes.shape == (4, 4)
-    expected = (pipeline.dvae.decode(drawing.codes[None])[0] * 255).round().to(torch.uint8)
-    assert drawing.image.tobytes() == expected.permute(1, 2, 0).contiguous().numpy().tobytes()
+    result = rows[0][2]
+    assert result.image.size == (16, 16) and result.image.mode == "RGB" and result.codes.shape == (4, 4)
+    expected = (pipeline.dvae.decode(result.codes[None])[0] * 255).round().to(torch.uint8)
+    assert result.image.tobytes() == expected.permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
-def test_a_seed_draws_its_picture_again(pipeline):
+def test_a_seed_reproduces_its_image(pipeline):
     row = pipeline.generate("a red circle", candidates=4, seed=20)[0]
     again = pipeline.generate("a red circle", seed=row[3].seed)[0][0]
     assert torch.equal(again.codes, row[3].codes)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 4, None])
-def test_a_seed_for_every_prompt_draws_what_separate_calls_draw(ranking, batch_size):
+def test_a_seed_for_every_prompt_gives_what_separate_calls_give(ranking, batch_size):
     seeds = [40, 3, 41]
     rows = ranking.generate(CAPTIONS, candidates=3, top=2, seed=seeds, top_k=8, batch_size=batch_size)
     for caption, seed, row in zip(CAPTIONS, seeds, rows, strict=True):
@@ -189,10 +189,10 @@ def test_a_seed_for_every_prompt_draws_what_separate_calls_draw(ranking, batch_s
         assert torch.equal(codes([row]), codes([alone]))
 
 
-def test_the_options_stand_in_the_signatures():
-    """Where an editor shows them, with the names and defaults of what checks them."""
-    expected = {field.name: field.default for field in fields(pipelines.DrawOptions)} | {"seed": None}
-    for method, own in ((Pipeline.generate, {"prompts"}), (Pipeline.complete, {"picture", "prompt", "rows", "mask"})):
+def test_the_signatures_list_the_options():
+    """With the names and defaults of the dataclass that checks them."""
+    expected = {field.name: field.default for field in fields(pipelines.GenerationOptions)} | {"seed": None}
+    for method, own in ((Pipeline.generate, {"prompts"}), (Pipeline.complete, {"image", "prompt", "rows", "mask"})):
         parameters = dict(list(inspect.signature(method).parameters.items())[1:])
         assert {name: p.default for name, p in parameters.items() if name not in own} == expected
 
@@ -206,25 +206,25 @@ def test_the_batch_size_changes_nothing(pipeline, batch_size):
 
 
 @pytest.mark.parametrize(("room", "passes"), [(10**6, [512, 88]), (600, [300, 300]), (0, [1] * 600)])
-def test_passes_fit_into_half_of_the_free_memory(pipeline, monkeypatch, room, passes):
+def test_batches_fit_into_half_of_the_free_memory(pipeline, monkeypatch, room, passes):
     free = room * sequence_bytes(pipeline.prior, 600)
     monkeypatch.setattr(pipelines, "free_memory", lambda device: free)
-    drawn = []
+    generated = []
 
     def generate(prior, rows, *, candidates, **_):
-        drawn.append(candidates)
+        generated.append(candidates)
         return torch.zeros(candidates, 4, 4, dtype=torch.int64)
 
     monkeypatch.setattr(pipelines, "generate_codes", generate)
     assert len(pipeline.generate("red", candidates=600)[0]) == 600
-    assert drawn == passes
+    assert generated == passes
 
 
 def test_free_memory():
     assert 2**20 < free_memory(torch.device("cpu")) < 2**60
 
 
-def test_without_a_seed_pictures_differ(pipeline):
+def test_without_a_seed_images_differ(pipeline):
     assert not torch.equal(codes(pipeline.generate(CAPTIONS)), codes(pipeline.generate(CAPTIONS)))
 
 
@@ -235,91 +235,91 @@ def test_the_best_come_first(ranking, pipeline):
     rows, plain = (p.generate(CAPTIONS, candidates=6, seed=4) for p in (ranking, pipeline))
     for row, in_order in zip(rows, plain, strict=True):
         assert sorted(d.seed for d in row) == [d.seed for d in in_order] == list(range(4, 10))
-        for drawing in row:  # one by one, from the picture that was handed out
-            text = ranking.clip.encode_text(ranking.clip.pack_text([ranking.tokenizer.encode(drawing.prompt)]))
-            seen = ranking.clip.encode_images(pipeline._square(drawing.image))
+        for result in row:  # one by one, from the returned image
+            text = ranking.clip.encode_text(ranking.clip.pack_text([ranking.tokenizer.encode(result.prompt)]))
+            seen = ranking.clip.encode_images(pipeline._square(result.image))
             cosine = torch.nn.functional.cosine_similarity(seen.double(), text.double()).item()
-            assert drawing.score == pytest.approx(cosine, abs=1e-5)
-            assert torch.equal(drawing.codes, in_order[drawing.seed - 4].codes)
+            assert result.score == pytest.approx(cosine, abs=1e-5)
+            assert torch.equal(result.codes, in_order[result.seed - 4].codes)
         scores = [d.score for d in row]
         assert scores == sorted(scores, reverse=True) and len(set(scores)) > 1
 
 
 def test_top_keeps_the_best(ranking, monkeypatch):
     everything = ranking.generate(CAPTIONS, candidates=6, seed=4)
-    monkeypatch.setattr(pipelines, "PIXELS_AT_ONCE", 4 * 16**2)  # decoded and scored in passes of four and two
+    monkeypatch.setattr(pipelines, "MAX_BATCH_PIXELS", 4 * 16**2)  # decoded and scored in batches of four and two
     best = ranking.generate(CAPTIONS, candidates=6, top=2, seed=4)
     assert [[d.seed for d in row] for row in best] == [[d.seed for d in row[:2]] for row in everything]
     assert all(len(row) == 2 for row in best)
 
 
-def test_scores_of_pictures_of_any_size(ranking, picture):
-    small = ranking._square(picture)
-    found = ranking.score([picture, picture.rotate(180)], CAPTIONS[0])
+def test_scores_of_images_of_any_size(ranking, image):
+    small = ranking._square(image)
+    found = ranking.score([image, image.rotate(180)], CAPTIONS[0])
     assert found.shape == (2,) and found.dtype == torch.float32 and found.abs().max() <= 1
     assert found[0].item() == pytest.approx(ranking.score(small / 255, CAPTIONS[0]).item(), abs=1e-5)
     assert found[0] != found[1]
 
 
-def test_ranking_needs_a_clip(pipeline, picture):
+def test_ranking_needs_a_clip(pipeline, image):
     with pytest.raises(UserError, match=r"no CLIP.*dalle train clip"):
         pipeline.generate("red", candidates=3, top=2)
     with pytest.raises(UserError, match=r"no CLIP.*dalle train clip"):
-        pipeline.score([picture], "red")
+        pipeline.score([image], "red")
     assert len(pipeline.generate("red", candidates=3, top=3)[0]) == 3
 
 
 # Completing
 
 
-def test_completion_keeps_the_upper_rows(pipeline, picture):
-    kept = pipeline.dvae.codes(pipeline._square(picture))[0, :3]
-    drawings = pipeline.complete(picture, prompt=CAPTIONS[0], rows=3, candidates=2, seed=3)
-    assert [d.seed for d in drawings] == [3, 4]
-    assert all(torch.equal(d.codes[:3], kept) for d in drawings)
+def test_completion_keeps_the_upper_rows(pipeline, image):
+    kept = pipeline.dvae.codes(pipeline._square(image))[0, :3]
+    results = pipeline.complete(image, prompt=CAPTIONS[0], rows=3, candidates=2, seed=3)
+    assert [d.seed for d in results] == [3, 4]
+    assert all(torch.equal(d.codes[:3], kept) for d in results)
 
 
-def test_completion_draws_what_the_mask_marks(ranking, picture):
+def test_completion_regenerates_what_the_mask_marks(ranking, image):
     mask = torch.zeros(4, 4, dtype=torch.bool)
     mask[1:, 2:] = True
-    given = ranking.codes(picture)
-    drawings = ranking.complete(picture, prompt=CAPTIONS[0], mask=mask, candidates=8, top=5, seed=3, batch_size=3)
-    assert len(drawings) == 5 and drawings[0].score == max(d.score for d in drawings)
-    assert all(torch.equal(d.codes[~mask], given[~mask]) for d in drawings)
-    assert len({tuple(d.codes[mask].tolist()) for d in drawings}) > 1
+    given = ranking.codes(image)
+    results = ranking.complete(image, prompt=CAPTIONS[0], mask=mask, candidates=8, top=5, seed=3, batch_size=3)
+    assert len(results) == 5 and results[0].score == max(d.score for d in results)
+    assert all(torch.equal(d.codes[~mask], given[~mask]) for d in results)
+    assert len({tuple(d.codes[mask].tolist()) for d in results}) > 1
     by_codes = ranking.complete(given, prompt=CAPTIONS[0], mask=mask, candidates=8, top=5, seed=3)
-    assert torch.equal(codes([drawings]), codes([by_codes]))
+    assert torch.equal(codes([results]), codes([by_codes]))
 
 
-def test_completing_from_rows_is_completing_with_their_mask(pipeline, picture):
+def test_completing_from_rows_is_completing_with_their_mask(pipeline, image):
     mask = torch.arange(4)[:, None].expand(4, 4) >= 2
-    drawn = [pipeline.complete(picture, prompt="red", seed=3, **part) for part in (dict(rows=2), dict(mask=mask))]
-    assert torch.equal(codes(drawn[:1]), codes(drawn[1:]))
+    generated = [pipeline.complete(image, prompt="red", seed=3, **part) for part in (dict(rows=2), dict(mask=mask))]
+    assert torch.equal(codes(generated[:1]), codes(generated[1:]))
 
 
 # Reconstructing
 
 
 def test_reconstruction(pipeline):
-    picture = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
-    expected = (pipeline.dvae.reconstruct(picture[None])[0] * 255).round().to(torch.uint8)
-    found = pipeline.reconstruct(Image.fromarray(picture.permute(1, 2, 0).numpy()))
+    image = torch.randint(0, 256, (3, 16, 16), dtype=torch.uint8)
+    expected = (pipeline.dvae.reconstruct(image[None])[0] * 255).round().to(torch.uint8)
+    found = pipeline.reconstruct(Image.fromarray(image.permute(1, 2, 0).numpy()))
     assert found.tobytes() == expected.permute(1, 2, 0).contiguous().numpy().tobytes()
 
 
-def test_transparent_pictures_lie_on_white(pipeline):
+def test_transparent_images_are_composited_on_white(pipeline):
     clear = Image.new("RGBA", (40, 20), (255, 0, 0, 0))
     assert pipeline.reconstruct(clear).tobytes() == pipeline.reconstruct(Image.new("RGB", (9, 9), "white")).tobytes()
 
 
-def test_grey_pictures_of_16_bits_are_scaled_not_clipped(pipeline):
+def test_grey_images_of_16_bits_are_scaled_not_clipped(pipeline):
     grey = torch.randint(256, (9, 9), dtype=torch.uint8).numpy()
     wide = Image.fromarray(grey.astype("uint16") * 257)
     assert wide.mode == "I;16"
     assert pipeline.reconstruct(wide).tobytes() == pipeline.reconstruct(Image.fromarray(grey)).tobytes()
 
 
-# Bad input
+# Invalid input
 
 
 @pytest.mark.parametrize(
@@ -333,12 +333,12 @@ def test_grey_pictures_of_16_bits_are_scaled_not_clipped(pipeline):
         (dict(prompts="red", top_k=0), "top_k must be an int of at least 1"),
         (dict(prompts="red", batch_size=0), "batch_size must be at least 1, not 0"),
         (dict(prompts="red", seed=-1), r"seed must be in \[0, 2\^62\), not -1"),
-        (dict(prompts=["red", "blue"], seed=[1]), "there are 1 seeds for 2 captions: give one for each"),
+        (dict(prompts=["red", "blue"], seed=[1]), "there are 1 seeds for 2 prompts: give one for each"),
         (dict(prompts=["red", "blue"], seed=[1, -2]), r"seed must be in \[0, 2\^62\), not -2"),
         (dict(prompts="red", candidates=2, top=3), r"top must be in \[1, 2\], the candidates, not 3"),
         (dict(prompts="red", candidates=2, top=0), r"top must be in \[1, 2\], the candidates, not 0"),
         (dict(prompts=[b"red"]), "must be a string"),
-        (dict(prompts=[]), "no caption to draw"),
+        (dict(prompts=[]), "there is no prompt"),
     ],
 )
 def test_bad_requests(pipeline, arguments, reason):
@@ -351,30 +351,30 @@ def test_bad_requests(pipeline, arguments, reason):
     [
         (dict(rows=0), r"rows, the rows of codes to keep, must be in \[1, 4\), not 0"),
         (dict(rows=4), r"must be in \[1, 4\), not 4"),
-        (dict(), "either its first rows or a mask"),
-        (dict(rows=2, mask=torch.ones(4, 4, dtype=torch.bool)), "either its first rows or a mask"),
+        (dict(), "give either rows or mask"),
+        (dict(rows=2, mask=torch.ones(4, 4, dtype=torch.bool)), "give either rows or mask"),
         (dict(mask=torch.ones(4, 5, dtype=torch.bool)), r"bool \[4, 4\], not bool \[4, 5\]"),
         (dict(mask=torch.eye(4)), r"bool \[4, 4\], not float32"),
-        (dict(mask=torch.zeros(4, 4, dtype=torch.bool)), "nothing to draw"),
-        (dict(mask=torch.eye(4).bool().logical_not()), "must reach the end"),
-        (dict(rows=2, picture=torch.zeros(3, 8, 8)), r"must be \[3, 16, 16\], not \[3, 8, 8\]"),
-        (dict(rows=2, picture=torch.zeros(3, 3, dtype=torch.int64)), r"int64 \[1, 4, 4\], not int64 \[1, 3, 3\]"),
-        (dict(rows=2, picture=torch.full((4, 4), 32)), r"must be in \[0, 32\)"),
+        (dict(mask=torch.zeros(4, 4, dtype=torch.bool)), "nothing to generate"),
+        (dict(mask=torch.eye(4).bool().logical_not()), "must reach the bottom right"),
+        (dict(rows=2, image=torch.zeros(3, 8, 8)), r"must be \[3, 16, 16\], not \[3, 8, 8\]"),
+        (dict(rows=2, image=torch.zeros(3, 3, dtype=torch.int64)), r"int64 \[1, 4, 4\], not int64 \[1, 3, 3\]"),
+        (dict(rows=2, image=torch.full((4, 4), 32)), r"must be in \[0, 32\)"),
         (dict(rows=2, candidates=1, top=2), "top must be in"),
         (dict(rows=2, prompt=""), "is empty"),
     ],
 )
-def test_bad_completions(pipeline, picture, arguments, reason):
+def test_bad_completions(pipeline, image, arguments, reason):
     with pytest.raises(UserError, match=reason):
-        pipeline.complete(**dict(picture=picture, prompt="red") | arguments)
+        pipeline.complete(**dict(image=image, prompt="red") | arguments)
 
 
-def test_a_long_prompt_can_be_cut(ranking):
+def test_a_long_prompt_can_be_truncated(ranking):
     assert len(ranking.generate("red " * 40, truncate=True)[0]) == 1
 
 
 def test_not_a_model(tmp_path):
-    with pytest.raises(UserError, match=r"has no dvae.json, so it holds no dvae: name the directory"):
+    with pytest.raises(UserError, match=r"has no dvae.json, so it holds no dvae: give the directory"):
         Pipeline.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         Pipeline.from_pretrained(tmp_path / "nowhere")
@@ -398,7 +398,7 @@ def test_damaged_files(directory, name, damage):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (dict(wings=2), "fields that a PriorConfig does not know: wings"),
+        (dict(wings=2), "unknown fields for a PriorConfig: wings"),
         (dict(layers="two"), "'two' should be of type int"),
         (dict(layers=3), r"belongs to another configuration: layers.2"),
         (dict(grid=4), "should be a list"),
@@ -412,7 +412,7 @@ def test_edited_configurations(directory, change, reason):
         Pipeline.from_pretrained(directory)
 
 
-def test_parts_that_do_not_fit(pipeline, ranking):
+def test_parts_that_do_not_match(pipeline, ranking):
     other = DiscreteVAE(DiscreteVAEConfig(16, 31, (8, 8, 16), blocks=1))
     with pytest.raises(UserError, match="not parts of one model"):
         Pipeline(other, pipeline.prior, pipeline.tokenizer)
@@ -427,6 +427,6 @@ def test_parts_that_do_not_fit(pipeline, ranking):
 def test_options_are_checked_whatever_backend_is_forced():
     """The check needs no GPU, and so no backend of one."""
     with dk.use_backend("cuda"):
-        pipelines.DrawOptions(candidates=2, top_k=5)
+        pipelines.GenerationOptions(candidates=2, top_k=5)
         with pytest.raises(UserError, match="top_k"):
-            pipelines.DrawOptions(top_k=0)
+            pipelines.GenerationOptions(top_k=0)

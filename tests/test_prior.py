@@ -1,4 +1,4 @@
-"""The prior: published sizes and schedule, loss against loops, what sees what, and generation against full re-runs."""
+"""The prior: published sizes and schedule, loss against loops, dependencies, and generation against full re-runs."""
 
 import copy
 import math
@@ -121,7 +121,7 @@ def test_every_weight_that_is_used_gets_a_gradient(seed):
 
 
 def influence(model, captions, codes, change):
-    """Which logits move, text bool [T - 1] and image bool [rows * columns], when `change` alters the input."""
+    """Which logits depend on what `change` alters: text bool [T - 1] and image bool [rows * columns]."""
     text = model.pack_text(captions)
     other_text, other_codes = text.clone(), codes.clone()
     change(other_text, other_codes)
@@ -144,7 +144,7 @@ def test_a_code_moves_only_later_predictions(seed):
             assert image[i + 1]
 
 
-def test_a_word_moves_later_text_and_the_whole_picture(seed):
+def test_a_word_moves_later_text_and_the_whole_image(seed):
     model = make()
     captions, codes = [[1, 2, 3]], torch.randint(SMALL.image_vocab, (1, SMALL.image_len))
 
@@ -155,18 +155,18 @@ def test_a_word_moves_later_text_and_the_whole_picture(seed):
     assert text.tolist() == [False, False, True, True] and image.all()
 
 
-def test_pads_differ_by_position_and_are_attended_to(seed):
+def test_padding_differs_by_position_and_is_attended_to(seed):
     model = make()
     codes = torch.randint(SMALL.image_vocab, (1, SMALL.image_len))
 
     def change(text, image):
-        text[:, 4] = text[:, 3]  # another position's pad
+        text[:, 4] = text[:, 3]  # another position's padding token
 
     text, image = influence(model, [[1]], codes, change)
     assert not text.any() and image.all()
 
 
-def draw_slowly(model, text, candidates, seeds, given=None, redraw=None, **how):
+def generate_uncached(model, text, candidates, seeds, given=None, resample=None, **how):
     """Generation without a cache: the whole sequence runs again for every code."""
     text, grid = text.repeat_interleave(candidates, 0), model.config.grid
     given = None if given is None else given.repeat_interleave(candidates, 0)
@@ -174,7 +174,7 @@ def draw_slowly(model, text, candidates, seeds, given=None, redraw=None, **how):
     with torch.no_grad():
         for i in range(model.config.image_len):
             row, column = divmod(i, grid[1])
-            if redraw is None or redraw[row, column]:
+            if resample is None or resample[row, column]:
                 logits = model(text, codes)[1][:, i]
                 code = dk.sample_tokens(logits, seed=seeds, offset=i, **how)
             else:
@@ -202,46 +202,46 @@ def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates
     corner, scattered = torch.zeros(grid, dtype=torch.bool), torch.rand(grid) < 0.5
     corner[number % grid[0] :, number % grid[1] :] = True
     scattered[-1, -1] = True
-    for part in ({}, dict(given=given, redraw=corner), dict(given=given, redraw=scattered)):
+    for part in ({}, dict(given=given, resample=corner), dict(given=given, resample=scattered)):
         for how in (dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(top_k=1), dict(top_p=0.8)):
             found = generate_codes(model, text, candidates=candidates, seeds=seeds, **part, **how)
-            assert torch.equal(found, draw_slowly(model, text, candidates, seeds, **part, **how)), (part, how)
+            assert torch.equal(found, generate_uncached(model, text, candidates, seeds, **part, **how)), (part, how)
 
 
-def test_what_is_not_redrawn_stays_and_changes_what_follows(seed):
-    """One untrained model in about a hundred ignores what it is given, so up to four are asked."""
-    redraw = torch.zeros(3, 4, dtype=torch.bool)
-    redraw[1:, 2:] = True
+def test_what_is_not_resampled_stays_and_changes_what_follows(seed):
+    """One untrained model in about a hundred ignores the given codes, so up to four are tried."""
+    resample = torch.zeros(3, 4, dtype=torch.bool)
+    resample[1:, 2:] = True
     changed = 0
     for _ in range(4):
         model = make()
-        with torch.no_grad():  # an untrained model hardly heeds what it is given
+        with torch.no_grad():  # an untrained model hardly depends on the given codes
             for weight in model.parameters():
                 weight.mul_(8 if weight.ndim > 1 else 1)
         captions, codes = batch(SMALL, 3)
         text, seeds = model.pack_text(captions), torch.randint(2**62, (96,))
-        drawn = generate_codes(model, text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
-        assert torch.equal(drawn[:, ~redraw], codes.unflatten(1, (3, 4))[:, ~redraw].repeat_interleave(32, 0))
-        codes[:, 8:10] = (codes[:, 8:10] + 1) % SMALL.image_vocab  # below the first two redrawn, left of the last two
-        again = generate_codes(model, text, candidates=32, seeds=seeds, given=codes, redraw=redraw)
-        assert torch.equal(again[:, 1, 2:], drawn[:, 1, 2:])
-        changed += (again[:, 2, 2:] != drawn[:, 2, 2:]).sum().item()
+        generated = generate_codes(model, text, candidates=32, seeds=seeds, given=codes, resample=resample)
+        assert torch.equal(generated[:, ~resample], codes.unflatten(1, (3, 4))[:, ~resample].repeat_interleave(32, 0))
+        codes[:, 8:10] = (codes[:, 8:10] + 1) % SMALL.image_vocab  # below the first two resampled, left of the last two
+        again = generate_codes(model, text, candidates=32, seeds=seeds, given=codes, resample=resample)
+        assert torch.equal(again[:, 1, 2:], generated[:, 1, 2:])
+        changed += (again[:, 2, 2:] != generated[:, 2, 2:]).sum().item()
     assert changed
 
 
-def test_codes_under_what_is_redrawn_do_not_matter(seed):
+def test_codes_under_what_is_resampled_do_not_matter(seed):
     model = make()
-    redraw = torch.ones(3, 4, dtype=torch.bool)
+    resample = torch.ones(3, 4, dtype=torch.bool)
     seeds = torch.randint(2**62, (1,))
     given = torch.full((1, 12), -1)
     text = model.pack_text([[1, 2]])
-    drawn = generate_codes(model, text, seeds=seeds, given=given, redraw=redraw)
-    assert torch.equal(drawn, generate_codes(model, text, seeds=seeds))
+    generated = generate_codes(model, text, seeds=seeds, given=given, resample=resample)
+    assert torch.equal(generated, generate_codes(model, text, seeds=seeds))
     assert (given == -1).all()
 
 
 def test_memory_of_the_published_model():
-    """147 GB of image keys and values for 512 candidates in bfloat16, and a few of text and logits."""
+    """147 GB of image keys and values for 512 candidates in bfloat16, and a few GB of text and logits."""
     with torch.device("meta"):
         model = Prior(PriorConfig.preset("dalle-12b")).bfloat16()
     text = 2 * 64 * 256 * 3968 * 2 / 512
@@ -250,7 +250,7 @@ def test_memory_of_the_published_model():
     assert sequence_bytes(model, 1) - found > 2 * 64 * 256 * 3968 * 2 * 511 / 512
 
 
-def test_draws_do_not_depend_on_the_batch(seed):
+def test_samples_do_not_depend_on_the_batch(seed):
     model = make()
     captions, _ = batch(SMALL, 3)
     text, seeds = model.pack_text(captions), torch.randint(2**62, (12,))
@@ -261,22 +261,22 @@ def test_draws_do_not_depend_on_the_batch(seed):
             assert torch.equal(alone[0], together[4 * p + c])
 
 
-def test_draws_follow_the_distribution(seed):
-    """With two codes in one row, the frequencies of the four pictures match the model's probabilities."""
+def test_samples_follow_the_distribution(seed):
+    """With two codes in one row, the frequencies of the four images match the model's probabilities."""
     config = PriorConfig(3, 5, (1, 2), 2, layers=2, heads=1, head_dim=8, conv_kernel=3)
     model = make(config)
     text, count = model.pack_text([[1, 2]]), 4000
-    drawn = generate_codes(model, text, candidates=count).flatten(1)
-    pictures = torch.cartesian_prod(torch.arange(2), torch.arange(2))
+    generated = generate_codes(model, text, candidates=count).flatten(1)
+    images = torch.cartesian_prod(torch.arange(2), torch.arange(2))
     with torch.no_grad():
-        log_p = model(text.expand(4, -1), pictures)[1].log_softmax(-1)
-    expected = log_p.double().gather(2, pictures[..., None])[..., 0].sum(1).exp()
-    observed = torch.stack([(drawn == picture).all(1).sum() for picture in pictures])
+        log_p = model(text.expand(4, -1), images)[1].log_softmax(-1)
+    expected = log_p.double().gather(2, images[..., None])[..., 0].sum(1).exp()
+    observed = torch.stack([(generated == image).all(1).sum() for image in images])
     assert frequencies_p(observed, expected) > REJECT, f"{observed} against {count * expected}"
 
 
-def test_one_token_text_conditions_the_picture(seed):
-    """It learns by heart what picture goes with what word, and the draws show it."""
+def test_one_token_text_conditions_the_image(seed):
+    """A model that memorises one image per word generates these images."""
     config = PriorConfig(3, 4, (2, 3), 8, layers=3, heads=2, head_dim=16, conv_kernel=3)
     model = Prior(config)
     text, codes = model.pack_text([[0], [1], [2], [3]]), torch.randint(8, (4, 6))
@@ -285,8 +285,8 @@ def test_one_token_text_conditions_the_picture(seed):
         optimizer.zero_grad()
         model.loss(text, codes)["loss"].backward()
         optimizer.step()
-    drawn = generate_codes(model, text, candidates=2, top_k=1).flatten(1)
-    assert torch.equal(drawn, codes.repeat_interleave(2, 0))
+    generated = generate_codes(model, text, candidates=2, top_k=1).flatten(1)
+    assert torch.equal(generated, codes.repeat_interleave(2, 0))
 
 
 def test_autocast_stays_close(seed):
@@ -304,8 +304,8 @@ def test_autocast_stays_close(seed):
 
 def test_bfloat16_weights_generate(seed):
     model = make().bfloat16()
-    drawn = generate_codes(model, model.pack_text([[1, 2]]), candidates=3)
-    assert drawn.shape == (3, 3, 4) and drawn.min() >= 0 and drawn.max() < SMALL.image_vocab
+    generated = generate_codes(model, model.pack_text([[1, 2]]), candidates=3)
+    assert generated.shape == (3, 3, 4) and generated.min() >= 0 and generated.max() < SMALL.image_vocab
 
 
 # -- one step as a CUDA graph
@@ -317,14 +317,14 @@ def last(count, grid=SMALL.grid):
 
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize(
-    ("redraw", "replays"),
+    ("resample", "replays"),
     [(None, 10), (last(7), 5), (last(3), 1), (last(2), None), (last(1), None), (torch.eye(3, 4).bool() | last(1), 10)],
     ids=["all", "last 7", "last 3", "last 2", "last", "scattered"],
 )
-def test_a_captured_step_draws_the_same(redraw, replays, autocast, monkeypatch, seed):
+def test_a_captured_step_samples_the_same(resample, replays, autocast, monkeypatch, seed):
     model = make()
     captions, codes = batch(SMALL, 2)
-    part = {} if redraw is None else dict(given=codes, redraw=redraw)
+    part = {} if resample is None else dict(given=codes, resample=resample)
     arguments = dict(candidates=3, seeds=torch.randint(2**62, (6,)), temperature=0.9, top_k=7, **part)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         expected = generate_codes(model, model.pack_text(captions), **arguments)
@@ -339,7 +339,7 @@ def test_a_captured_step_draws_the_same(redraw, replays, autocast, monkeypatch, 
 
 @pytest.fixture
 def fake_cuda(monkeypatch):
-    """Fake tensors on a GPU that need not be there, and the registered operations for them."""
+    """Fake tensors on a GPU, which need not exist, and the registered operations for them."""
     assert backends.cpu.problem is None
     stub = copy.copy(backends.cpu)
     stub.name, stub.devices = "cuda", ("cuda",)
@@ -352,7 +352,7 @@ def fake_cuda(monkeypatch):
     schedule_tensor.cache_clear()  # of the fake ones
 
 
-def draw_fakes(dtype, **how):
+def generate_fakes(dtype, **how):
     """Generates with fake weights; reading a fake tensor, which has no values, on the host raises."""
     with torch.device("meta"):
         model = Prior(SMALL)
@@ -364,10 +364,10 @@ def draw_fakes(dtype, **how):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nothing_waits_for_the_device_while_drawing(dtype, fake_cuda, monkeypatch):
+def test_generation_does_not_synchronise_with_the_device(dtype, fake_cuda, monkeypatch):
     graphs = cuda_graph_for_tests.stand_in(monkeypatch)
-    drawn = draw_fakes(dtype, top_k=4, top_p=0.9)
-    assert drawn.shape == (6, 3, 4) and drawn.device.type == "cuda"
+    generated = generate_fakes(dtype, top_k=4, top_p=0.9)
+    assert generated.shape == (6, 3, 4) and generated.device.type == "cuda"
     [graph] = graphs
     assert graph.replays == 10 and {x.device.type for x in graph.tensors()} == {"cuda"}
     operations = [str(call[0]) for call in graph.calls]
@@ -375,10 +375,10 @@ def test_nothing_waits_for_the_device_while_drawing(dtype, fake_cuda, monkeypatc
     assert operations.count("dalle_kernels.sample_tokens.default") == 1
 
 
-def test_reference_waits_for_the_device_and_is_not_captured(fake_cuda, monkeypatch):
+def test_reference_synchronises_and_is_not_captured(fake_cuda, monkeypatch):
     graphs = cuda_graph_for_tests.stand_in(monkeypatch)
     with dk.use_backend("reference"), pytest.raises(DataDependentOutputException):
-        draw_fakes(torch.float32)
+        generate_fakes(torch.float32)
     assert not graphs
 
 
@@ -404,34 +404,34 @@ def test_bad_input():
         generate_codes(model, text, candidates=0)
     with pytest.raises(UserError, match="2 seeds"):
         generate_codes(model, text, candidates=2, seeds=torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(UserError, match="a picture has 12 codes, not 3"):
+    with pytest.raises(UserError, match="an image has 12 codes, not 3"):
         model.loss(text, torch.zeros(1, 3, dtype=torch.int64))
-    with pytest.raises(UserError, match="as pack_text lays it out"):
+    with pytest.raises(UserError, match="from pack_text"):
         model.loss(text[:, :3], torch.zeros(1, 12, dtype=torch.int64))
     with pytest.raises(UserError, match="no preset 'huge'"):
         PriorConfig.preset("huge")
 
 
-CODES, REDRAW = torch.zeros(1, 12, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
+CODES, RESAMPLE = torch.zeros(1, 12, dtype=torch.int64), torch.ones(3, 4, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
-    ("given", "redraw", "reason"),
+    ("given", "resample", "reason"),
     [
         (CODES, None, "give both or neither"),
-        (None, REDRAW, "give both or neither"),
-        (CODES[:, :8], REDRAW, r"must be int64 \[1, 3, 4\], not int64 \[1, 8\]"),
-        (CODES.repeat(2, 1), REDRAW, r"must be int64 \[1, 3, 4\], not int64 \[2, 12\]"),
-        (CODES.float(), REDRAW, r"must be int64 \[1, 3, 4\], not float32 \[1, 12\]"),
-        (CODES, REDRAW.flatten(), r"must be bool \[3, 4\], not bool \[12\]"),
-        (CODES, REDRAW.long(), r"must be bool \[3, 4\], not int64 \[3, 4\]"),
-        (CODES, ~REDRAW, "nothing to draw"),
-        (CODES, REDRAW.clone().index_put_((torch.tensor(2), torch.tensor(3)), torch.tensor(False)), "reach the end"),
+        (None, RESAMPLE, "give both or neither"),
+        (CODES[:, :8], RESAMPLE, r"must be int64 \[1, 3, 4\], not int64 \[1, 8\]"),
+        (CODES.repeat(2, 1), RESAMPLE, r"must be int64 \[1, 3, 4\], not int64 \[2, 12\]"),
+        (CODES.float(), RESAMPLE, r"must be int64 \[1, 3, 4\], not float32 \[1, 12\]"),
+        (CODES, RESAMPLE.flatten(), r"must be bool \[3, 4\], not bool \[12\]"),
+        (CODES, RESAMPLE.long(), r"must be bool \[3, 4\], not int64 \[3, 4\]"),
+        (CODES, ~RESAMPLE, "nothing to generate"),
+        (CODES, torch.arange(12).view(3, 4) < 11, "reach the bottom right"),
         (CODES + 9, torch.arange(12).view(3, 4) > 3, r"must be in \[0, 9\), not 9 to 9"),
         (CODES - 1, torch.arange(12).view(3, 4) > 3, r"must be in \[0, 9\), not -1 to -1"),
     ],
 )
-def test_what_cannot_be_completed(given, redraw, reason):
+def test_what_cannot_be_completed(given, resample, reason):
     model = Prior(SMALL)
     with pytest.raises(UserError, match=reason):
-        generate_codes(model, model.pack_text([[1]]), given=given, redraw=redraw)
+        generate_codes(model, model.pack_text([[1]]), given=given, resample=resample)

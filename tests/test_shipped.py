@@ -1,4 +1,4 @@
-"""The model that ships in the package: complete, small enough, and it draws what it is asked for."""
+"""The shipped model: complete, small enough, and its images match their prompts."""
 
 import json
 from pathlib import Path
@@ -27,10 +27,10 @@ def test_it_is_complete_and_small(pipeline):
 
 
 def ink(image):
-    """Mean colour of what is not white, in [0, 255], and how much of the picture it is."""
-    picture = images.to_tensor(image).float()
-    drawn = picture.min(0).values < 200
-    return picture[:, drawn].mean(1), drawn.float().mean().item()
+    """Mean colour of the pixels that are not white, in [0, 255], and their fraction of the image."""
+    pixels = images.to_tensor(image).float()
+    inked = pixels.min(0).values < 200
+    return pixels[:, inked].mean(1), inked.float().mean().item()
 
 
 @pytest.mark.parametrize(("prompt", "strongest"), [("red heart", 0), ("green heart", 1), ("blue heart", 2)])
@@ -40,12 +40,12 @@ def test_colours_are_as_asked(pipeline, prompt, strongest):
     assert colour.argmax().item() == strongest and 0.2 < area < 0.9
 
 
-def test_clip_puts_the_asked_picture_first(pipeline):
-    """Among drawings of six captions, each is found by its own caption."""
+def test_clip_ranks_the_matching_image_first(pipeline):
+    """Among images for six prompts, each prompt scores its own image highest."""
     prompts = ["red heart", "green apple", "penguin", "pizza", "woman dark skin tone", "rocket"]
-    drawn = pipeline.generate(prompts, candidates=8, top=1, seed=1)
-    pictures = [drawings[0].image for drawings in drawn]
-    scores = torch.stack([pipeline.score(pictures, prompt) for prompt in prompts])
+    results = pipeline.generate(prompts, candidates=8, top=1, seed=1)
+    best = [row[0].image for row in results]
+    scores = torch.stack([pipeline.score(best, prompt) for prompt in prompts])
     assert scores.argmax(1).tolist() == list(range(len(prompts)))
 
 

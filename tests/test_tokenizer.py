@@ -1,4 +1,4 @@
-"""Byte-level BPE: any text encodes, decoding undoes it, training repeats, dropout is seeded and does not leak."""
+"""Byte-level BPE: any text round-trips, training is deterministic, dropout is seeded and does not leak."""
 
 import json
 import os
@@ -66,17 +66,17 @@ def test_known_text(tokenizer):
     assert len(tokenizer.encode("☕")) > 1  # bytes, for the captions have none
 
 
-def test_dropout_draws_many_segmentations_and_does_not_leak(tokenizer):
+def test_dropout_gives_many_segmentations_and_does_not_leak(tokenizer):
     text = "three purple triangles"
     before = tokenizer.encode(text)
-    drawn = {tuple(tokenizer.encode(text, dropout=0.3, seed=seed)) for seed in range(200)}
-    assert len(drawn) > 20 and len({tuple(tokenizer.encode(text, dropout=0.3)) for _ in range(50)}) > 5
+    segmentations = {tuple(tokenizer.encode(text, dropout=0.3, seed=seed)) for seed in range(200)}
+    assert len(segmentations) > 20 and len({tuple(tokenizer.encode(text, dropout=0.3)) for _ in range(50)}) > 5
     assert tokenizer.encode(text, dropout=1.0) == [tokenizer._bpe.token_to_id(c) for c in "ĠthreeĠpurpleĠtriangles"]
     assert tokenizer.encode(text) == before == tokenizer.encode(text, dropout=0.0, seed=3)
     assert '"dropout":null' in tokenizer._bpe.to_str().replace(" ", "")
 
 
-def test_dropout_passes_over_a_merge_with_its_probability():
+def test_dropout_skips_a_merge_with_its_probability():
     tokenizer = Tokenizer.train(["ab"] * 10, len(ALPHABET) + 1)  # one merge only: Ġa or ab
     text, trials = "ab", 4_000
     whole = len(tokenizer.encode(text))
@@ -124,7 +124,7 @@ def test_save_and_load(tokenizer, tmp_path):
     assert (tmp_path / "again.json").read_bytes() == path.read_bytes()
 
 
-def test_a_file_that_will_not_do(tokenizer, tmp_path):
+def test_an_unusable_file_is_rejected(tokenizer, tmp_path):
     path = tmp_path / "tokenizer.json"
     tokenizer.save(path)
     good = path.read_text(encoding="utf-8")
@@ -152,7 +152,7 @@ def test_a_file_that_will_not_do(tokenizer, tmp_path):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("text", ["", " ", "\n\t\u3000", None, 7, b"bytes", ["a"], "caf\udce9"])
-def test_text_that_is_none_is_the_users_to_fix(tokenizer, text, dropout):
+def test_invalid_text_is_rejected(tokenizer, text, dropout):
     with pytest.raises(UserError, match=r"the text"):
         tokenizer.encode(text, dropout=dropout)
 

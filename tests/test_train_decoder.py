@@ -1,4 +1,4 @@
-"""Training of the decoder alone: what stays, what changes, exact resume, and bad input."""
+"""Training of the decoder alone: what stays, what changes, exact resume, and invalid input."""
 
 import os
 import signal
@@ -30,20 +30,20 @@ def model(tmp_path):
 
 
 def config(out, **change):
-    defaults = dict(data=DATA, steps=6, batch_size=4, report_every=1, sample_every=4, threads=1, precision="float32")
+    defaults = dict(data=DATA, steps=6, batch_size=4, log_every=1, eval_every=4, threads=1, precision="float32")
     return TrainDecoderConfig(out=out, **defaults | change)
 
 
 def nll(model):
-    pictures = torch.stack([sample.image for sample in open_source(DATA, 16)])
+    images = torch.stack([sample.image for sample in open_source(DATA, 16)])
     with torch.no_grad():
-        stats = model.decoder.from_codes(model.codes(pictures))
-    return logit_laplace_nll(to_range(pictures / 255), stats).mean().item()
+        stats = model.decoder.from_codes(model.codes(images))
+    return logit_laplace_nll(to_range(images / 255), stats).mean().item()
 
 
 def test_the_encoder_stays_and_the_decoder_learns(model):
     before = load_dvae(model)
-    train_decoder(config(model, steps=60, batch_size=16, sample_every=0))
+    train_decoder(config(model, steps=60, batch_size=16, eval_every=0))
     after = load_dvae(model)
     assert fingerprint(after.encoder) == fingerprint(before.encoder)
     assert after.config.decoder_size == before.config.decoder_size
@@ -69,7 +69,7 @@ def test_it_resumes_exactly(model, tmp_path):
     assert_same_weights(model / "dvae.safetensors", tmp_path / "copy" / "dvae.safetensors")
 
 
-def test_an_interrupted_run_leaves_the_decoder_there_was(model):
+def test_an_interrupted_run_keeps_the_previous_decoder(model):
     before = fingerprint(load_dvae(model))
 
     def interrupt(progress):
@@ -79,16 +79,16 @@ def test_an_interrupted_run_leaves_the_decoder_there_was(model):
     assert fingerprint(load_dvae(model)) == before
 
 
-def test_the_dvae_does_not_go_on_after_its_decoder(model):
+def test_the_dvae_does_not_resume_after_its_decoder(model):
     train_decoder(config(model))
-    with pytest.raises(UserError, match=r"decoder\.run\.safetensors is of a later training"):
+    with pytest.raises(UserError, match=r"decoder\.run\.safetensors holds a later training run"):
         train_dvae(dvae_config(model, resume=True))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(widths=(8, 16)), "decoder_widths must be as many as widths, 3, not 2"),
+        (dict(widths=(8, 16)), "decoder_widths must have 3 entries, not 2"),
         (dict(widths=(8, 16, 30)), "multiples of 4"),
         (dict(blocks=0), "at least 1"),
         (dict(lr=0.0), "lr must be positive"),

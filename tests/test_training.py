@@ -1,4 +1,4 @@
-"""Training: schedules, order of the pictures, exact resume, tokens, and every way a checkpoint can be bad."""
+"""Training: schedules, order of the images, exact resume, tokens, and invalid checkpoints."""
 
 import dataclasses
 import errno
@@ -26,9 +26,9 @@ from dalle.models.checkpoint import load_dvae, load_prior, load_weights, save_pa
 from dalle.models.dvae import PRESETS as DVAE_PRESETS
 from dalle.models.prior import PRESETS as PRIOR_PRESETS
 from dalle.models.tokens import digest, load_tokens
-from dalle.training import feed
-from dalle.training.feed import PictureLoader, batch_indices, choose_caption
-from dalle.training.optimizer import adamw, average
+from dalle.training import loader
+from dalle.training.loader import ImageLoader, batch_indices, choose_caption
+from dalle.training.optimizer import adamw, ema
 from dalle.training.schedules import cosine, warmup
 from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_dvae import DVAETask, TrainDVAEConfig, train_dvae
@@ -46,18 +46,18 @@ def small_presets(monkeypatch):
 
 
 def dvae_config(out, **change):
-    defaults = dict(data=DATA, preset="test", steps=6, batch_size=4, report_every=1, sample_every=4, threads=1)
+    defaults = dict(data=DATA, preset="test", steps=6, batch_size=4, log_every=1, eval_every=4, threads=1)
     return TrainDVAEConfig(out=out, **defaults | change)
 
 
 def prior_config(out, **change):
-    defaults = dict(preset="test", steps=6, batch_size=4, report_every=1, sample_every=4, threads=1)
+    defaults = dict(preset="test", steps=6, batch_size=4, log_every=1, eval_every=4, threads=1)
     return TrainPriorConfig(out=out, **defaults | change)
 
 
 @pytest.fixture
 def tokenized(tmp_path):
-    """A model directory with an untrained dVAE and the codes it makes."""
+    """A model directory with an untrained dVAE and its codes."""
     torch.manual_seed(0)
     save_part(tmp_path, "dvae", DiscreteVAE(DVAE_PRESETS["test"]))
     tokenize(TokenizeConfig(out=tmp_path, data=DATA))
@@ -66,11 +66,11 @@ def tokenized(tmp_path):
 
 @pytest.fixture
 def folder(tmp_path_factory, seed):
-    """Twelve pictures that are larger than the model, with three captions each."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Twelve images that are larger than the model, with three captions each."""
+    root = tmp_path_factory.mktemp("images")
     for i in range(12):
         Image.fromarray(torch.randint(256, (24, 40, 3), dtype=torch.uint8).numpy()).save(root / f"{i}.png")
-    lines = [f"{i}.png,{adjective} picture {i}\n" for i in range(12) for adjective in ("first", "second", "third")]
+    lines = [f"{i}.png,{adjective} image {i}\n" for i in range(12) for adjective in ("first", "second", "third")]
     (root / "captions.csv").write_text("".join(["file,caption\n", *lines]))
     return str(root)
 
@@ -100,21 +100,21 @@ def test_order_depends_on_the_seed_and_changes_by_epoch():
     assert len(set(orders)) == 4
 
 
-def test_pictures_that_do_not_fit_in_memory_come_the_same(monkeypatch):
+def test_images_that_are_not_cached_are_the_same(monkeypatch):
     source = split(open_source(DATA, 16), "train")
-    decoded = PictureLoader(source, 3, seed=5)
-    monkeypatch.setattr(feed, "IN_MEMORY", 0)
-    loaded = PictureLoader(source, 3, seed=5)
+    decoded = ImageLoader(source, 3, seed=5)
+    monkeypatch.setattr(loader, "CACHE_BYTES", 0)
+    loaded = ImageLoader(source, 3, seed=5)
     for step in (0, 1, 2, 7, 3):
         assert all(map(torch.equal, decoded.batch(step), loaded.batch(step)))
 
 
-def test_one_caption_of_a_picture_is_drawn_for_every_step(seed):
+def test_one_caption_of_an_image_is_sampled_for_every_step(seed):
     captions = ["one", "two", "three"]
-    drawn = [choose_caption(captions, seed, step, index) for step in range(100) for index in range(30)]
-    assert drawn == [choose_caption(captions, seed, step, index) for step in range(100) for index in range(30)]
-    assert frequencies_p([drawn.count(caption) for caption in captions], [1 / 3] * 3) > REJECT
-    for at in (0, 1):  # over the steps of a picture, and over the pictures of a step; one is missing with p = 5e-9
+    sampled = [choose_caption(captions, seed, step, index) for step in range(100) for index in range(30)]
+    assert sampled == [choose_caption(captions, seed, step, index) for step in range(100) for index in range(30)]
+    assert frequencies_p([sampled.count(caption) for caption in captions], [1 / 3] * 3) > REJECT
+    for at in (0, 1):  # over the steps of an image, and over the images of a step; one caption is missing with p = 5e-9
         assert {choose_caption(captions, seed, *((i, 7), (7, i))[at]) for i in range(50)} == set(captions)
 
 
@@ -125,17 +125,17 @@ def test_decay_spares_gains_biases_and_embeddings():
     assert spared["weight_decay"] == 0.0 and len(spared["params"]) == 4
 
 
-def test_average_by_hand(seed):
+def test_ema_by_hand(seed):
     model = torch.nn.Linear(3, 2)
-    ema = average(model, 0.9)
+    averaged = ema(model, 0.9)
     expected = None
     for n in range(40):
         with torch.no_grad():
             model.weight.copy_(torch.randn(2, 3))
-        ema.update_parameters(model)
+        averaged.update_parameters(model)
         decay = min(0.9, (1 + n) / (10 + n))
         expected = model.weight.detach().clone() if n == 0 else decay * expected + (1 - decay) * model.weight.detach()
-    torch.testing.assert_close(ema.module.weight, expected)
+    torch.testing.assert_close(averaged.module.weight, expected)
 
 
 # Runs
@@ -218,43 +218,43 @@ def test_what_a_prior_run_leaves(tokenized):
 
 
 def test_training_reduces_the_loss(tmp_path):
-    losses, _ = run_through(train_dvae, dvae_config(tmp_path, steps=60, batch_size=16, sample_every=0))
+    losses, _ = run_through(train_dvae, dvae_config(tmp_path, steps=60, batch_size=16, eval_every=0))
     assert sum(losses[step] for step in range(51, 61)) / 10 < losses[1] - 0.25
 
 
 def test_a_time_budget_runs_the_schedules_to_their_end(tmp_path):
     fractions = []
     result = train_dvae(
-        dvae_config(tmp_path, steps=1, minutes=0.02, sample_every=0), on_step=lambda p: fractions.append(p.fraction)
+        dvae_config(tmp_path, steps=1, minutes=0.02, eval_every=0), on_step=lambda p: fractions.append(p.fraction)
     )
     assert result.step > 1 and fractions == sorted(fractions) and fractions[-1] == 1.0
     assert float(read_tensors(tmp_path / "dvae.run.safetensors")[1]["elapsed"]) >= 1.2
 
 
-def test_unfinite_losses_stop_the_run_and_spare_the_checkpoint(tmp_path):
+def test_non_finite_losses_stop_the_run_and_keep_the_checkpoint(tmp_path):
     with pytest.raises(UserError, match="try a smaller --lr"):
-        train_dvae(dvae_config(tmp_path, lr=1e12, steps=100, save_every=1, sample_every=0))
+        train_dvae(dvae_config(tmp_path, lr=1e12, steps=100, save_every=1, eval_every=0))
     run = tmp_path / "dvae.run.safetensors"
     assert not run.exists() or all(t.isfinite().all() for t in read_tensors(run)[0].values())
 
 
-# What can be wrong with a directory
+# Invalid directories
 
 
 def test_a_run_is_not_overwritten(tmp_path):
     train_dvae(dvae_config(tmp_path, steps=1))
-    with pytest.raises(UserError, match="add --resume to go on with it"):
+    with pytest.raises(UserError, match="add --resume to continue it"):
         train_dvae(dvae_config(tmp_path, steps=1))
 
 
 def test_nothing_to_resume(tmp_path):
-    with pytest.raises(UserError, match="nothing to resume: leave --resume out"):
+    with pytest.raises(UserError, match="nothing to resume: omit --resume"):
         train_dvae(dvae_config(tmp_path, resume=True))
 
 
 def test_another_configuration(tmp_path):
     train_dvae(dvae_config(tmp_path, steps=1))
-    with pytest.raises(UserError, match=r"batch_size = 4, not 5.*resume with the former or start anew"):
+    with pytest.raises(UserError, match=r"batch_size = 4, not 5.*resume with the former, or choose another directory"):
         train_dvae(dvae_config(tmp_path, steps=1, resume=True, batch_size=5))
 
 
@@ -269,8 +269,31 @@ def test_a_truncated_checkpoint(tmp_path, keep):
 
 def test_a_foreign_checkpoint(tmp_path):
     write_tensors(tmp_path / "dvae.run.safetensors", {"x": torch.zeros(2)})
-    with pytest.raises(UserError, match="not a training run of this version"):
+    with pytest.raises(UserError, match="not a training checkpoint of this version"):
         train_dvae(dvae_config(tmp_path, resume=True))
+
+
+def rename_in_identity(path, old, new):
+    """Renames `new` to `old`, as in checkpoints of earlier versions."""
+    tensors, metadata = read_tensors(path)
+    assert any(name.startswith("average.module.") for name in tensors)
+    identity = json.loads(metadata["identity"])
+    identity[old] = identity.pop(new)
+    write_tensors(path, tensors, metadata | {"identity": json.dumps(identity)})
+
+
+def test_a_dvae_checkpoint_with_old_names_resumes(tmp_path):
+    train_dvae(dvae_config(tmp_path, steps=1))
+    rename_in_identity(tmp_path / "dvae.run.safetensors", "pictures", "images")
+    assert train_dvae(dvae_config(tmp_path, steps=2, resume=True)).step == 2
+
+
+def test_a_prior_checkpoint_with_old_names_resumes(tokenized):
+    train_prior(prior_config(tokenized, steps=1))
+    rename_in_identity(tokenized / "prior.run.safetensors", "average_decay", "ema_decay")
+    with pytest.raises(UserError, match=r"ema_decay = 0\.999, not 0\.5"):
+        train_prior(prior_config(tokenized, steps=2, resume=True, ema_decay=0.5))
+    assert train_prior(prior_config(tokenized, steps=2, resume=True)).step == 2
 
 
 def test_an_out_that_is_a_file(tmp_path):
@@ -341,7 +364,7 @@ def test_bad_options(tmp_path, change, reason):
 # Tokens
 
 
-def test_tokens_are_the_codes_of_the_pictures(tokenized):
+def test_tokens_are_the_codes_of_the_images(tokenized):
     dvae = load_dvae(tokenized)
     source = open_source(DATA, 16)
     for part, tokens in load_tokens(tokenized, dvae).items():
@@ -358,7 +381,7 @@ def test_tokens_of_crops_with_several_captions(tokenized, folder):
         assert len(tokens[part].codes) == count * len(split(open_source(folder, 16), part))
     for part in tokens.values():
         for key, captions in zip(part.keys, part.captions, strict=True):
-            assert captions == [f"{adjective} picture {key[:-4]}" for adjective in ("first", "second", "third")]
+            assert captions == [f"{adjective} image {key[:-4]}" for adjective in ("first", "second", "third")]
     assert load_tokens(tokenized, load_dvae(tokenized))["train"].captions == tokens["train"].captions
 
 
@@ -395,12 +418,12 @@ def test_stages_out_of_order(tmp_path):
         train_prior(prior_config(tmp_path))
 
 
-def test_an_unreadable_picture_is_left_out_not_doubled(tokenized, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def test_an_unreadable_image_is_left_out_not_doubled(tokenized, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for i in range(6):
         pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     damaged = folder / "2.png"
     damaged.write_bytes(damaged.read_bytes()[:100])
     parts = tokenize(TokenizeConfig(out=tokenized, data=str(folder)))
@@ -410,13 +433,13 @@ def test_an_unreadable_picture_is_left_out_not_doubled(tokenized, tmp_path_facto
     assert any("2.png" in name for part in parts.values() for name, _ in part.skipped)
 
 
-def test_a_held_out_picture_that_cannot_be_read_is_not_replaced_by_another(tmp_path):
-    folder = tmp_path / "pictures"
+def test_a_held_out_image_that_cannot_be_read_is_not_replaced_by_another(tmp_path):
+    folder = tmp_path / "images"
     folder.mkdir()
     for i in range(60):
         pixels = torch.randint(256, (16, 16, 3), dtype=torch.uint8).numpy()
         Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     held_out = split(open_source(str(folder), 16), "heldout")
     damaged = folder / held_out.key(0)
     damaged.write_bytes(damaged.read_bytes()[:100])
@@ -427,24 +450,24 @@ def test_a_held_out_picture_that_cannot_be_read_is_not_replaced_by_another(tmp_p
     assert task.skipped == [(damaged.name, task.skipped[0][1])]
 
 
-def test_a_batch_names_the_pictures_it_holds(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+def test_a_batch_names_the_images_it_holds(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
     for i in range(6):
         Image.new("RGB", (16, 16), (40 * i, 0, 0)).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"picture {i}")
+        (folder / f"{i}.txt").write_text(f"image {i}")
     source = open_source(str(folder), 16)
     for i in (1, 2, 5):
         (folder / f"{i}.png").write_bytes(b"")
     for crop in (None, dvae_crop):
-        batch = PictureLoader(source, 6, seed=0, crop=crop).batch(0)
+        batch = ImageLoader(source, 6, seed=0, crop=crop).batch(0)
         asked = batch_indices(6, 6, 0, 0).tolist()
         assert batch.indices.tolist() == [{1: 3, 2: 3, 5: 0}.get(i, i) for i in asked]
-        assert batch.pictures[:, 0, 0, 0].tolist() == [40 * i for i in batch.indices.tolist()]
+        assert batch.images[:, 0, 0, 0].tolist() == [40 * i for i in batch.indices.tolist()]
     assert sorted(name for name, _ in source.skipped) == ["1.png", "2.png", "5.png"]
     for path in folder.glob("*.png"):
         path.unlink()
-    with pytest.raises(UserError, match="none of the 6 pictures can be read"):
-        PictureLoader(source, 6, seed=0)
+    with pytest.raises(UserError, match="none of the 6 images can be read"):
+        ImageLoader(source, 6, seed=0)
 
 
 def test_a_prior_does_not_resume_on_other_captions(tokenized):

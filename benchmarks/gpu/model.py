@@ -106,10 +106,10 @@ class ModelBench:
         config, device = self.prior.config, self.setting.device
         text = self.prior.pack_text([[1, 2, 3]])
         given = torch.randint(config.image_vocab, (1, config.image_len), device=device)
-        redraw = torch.arange(config.image_len).view(config.grid) >= config.image_len - count
+        resample = torch.arange(config.image_len).view(config.grid) >= config.image_len - count
         synchronize(self.setting)
         began = time.perf_counter()
-        generate_codes(self.prior, text, candidates=candidates, given=given, redraw=redraw)
+        generate_codes(self.prior, text, candidates=candidates, given=given, resample=resample)
         synchronize(self.setting)
         return time.perf_counter() - began
 

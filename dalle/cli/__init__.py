@@ -1,7 +1,7 @@
-"""The command line: `dalle COMMAND`, one module per command; those of `dalle train` share one.
+"""The command line, `dalle COMMAND`: one module per command; the `dalle train` commands share one.
 
-A command that ends well returns 0. The user's mistakes are one line on stderr and exit code 2, Ctrl-C is exit code 130,
-and anything else is a bug and shows its traceback.
+Exit codes: 0 for success, 2 for invalid input, which prints one line on stderr, and 130 for Ctrl-C. Any other exception
+is a bug and shows its traceback.
 """
 
 import sys
@@ -12,23 +12,23 @@ from dalle.errors import UserError
 from dalle.extras import extras
 
 COMMANDS = {
-    "demo": "draw with the model that ships in the package",
-    "train dvae": "train the dVAE, which turns pictures into codes and back",
-    "train decoder": "train the dVAE's decoder further, on codes as they are drawn",
-    "tokenize": "turn captioned pictures into codes, once, with a trained dVAE",
-    "train prior": "train the prior, which writes the codes of a picture for a caption",
-    "train clip": "train a CLIP, which says how well a picture fits a caption",
-    "generate": "draw pictures for captions",
-    "complete": "draw a part of a picture anew",
-    "evaluate": "measure a model: reconstructions, losses, retrieval, what its drawings show",
-    "reconstruct": "pass pictures through the dVAE and back",
-    "export": "copy what drawing needs of a model, with weights of 16 bits",
-    "info": "what a model directory holds, or what is installed here",
-}  # modules are imported when their command is run: torch takes seconds to load
+    "demo": "generate images with the shipped model",
+    "train dvae": "train the dVAE, which encodes images as codes and decodes them",
+    "train decoder": "train the dVAE's decoder further, or a larger one, with the encoder frozen",
+    "tokenize": "encode a captioned dataset as codes with a trained dVAE",
+    "train prior": "train the prior, which generates the codes of an image from a prompt",
+    "train clip": "train a CLIP, which scores how well an image matches a caption",
+    "generate": "generate images from prompts",
+    "complete": "regenerate a part of an image",
+    "evaluate": "evaluate a model: reconstructions, likelihood, retrieval, generated images",
+    "reconstruct": "encode images as codes and decode them",
+    "export": "copy the parts of a model that generation needs, with 16-bit weights",
+    "info": "describe a model directory or this installation",
+}  # a command's module is imported when it runs, because importing torch takes seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command in `argv` (by default the process's own) and returns the exit code."""
+    """Runs the command in `argv`, by default sys.argv, and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(arguments)
@@ -59,10 +59,10 @@ def _overview() -> str:
         [
             "usage: dalle COMMAND [OPTIONS]",
             "",
-            "DALL·E 1 from pictures to pictures: train it, draw with it.",
+            "DALL·E 1: train it on captioned images, generate images from prompts.",
             "",
             *lines,
             "",
-            "dalle COMMAND --help shows every option of a command with its default.",
+            "dalle COMMAND --help lists the options of a command with their defaults.",
         ]
     )

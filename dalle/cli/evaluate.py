@@ -18,20 +18,20 @@ def main(argv: list[str]) -> int:
     try:
         report = evaluate(config, track)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured until then, if anything, is in {config.out / REPORT}", file=sys.stderr)
+        print(f"stopped; the sections that are complete are in {config.out / REPORT}", file=sys.stderr)
         return 130
     print(table(report))
     files = [config.out / REPORT]
     try:
         files += plot(report, config.out)
     except MissingExtra as error:
-        print(f"plots are left out: {error}", file=sys.stderr)
-    print("in", ", ".join(map(str, files)))
+        print(f"no plots: {error}", file=sys.stderr)
+    print("written:", ", ".join(map(str, files)))
     return 0
 
 
 def track(title: str, items: Sequence[Sequence]) -> Iterator[Sequence]:
-    """Gives out the items, batches of pictures or captions, and shows how many are done."""
+    """Yields the items, which are batches of images or captions, and shows the progress."""
     total, done, began = sum(map(len, items)), 0, time.monotonic()
     with shown(title) as on_step:
         for item in items:

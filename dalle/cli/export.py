@@ -11,23 +11,23 @@ from dalle.generation.pipeline import Pipeline
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """Copies from a model directory what drawing needs, to give away or to upload, with weights of 16 bits.
+    """Copies the parts of a model that generation needs, with weights in float16, ready to share or upload.
 
-    The dVAE, the smallest part, keeps 32: rounding it would change some codes of pictures, which the prior has learned.
+    The dVAE, the smallest part, stays in float32: rounding it would change some of the codes that the prior learned.
     """
 
     model: Path
     """Directory of a trained model."""
     out: Path
-    """Directory to write: another one."""
+    """Directory to write, other than that of the model."""
 
 
 def main(argv: list[str]) -> int:
     config = parse(ExportConfig, "export", argv)
     if config.out.resolve() == config.model.resolve():
         raise UserError(f"--out {config.out} is the model itself, whose weights would be rounded: choose another --out")
-    if run := next(config.out.glob("*.run.safetensors"), None):
-        raise UserError(f"{run} is of a training, whose model would be replaced: choose another --out")
+    if checkpoint := next(config.out.glob("*.run.safetensors"), None):
+        raise UserError(f"{checkpoint} is a training checkpoint, whose model would be replaced: choose another --out")
     pipeline = Pipeline.from_pretrained(config.model)
     for model in (pipeline.prior, pipeline.clip):
         if model is not None:

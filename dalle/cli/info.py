@@ -17,10 +17,10 @@ from dalle.models.tokens import load_tokens
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig:
-    """Says what a model directory holds; without one, what is installed and which kernels would run here."""
+    """Describes the parts of a model directory; without one, the installation and the kernels that would run."""
 
     model: Annotated[Path | None, tyro.conf.Positional] = None
-    """Directory of a model."""
+    """Directory of a trained model."""
     json: bool = False
     """Print JSON."""
 
@@ -45,10 +45,10 @@ def _model(directory: Path) -> dict:
     if (directory / "dvae.json").exists():
         dvae = load_dvae(directory)
         parameters = {"encoder": _count(dvae.encoder), "decoder": _count(dvae.decoder)}
-        parts["dvae"] = configs.to_dict(dvae.config) | {"grid of codes": dvae.config.grid, "parameters": parameters}
+        parts["dvae"] = configs.to_dict(dvae.config) | {"code grid": dvae.config.grid, "parameters": parameters}
         if (directory / "codes.safetensors").exists():
             tokens = load_tokens(directory, dvae)
-            parts["pictures as codes"] = {part: len(tokens[part].captions) for part in tokens}
+            parts["tokenized images"] = {part: len(tokens[part].captions) for part in tokens}
     if (directory / "prior.json").exists():
         prior = load_prior(directory)
         parts["prior"] = configs.to_dict(prior.config) | {"parameters": _count(prior)}

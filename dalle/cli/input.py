@@ -1,17 +1,17 @@
-"""Picture files that the user names."""
+"""Image files given on the command line."""
 
 from pathlib import Path
 
 from PIL import Image
 
-from dalle.data.folder import read_picture
-from dalle.data.source import UnreadablePicture
+from dalle.data.folder import read_image
+from dalle.data.source import UnreadableImage
 from dalle.errors import UserError
 
 
 def read_square(path: Path, size: int) -> Image.Image:
-    """A picture file as an RGB square of `size` pixels, its centre; a UserError that names it if it cannot be read."""
+    """Reads the centre square of an image file, RGB, scaled to `size` pixels; a UserError names an unreadable file."""
     try:
-        return read_picture(path, size)
-    except UnreadablePicture as error:
-        raise UserError(f"{path} cannot be read as a picture: {error}") from error
+        return read_image(path, size)
+    except UnreadableImage as error:
+        raise UserError(f"{path} cannot be read as an image: {error}") from error

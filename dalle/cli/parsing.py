@@ -1,4 +1,4 @@
-"""From arguments to configurations: tyro reads the command line off their fields, defaults and docstrings."""
+"""Parses arguments into configurations: tyro derives the options from their fields, defaults and docstrings."""
 
 import io
 import sys
@@ -14,7 +14,7 @@ from dalle.errors import UserError
 Config = TypeVar("Config")
 
 STYLE = (
-    tyro.conf.AvoidSubcommands,  # a field that may be None is a group of options, not a command of its own
+    tyro.conf.AvoidSubcommands,  # a nested configuration that may be None is a group of options, not a subcommand
     tyro.conf.DisallowNone,
     tyro.conf.FlagCreatePairsOff,
     tyro.conf.PositionalMetavarFromFieldName,
@@ -22,21 +22,21 @@ STYLE = (
 
 
 def parse(config_class: type[Config], command: str, argv: list[str], default: Config | None = None) -> Config:
-    """The configuration that `argv` describes. A value it refuses is a UserError, a misspelt option exits with 2."""
+    """Parses `argv`. Raises a UserError for an invalid value; exits with 2 for an unknown option."""
     instead: dict[str, Any] = {} if default is None else {"default": default}
-    said = io.StringIO()
+    messages = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(messages):
             return tyro.cli(config_class, prog=f"dalle {command}", args=argv, config=STYLE, **instead)
     except SystemExit as end:
         if (error := _refusal(end)) is not None:
             raise error from None
-        sys.stderr.write(said.getvalue())
+        sys.stderr.write(messages.getvalue())
         raise
 
 
 def parse_with_preset(config_class: type[Any], command: str, argv: list[str], presets: dict[str, Any]) -> Any:
-    """As `parse`; the fields of the model are options too (`--model.layers 4`), their defaults those of `--preset`."""
+    """As `parse`, with an option for each field of the model (`--model.layers 4`), which defaults to the preset's."""
     name = _preset_name(argv) or config_class.preset
     size = configs.preset(presets, name)
     config = parse(config_class, command, argv, config_class(out=tyro.MISSING, preset=name, model=size))
@@ -53,7 +53,7 @@ def _preset_name(argv: list[str]) -> str | None:
 
 
 def _refusal(end: BaseException) -> UserError | None:
-    """The UserError of a configuration's own checks, which tyro wraps."""
+    """The UserError that a configuration raised and tyro wrapped, if any."""
     cause = end.__context__
     while cause is not None and not isinstance(cause, UserError):
         cause = cause.__context__

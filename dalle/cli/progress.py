@@ -1,4 +1,4 @@
-"""How far a command is: a bar on a terminal, a plain line now and then elsewhere. All on stderr."""
+"""Progress of a command on stderr: a bar on a terminal, and otherwise a plain line every few seconds."""
 
 import math
 import sys
@@ -12,12 +12,12 @@ from rich.progress import Progress as RichProgress
 
 from dalle.runtime import OnStep, Progress
 
-QUIET_SECONDS = 10  # between plain lines
+QUIET_SECONDS = 10  # minimum interval between plain lines
 
 
 @contextmanager
 def shown(title: str) -> Iterator[OnStep]:
-    """Gives the `on_step` that shows the progress of what runs inside."""
+    """Yields an `on_step` callback that shows progress under a title."""
     if not sys.stderr.isatty():
         yield _Lines(title)
         return
@@ -47,22 +47,22 @@ class _Lines:
 
 
 def status(progress: Progress) -> str:
-    """Step, losses, speed and time left; a command without losses counts pictures."""
+    """Step, losses, throughput and time left; commands without losses show the number of images instead."""
     losses = [f"{name} {value:.3f}" for name, value in progress.metrics.items()]
-    speed = f"{progress.pictures_per_second:.0f} pictures/s"
-    count = f"step {progress.step}" if losses else f"{progress.step} pictures"
+    speed = f"{progress.images_per_second:.0f} images/s"
+    count = f"step {progress.step}" if losses else f"{progress.step} images"
     return "  ".join([count, *losses, speed, f"{duration(progress.seconds_left)} left"])
 
 
 def evaluation(progress: Progress) -> str:
-    """What an evaluation found, or nothing if there was none."""
+    """The metrics of an evaluation as text, empty if there was none."""
     if not progress.evaluation:
         return ""
-    return f"step {progress.step}, held-out pictures: {numbers(progress.evaluation)}"
+    return f"step {progress.step}, held-out images: {numbers(progress.evaluation)}"
 
 
 def numbers(values: dict[str, float]) -> str:
-    """Numbers by name, counts without decimals."""
+    """Named values as text, integers without decimals."""
     return ", ".join(f"{name} {value if isinstance(value, int) else f'{value:.3f}'}" for name, value in values.items())
 
 

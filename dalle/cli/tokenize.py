@@ -12,5 +12,5 @@ def main(argv: list[str]) -> int:
         parts = tokenize(config, on_step=on_step)
     report_skipped(parts["train"].skipped, config.out)
     counts = ", ".join(f"{len(tokens.captions)} {part}" for part, tokens in parts.items())
-    print(f"codes of {counts} pictures in {config.out}")
+    print(f"codes of {counts} images in {config.out}")
     return 0

@@ -16,11 +16,11 @@ from dalle.training.train_decoder import TrainDecoderConfig, train_decoder
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 
-LISTED = 5  # skipped pictures that are named on the screen; all are in a file
+LISTED = 5  # skipped images named on stderr; skipped.txt lists all
 
 
 class Stage(NamedTuple):
-    """What is trained, and the sizes of models to choose from; a decoder has that of its dVAE."""
+    """A training command: its configuration, its function, and its presets, which a decoder does not have."""
 
     config: type[TrainConfig]
     train: Callable[..., Result]
@@ -46,21 +46,21 @@ def main(argv: list[str]) -> int:
 
 
 def run(command: str, argv: list[str], train: Callable[..., Result], config: TrainConfig) -> int:
-    """Trains, says how it went, and returns the exit code: 0, or 130 after Ctrl-C."""
+    """Trains a model, prints the result, and returns the exit code: 0, or 130 after Ctrl-C."""
     with shown(command) as on_step:
         result = train(config, on_step=on_step)
     report_skipped(result.skipped, config.out)
     if result.interrupted:
         again = shlex.join(["dalle", *command.split(), *argv, *(() if config.resume else ("--resume",))])
-        print(f"stopped at step {result.step}, which is saved; to go on:\n  {again}", file=sys.stderr)
+        print(f"stopped at step {result.step}; a checkpoint is saved. To resume:\n  {again}", file=sys.stderr)
         return 130
-    heldout = f"; held-out pictures: {numbers(result.evaluation)}" if result.evaluation else ""
+    heldout = f"; held-out images: {numbers(result.evaluation)}" if result.evaluation else ""
     print(f"{result.step} steps, model in {config.out}{heldout}")
     return 0
 
 
 def report_skipped(skipped: list[tuple[str, str]], out: Path) -> None:
-    """Counts the pictures that were left out, names a few, and lists them all in `out`/skipped.txt."""
+    """Prints the number of skipped images and the first few, and lists all of them in `out`/skipped.txt."""
     if not skipped:
         return
     path = Path(out) / "skipped.txt"

@@ -1,18 +1,24 @@
-"""Sources of captioned pictures: a folder, the colour-emoji font, drawn shapes."""
+"""Sources of captioned images: a folder, the colour-emoji font, or synthetic shapes."""
 
-from dalle.data.source import Part, Sample, Source, UnreadablePicture
+from dalle.data.source import Part, Sample, Source, UnreadableImage
 from dalle.errors import UserError
 from dalle.extras import extras
 
-__all__ = ["Sample", "Source", "UnreadablePicture", "open_source", "split"]
+__all__ = ["Sample", "Source", "UnreadableImage", "open_source", "split"]
 
 
 def open_source(spec: str, image_size: int, *, font: str | None = None) -> Source:
-    """Opens the pictures that ``spec`` names, as squares of ``image_size`` pixels.
+    """Opens a source of captioned images.
 
-    spec: "emoji" (drawn from the colour-emoji font, or from the file ``font``); "shapes" or "shapes:N" (N drawn scenes
-    of the whole grammar); "shapes-simple" or "shapes-simple:N" (one object each); anything else is a folder of pictures
-    with captions beside them (a folder called emoji is "./emoji"). Raises UserError.
+    Args:
+        spec: "emoji" (rendered from the colour-emoji font); "shapes" or "shapes:N" (N scenes of the whole grammar);
+            "shapes-simple" or "shapes-simple:N" (scenes of one object); anything else is a folder of images with
+            captions (a folder called emoji is "./emoji").
+        image_size: side of the square images, in pixels.
+        font: path of the colour-emoji font, if the system's is not found.
+
+    Raises:
+        UserError: the folder or font is missing, holds nothing usable, or ``spec`` or ``image_size`` is invalid.
     """
     if image_size < 1:
         raise UserError(f"image size {image_size} is not positive")
@@ -32,21 +38,21 @@ def open_source(spec: str, image_size: int, *, font: str | None = None) -> Sourc
 
 
 def split(source: Source, part: Part) -> Source:
-    """The training part or the held-out part of a source, the same ones every time.
+    """The training split ("train") or the held-out split ("heldout") of a source, always the same.
 
-    Drawn shapes hold out combinations of colour and shape, the emoji 200 listed combinations of person, job and skin
-    tone, other sources about 5 % of their pictures, by a hash of the name.
-    The held-out part of a very small folder can be empty; an empty training part is a UserError.
+    Shapes hold out combinations of colour and shape, emoji 200 listed combinations of person, job and skin tone, and
+    folders about 5 % of their images, by a hash of the name. The held-out split of a very small folder can be empty.
+    Raises UserError if the training split is empty.
     """
     if part not in ("train", "heldout"):
         raise UserError(f'part {part!r} is neither "train" nor "heldout"')
     view = source.split(part)
     if part == "train" and len(view) == 0:
-        raise UserError(f"none of the {len(source)} pictures falls into the training part; add pictures")
+        raise UserError(f"none of the {len(source)} images falls into the training split: add images")
     return view
 
 
 def _count(spec: str, text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UserError(f"{spec!r}: the number of drawn scenes must be a positive integer, as in shapes:20000")
+        raise UserError(f"{spec!r}: the number of scenes must be a positive integer, as in shapes:20000")
     return int(text)

@@ -1,4 +1,4 @@
-"""The captions of a folder: same-stem .txt files, and tables called captions.csv and captions.jsonl at any depth."""
+"""Captions of a folder of images: .txt files of the same stem, and captions.csv and captions.jsonl at any depth."""
 
 import csv
 import json
@@ -12,27 +12,32 @@ from typing import TextIO
 from dalle.errors import UserError
 
 TABLES = ("captions.csv", "captions.jsonl")
-FILE_COLUMNS = ("file", "file_name")  # the second is the name of Hugging Face's imagefolder
+FILE_COLUMNS = ("file", "file_name")  # the second as in Hugging Face's imagefolder
 MAX_CAPTION = 65_536  # characters of a caption, bytes of a .txt
 MAX_TABLE_BYTES = 256 << 20
 
 
 class FolderCaptions:
-    """All captions of the pictures in a folder, in the order .txt, csv, jsonl, each once for a picture.
+    """All captions of the images in a folder, in the order .txt, csv, jsonl, without duplicates per image.
 
-    A .txt holds a caption a line. captions.csv has a header row with the columns file (or file_name) and caption;
-    captions.jsonl an object a line with the same keys, whose caption is a string or a list of strings. Paths in a table
-    are relative to its own folder; a picture may come in several rows. Whitespace is collapsed to single spaces.
+    A .txt holds one caption per line. captions.csv has a header row with the columns file (or file_name) and caption.
+    captions.jsonl has one object per line with the same keys; its caption is a string or a list of strings. Paths in a
+    table are relative to its own folder, and an image may have several rows. Whitespace is collapsed to single spaces.
+    ``skipped`` lists unusable entries as (name, reason); a line of a table has a name like "captions.csv:7".
 
-    root: the folder; files: relative posix paths of what is in it; pictures: those of them that are pictures.
-    ``skipped`` lists what was left out as (name, reason), a line of a table as "captions.csv:7".
-    Raises UserError for a table that cannot be opened, or a csv that does not name its columns.
+    Args:
+        root: the folder.
+        files: posix paths of its files, relative to ``root``.
+        images: those of ``files`` that are images.
+
+    Raises:
+        UserError: a table cannot be opened, or a csv lacks the column names.
     """
 
-    def __init__(self, root: Path, files: Iterable[str], pictures: Iterable[str]) -> None:
+    def __init__(self, root: Path, files: Iterable[str], images: Iterable[str]) -> None:
         self.root = root
         self.skipped: list[tuple[str, str]] = []
-        self._found: dict[str, dict[str, None]] = {picture: {} for picture in pictures}  # dicts as ordered sets
+        self._found: dict[str, dict[str, None]] = {image: {} for image in images}  # dicts as ordered sets
         names = sorted(files)
         self._read_texts([name for name in names if name.lower().endswith(".txt")])
         for kind, read in zip(TABLES, (self._read_csv, self._read_jsonl), strict=True):
@@ -40,18 +45,19 @@ class FolderCaptions:
                 if posixpath.basename(name) == kind:
                     read(name)
 
-    def of(self, picture: str) -> tuple[str, ...]:
-        return tuple(self._found[picture])
+    def of(self, image: str) -> tuple[str, ...]:
+        """The captions of an image, given by its relative path; empty if there are none."""
+        return tuple(self._found[image])
 
     def _read_texts(self, names: list[str]) -> None:
         stems: dict[str, list[str]] = {}
-        for picture in self._found:
-            stems.setdefault(os.path.splitext(picture)[0], []).append(picture)
+        for image in self._found:
+            stems.setdefault(os.path.splitext(image)[0], []).append(image)
         for name in names:
-            pictures = stems.get(os.path.splitext(name)[0])
+            images = stems.get(os.path.splitext(name)[0])
             try:
-                if not pictures:
-                    raise ValueError("caption without a picture")
+                if not images:
+                    raise ValueError("caption without an image")
                 _check_file(self.root / name, MAX_CAPTION)
                 lines = (self.root / name).read_text(encoding="utf-8-sig").splitlines()
                 captions = [line for line in lines if line.strip()]
@@ -60,8 +66,8 @@ class FolderCaptions:
             except (ValueError, OSError) as error:
                 self.skipped.append((name, _reason(error)))
                 continue
-            for picture in pictures:
-                self._add(name, picture, captions)
+            for image in images:
+                self._add(name, image, captions)
 
     def _read_csv(self, name: str) -> None:
         with _open_table(self.root / name) as file:
@@ -70,8 +76,8 @@ class FolderCaptions:
             column = next((column for column in FILE_COLUMNS if column in columns), None)
             if column is None or "caption" not in columns:
                 found = ", ".join(map(_short, columns)) or "nothing"
-                raise UserError(f"the first row of {self.root / name} holds {found}: it has to name the columns file "
-                                "and caption, with a comma between them")
+                raise UserError(f"the first row of {self.root / name} holds {found}: it must name the columns file "
+                                "and caption, separated by a comma")
             while True:
                 try:
                     row = next(rows)
@@ -99,29 +105,29 @@ class FolderCaptions:
     def _add_row(self, table: str, number: int, row: dict, file: object) -> None:
         place, captions = f"{table}:{number}", row.get("caption")
         captions = [captions] if isinstance(captions, str) else captions
-        picture = posixpath.normpath(posixpath.join(posixpath.dirname(table), file)) if isinstance(file, str) else None
+        image = posixpath.normpath(posixpath.join(posixpath.dirname(table), file)) if isinstance(file, str) else None
         if None in row:
             self.skipped.append((place, "more values than columns: quote captions that hold a comma"))
         elif not file or not isinstance(file, str):
             self.skipped.append((place, "names no file"))
-        elif picture not in self._found:  # whatever leads out of the folder is not there either
-            self.skipped.append((place, f"there is no picture {_short(file)} in the folder"))
+        elif image not in self._found:  # this includes paths that lead out of the folder
+            self.skipped.append((place, f"there is no image {_short(file)} in the folder"))
         elif not captions or not isinstance(captions, list):
             self.skipped.append((place, "no caption"))
         else:
-            self._add(place, picture, captions)
+            self._add(place, image, captions)
 
-    def _add(self, place: str, picture: str, captions: list) -> None:
+    def _add(self, place: str, image: str, captions: list) -> None:
         for caption in captions:
             try:
-                self._found[picture][_clean(caption)] = None
+                self._found[image][_clean(caption)] = None
             except ValueError as error:
                 self.skipped.append((place, _reason(error)))
 
 
 def _clean(caption: object) -> str:
     if not isinstance(caption, str):
-        raise ValueError(f"the caption {_short(caption)} is no text")
+        raise ValueError(f"the caption {_short(caption)} is not a string")
     if len(caption) > MAX_CAPTION:
         raise ValueError(f"a caption of more than {MAX_CAPTION} characters")
     caption = " ".join(caption.split())
@@ -129,7 +135,7 @@ def _clean(caption: object) -> str:
         raise ValueError("empty caption")
     if "\0" in caption:
         raise ValueError("a NUL character in the caption")
-    caption.encode()  # a UnicodeEncodeError for what was no UTF-8
+    caption.encode()  # raises UnicodeEncodeError if it was not UTF-8
     return caption
 
 
@@ -138,14 +144,14 @@ def _open_table(path: Path) -> TextIO:
         _check_file(path, MAX_TABLE_BYTES)
         return open(path, encoding="utf-8-sig", errors="surrogateescape", newline="")
     except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be used ({_reason(error)}): mend it or remove it") from error
+        raise UserError(f"{path} cannot be used ({_reason(error)}): fix it or remove it") from error
 
 
 def _columns(rows: csv.DictReader, path: Path) -> list[str]:
     try:
         return list(rows.fieldnames or [])
     except csv.Error as error:
-        raise UserError(f"{path} cannot be used ({error}): its first row has to name file and caption") from error
+        raise UserError(f"{path} cannot be used ({error}): its first row must name file and caption") from error
 
 
 def _check_file(path: Path, limit: int) -> None:

@@ -1,4 +1,4 @@
-"""The colour-emoji font as a source: every emoji the font can draw, captioned with its Unicode name."""
+"""The colour-emoji font as a source: every emoji in the font, captioned with its Unicode name."""
 
 import functools
 import shutil
@@ -25,11 +25,12 @@ HELD_OUT = Path(__file__).with_name("emoji_heldout.txt")
 
 
 class EmojiSource(Source):
-    """About 3,800 pictures: the fully qualified emoji of Unicode, less those ``font`` lacks.
+    """About 3,800 images: the fully qualified emoji of Unicode, except those that ``font`` lacks.
 
-    The glyph (136x128) is drawn on white, scaled to fill the width of the picture, and centred. The caption is the
-    English Unicode name, as in "woman running dark skin tone". Held out are the 200 captions in emoji_heldout.txt:
-    each recombines a person, a job and a skin tone that are in the training part, but never all three together.
+    The glyph (136x128) is rendered on white, scaled to fill the width of the image, and centred. The caption is the
+    English Unicode name, such as "woman running dark skin tone". The held-out split is the 200 captions in
+    emoji_heldout.txt. Each combines a person, a job and a skin tone that occur in the training split, but not together.
+    Raises UserError if the font is missing, has no coloured emoji, or Pillow lacks raqm.
     """
 
     def __init__(self, image_size: int, font: str | None = None) -> None:
@@ -40,7 +41,7 @@ class EmojiSource(Source):
         self._emoji: list[str] = []
         for text, data in emoji.EMOJI_DATA.items():
             if data["status"] > emoji.STATUS["fully_qualified"]:
-                continue  # the same emoji under a shorter spelling
+                continue  # a shorter spelling of the same emoji
             if _has_glyph(text, self.font):
                 self._emoji.append(text)
             else:
@@ -56,8 +57,8 @@ class EmojiSource(Source):
         return (emoji.EMOJI_DATA[self._emoji[index]]["en"].strip(":").replace("_", " ").lower(),)
 
     def load(self, index: int) -> Sample:
-        picture = draw(self._emoji[index], self.font, self.image_size)
-        return Sample(to_tensor(picture), self.captions_of(index), self.key(index))
+        image = render(self._emoji[index], self.font, self.image_size)
+        return Sample(to_tensor(image), self.captions_of(index), self.key(index))
 
     def split(self, part: Part) -> Subset:
         held_out = held_out_captions()
@@ -66,17 +67,17 @@ class EmojiSource(Source):
 
 @functools.cache
 def held_out_captions() -> frozenset[str]:
-    """The 200 captions that no model may be trained on."""
+    """The 200 captions of the held-out split."""
     return frozenset(HELD_OUT.read_text(encoding="utf-8").splitlines())
 
 
-def draw(text: str, font: str, image_size: int) -> Image.Image:
-    """One emoji as an RGB square of ``image_size`` pixels on white."""
+def render(text: str, font: str, image_size: int) -> Image.Image:
+    """Renders one emoji on white, RGB, as a square of ``image_size`` pixels."""
     return _glyph(text, font).resize((image_size, image_size), Image.Resampling.BOX)
 
 
 def find_font(path: str | None = None) -> str:
-    """The path of the colour-emoji font: ``path`` if given, else what fontconfig knows, else where systems keep it."""
+    """The path of the colour-emoji font: ``path`` if given, else from fontconfig, else from the usual locations."""
     if path is not None:
         _check_colour(path)
         return path
@@ -91,13 +92,13 @@ def _ask_fontconfig() -> str | None:
         return None
     query = ["fc-match", "--format=%{family}\n%{file}", "Noto Color Emoji"]
     family, _, path = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")
-    return path if "Noto Color Emoji" in family else None  # fc-match always answers, with another font if need be
+    return path if "Noto Color Emoji" in family else None  # fc-match falls back to another font
 
 
 @functools.cache
 def _open_font(path: str) -> ImageFont.FreeTypeFont:
     try:
-        return ImageFont.truetype(path, FONT_SIZE)  # raqm lays it out where Pillow has it
+        return ImageFont.truetype(path, FONT_SIZE)  # laid out by raqm if Pillow has it
     except OSError as error:
         raise UserError(f"{path} is not a font with bitmaps of {FONT_SIZE} px ({error}): {FONT_ADVICE}") from None
 
@@ -107,11 +108,11 @@ def _check_colour(path: str) -> None:
         raise UserError(f"there is no font file {path}: {FONT_ADVICE}")
     red, green, blue = _glyph("\N{GRINNING FACE}", path).split()
     if red.tobytes() == green.tobytes() == blue.tobytes():
-        raise UserError(f"{path} draws no coloured emoji: {FONT_ADVICE}")
+        raise UserError(f"{path} has no coloured emoji: {FONT_ADVICE}")
 
 
 def _glyph(text: str, font: str) -> Image.Image:
-    """One emoji in its own pixels, centred in a square."""
+    """One emoji at the font's own resolution, centred in a square."""
     canvas = Image.new("RGB", (GLYPH_WIDTH, GLYPH_WIDTH), "white")
     top = (GLYPH_WIDTH - GLYPH_HEIGHT) // 2
     ImageDraw.Draw(canvas).text((0, top), text, font=_open_font(font), embedded_color=True)
@@ -119,20 +120,20 @@ def _glyph(text: str, font: str) -> Image.Image:
 
 
 def _has_glyph(text: str, font: str) -> bool:
-    """False for a sequence that is drawn as several glyphs side by side, as nothing, or as a placeholder."""
+    """False for a sequence that is rendered as several glyphs, as nothing, or as a placeholder."""
     return _open_font(font).getlength(text) <= GLYPH_WIDTH and _glyph(text, font).tobytes() not in _placeholders(font)
 
 
 @functools.cache
 def _placeholders(font: str) -> frozenset[bytes]:
-    """Nothing, the box of a code point that will never exist, and the flag of a region that does not."""
+    """Renderings of nothing, of a code point that will never be assigned, and of the flag of no region."""
     return frozenset(_glyph(text, font).tobytes() for text in ("", "\U0010ffff", "\U0001f1ff\U0001f1ff"))
 
 
 def _check_raqm() -> None:
     if not features.check("raqm"):
         raise UserError(
-            "this Pillow lacks raqm and would draw emoji sequences wrong: install the system package libfribidi0 and "
+            "this Pillow lacks raqm and would render emoji sequences wrong: install the system package libfribidi0 and "
             "a wheel of Pillow, which loads it (pip install --force-reinstall pillow), or libraqm0 for your own build"
         )
 

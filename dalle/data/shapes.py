@@ -1,14 +1,14 @@
-"""Drawn shapes: a small grammar of scenes, their pictures and their captions. `shapes_parser` reads a picture back.
+"""Synthetic shapes: a small grammar of scenes, rendered with captions. `shapes_parser` recovers the scene of an image.
 
-A scene is one to three objects on a 3x3 grid. There are three kinds, told apart by what the caption says:
+A scene has one to three objects on a 3x3 grid. There are three kinds, each with its form of caption:
 
     single     "a small red circle at the top left"      one object
     count      "three blue squares"                      two or three equal objects in one row
     relation   "a red circle left of a green triangle"   two different objects in one row or one column
 
-What a caption does not say (which row, the size of counted or related objects, an offset of less than a pixel in
-32 px) varies freely. Combinations of colour and shape in HELD_OUT never occur in the training part, although each
-colour and each shape does, as in ShapeWorld (Kuhnle and Copestake 2017).
+Attributes that a caption does not mention are random: the row, the size of counted or related objects, and an offset
+of less than one pixel in 32. The training split has every colour and every shape, but none of the combinations in
+HELD_OUT, as in ShapeWorld (Kuhnle and Copestake 2017).
 """
 
 import itertools
@@ -30,7 +30,7 @@ COLOURS = {
     "black": (20, 20, 20),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-SIZES = {"small": 0.17, "large": 0.27}  # side of the bounding box, as a fraction of the picture
+SIZES = {"small": 0.17, "large": 0.27}  # side of the bounding box, as a fraction of the image
 ROWS = ("top", "middle", "bottom")
 COLUMNS = ("left", "center", "right")
 HELD_OUT = (
@@ -38,7 +38,7 @@ HELD_OUT = (
     ("yellow", "cross"), ("purple", "circle"), ("black", "square"),
 )  # fmt: skip
 SEEN = tuple(pair for pair in itertools.product(COLOURS, SHAPES) if pair not in HELD_OUT)
-MAX_OFFSET = 0.02  # as a fraction of the picture; the largest object still stays inside its cell
+MAX_OFFSET = 0.02  # as a fraction of the image; the largest object still stays inside its cell
 SUBPIXELS = 4  # samples per pixel and axis, for anti-aliasing
 DEFAULT_COUNT = 100_000
 
@@ -48,7 +48,7 @@ Offset = tuple[float, float]
 
 @dataclass(frozen=True, order=True)
 class Object:
-    """One drawn object; ordered by its cell, in reading order."""
+    """One object; objects sort by their cell, in raster order."""
 
     row: int
     column: int
@@ -65,7 +65,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects in reading order. ``kind`` is None for what is not a scene of the grammar (a parser may see anything)."""
+    """Objects in raster order. ``kind`` is None for objects outside the grammar, which a parser may find."""
 
     objects: tuple[Object, ...]
 
@@ -82,7 +82,7 @@ class Scene:
 
     @property
     def relation(self) -> str | None:
-        """How the first of two objects lies to the second."""
+        """The position of the first of two objects relative to the second, if it is in the grammar."""
         if len(self.objects) != 2:
             return None
         first, second = self.objects
@@ -92,7 +92,7 @@ class Scene:
 
 
 def caption(scene: Scene) -> str:
-    """The scene in plain English."""
+    """The caption of a scene; raises ValueError if it is not in the grammar."""
     if scene.kind is None:
         raise ValueError(f"{scene} is not a scene of the grammar")
     first = scene.objects[0]
@@ -124,28 +124,28 @@ def all_scenes(kind: Kind) -> list[Scene]:
     ]
 
 
-def draw(scene: Scene, size: int, offset: Offset = (0.0, 0.0)) -> torch.Tensor:
-    """The picture of a scene on white, uint8 [3, size, size].
+def render(scene: Scene, size: int, offset: Offset = (0.0, 0.0)) -> torch.Tensor:
+    """Renders a scene on white, uint8 [3, size, size].
 
-    offset: how far all objects are shifted down and to the right, at most MAX_OFFSET, as a fraction of the picture.
+    offset: shift of all objects, down and to the right, as a fraction of the image, at most MAX_OFFSET.
     """
-    picture = np.full((size, size, 3), 255.0)
+    image = np.full((size, size, 3), 255.0)
     for item in scene.objects:
         centre = ((item.row + 0.5) / 3 + offset[0], (item.column + 0.5) / 3 + offset[1])
         window = cell(item.row, item.column, size)
         alpha = coverage(item.shape, SIZES[item.size], centre, window, size)[..., None]
-        picture[window] += alpha * (np.array(COLOURS[item.colour], dtype=np.float64) - picture[window])
-    return torch.from_numpy(np.rint(picture).astype(np.uint8)).permute(2, 0, 1).contiguous()
+        image[window] += alpha * (np.array(COLOURS[item.colour], dtype=np.float64) - image[window])
+    return torch.from_numpy(np.rint(image).astype(np.uint8)).permute(2, 0, 1).contiguous()
 
 
 def cell(row: int, column: int, size: int) -> tuple[slice, slice]:
-    """The pixels of one cell of the 3x3 grid. From 32 px up an object covers no pixel outside its own cell."""
+    """The pixels of one cell of the 3x3 grid. From 32 px up, an object covers no pixel outside its own cell."""
     edges = [round(i * size / 3) for i in range(4)]
     return slice(edges[row], edges[row + 1]), slice(edges[column], edges[column + 1])
 
 
 def coverage(shape: str, side: float, centre: Offset, window: tuple[slice, slice], size: int) -> np.ndarray:
-    """How much an object covers each pixel of ``window``, float64 in [0, 1]; lengths are fractions of the picture."""
+    """Coverage of each pixel of ``window`` by an object, float64 in [0, 1]; lengths are fractions of the image."""
     y, x = (
         ((np.arange(w.start * SUBPIXELS, w.stop * SUBPIXELS) + 0.5) / (size * SUBPIXELS) - c) * (2 / side)
         for w, c in zip(window, centre, strict=True)
@@ -155,7 +155,7 @@ def coverage(shape: str, side: float, centre: Offset, window: tuple[slice, slice
 
 
 def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Whether points lie in a shape of bounding box [-1, 1] x [-1, 1]; x is |x|, for all shapes are symmetric."""
+    """Whether points lie in a shape with bounding box [-1, 1] x [-1, 1]; x is |x|, because all shapes are symmetric."""
     if shape == "circle":
         return x * x + y * y <= 1
     if shape == "triangle":
@@ -167,7 +167,7 @@ def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def random_scene(rng: random.Random, part: Part, *, simple: bool = False) -> Scene:
-    """A scene of the training part (seen combinations only) or of the held-out part (at least one held-out)."""
+    """A random scene of the training split (seen combinations only) or the held-out split (at least one held out)."""
     pairs = HELD_OUT if part == "heldout" else SEEN
     kind = "single" if simple else rng.choice(("single", "count", "relation"))
     look, size = rng.choice(pairs), rng.choice(tuple(SIZES))
@@ -186,9 +186,9 @@ def random_scene(rng: random.Random, part: Part, *, simple: bool = False) -> Sce
 
 
 class ShapesSource(Source):
-    """``count`` drawn scenes; scene i is a function of i. Every twentieth belongs to the held-out part.
+    """``count`` rendered scenes. Scene i is a function of i; every twentieth is in the held-out split.
 
-    simple: only scenes of one object, so that a small model learns them in minutes.
+    simple: only scenes of one object, which a small model learns in minutes.
     """
 
     def __init__(self, image_size: int, count: int | None = None, *, simple: bool = False) -> None:
@@ -204,6 +204,7 @@ class ShapesSource(Source):
         return str(range(self._count)[index])
 
     def scene(self, index: int) -> Scene:
+        """The scene of image ``index``."""
         return self._generate(index)[0]
 
     def captions_of(self, index: int) -> tuple[str]:
@@ -211,7 +212,7 @@ class ShapesSource(Source):
 
     def load(self, index: int) -> Sample:
         scene, offset = self._generate(index)
-        return Sample(draw(scene, self.image_size, offset), (caption(scene),), self.key(index))
+        return Sample(render(scene, self.image_size, offset), (caption(scene),), self.key(index))
 
     def split(self, part: Part) -> "ShapesPart":
         return ShapesPart(self, [i for i in range(self._count) if _part_of(i) == part])
@@ -224,7 +225,7 @@ class ShapesSource(Source):
 
 
 class ShapesPart(Subset[ShapesSource]):
-    """One side of the split of a ShapesSource."""
+    """One split of a ShapesSource."""
 
     def scene(self, index: int) -> Scene:
         return self.source.scene(self.indices[index])

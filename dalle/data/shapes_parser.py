@@ -1,8 +1,8 @@
-"""Reads drawn shapes back: picture to scene, exact on drawn pictures from 32 px up, robust to a reconstruction's blur.
+"""Parses images of synthetic shapes into scenes: exact on rendered images from 32 px up, robust to a dVAE's blur.
 
-Analysis by synthesis, cell by cell: the mean contrast to white gives the colour, the contrast along that colour a soft
-mask, and the answer is the (shape, size) whose own drawing at the mask's centroid, sharp or blurred, full or faded, is
-nearest to the mask in the least squares.
+Analysis by synthesis, cell by cell. The mean contrast to white gives the colour, and the contrast along that colour a
+soft mask. The result is the (shape, size) whose rendering at the mask's centroid, sharp or blurred, full or faded, fits
+the mask best in least squares.
 """
 
 import functools
@@ -13,32 +13,35 @@ import torch
 
 from dalle.data.shapes import COLOURS, SHAPES, SIZES, Object, Scene, cell, coverage
 
-MIN_ALPHA = 0.1  # what is fainter is noise
-MIN_AREA = 0.006  # of the picture; the smallest object, a small triangle, covers 0.0145
-BLURS = (0.025, 0.047)  # standard deviations, as fractions of the picture
+MIN_ALPHA = 0.1  # anything fainter counts as noise
+MIN_AREA = 0.006  # fraction of the image; the smallest object, a small triangle, covers 0.0145
+BLURS = (0.025, 0.047)  # standard deviations, as fractions of the image
 MIN_STRENGTH = 0.5  # of a faded object
 CENTROIDS = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}  # below the box's centre, in sides
 
 _INKS = 255.0 - np.array(list(COLOURS.values()), dtype=np.float64)  # contrast of each colour to white
 
 
-def parse(picture: torch.Tensor) -> Scene:
-    """The scene in a uint8 [3, S, S] picture: whatever the nine cells hold, whether the grammar has it or not."""
-    shape = tuple(picture.shape)
-    if picture.dtype != torch.uint8 or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
-        raise ValueError(f"a picture is uint8 [3, S, S], not {picture.dtype} {list(shape)}")
-    contrast = 255.0 - picture.permute(1, 2, 0).cpu().numpy()
+def parse(image: torch.Tensor) -> Scene:
+    """The scene in an image, uint8 [3, S, S]: the objects in the nine cells, in the grammar or not.
+
+    Raises ValueError for another shape or dtype.
+    """
+    shape = tuple(image.shape)
+    if image.dtype != torch.uint8 or len(shape) != 3 or shape[0] != 3 or shape[1] != shape[2]:
+        raise ValueError(f"an image must be uint8 [3, S, S], not {image.dtype} {list(shape)}")
+    contrast = 255.0 - image.permute(1, 2, 0).cpu().numpy()
     found = (_read_cell(contrast, row, column) for row, column in itertools.product(range(3), range(3)))
     return Scene(tuple(item for item in found if item))
 
 
 def compare(scene: Scene, parsed: Scene) -> dict[str, bool]:
-    """Which attributes that the caption of ``scene`` mentions are right in the ``parsed`` picture.
+    """Compares a parsed image with the scene of its caption: whether each attribute that the caption mentions is right.
 
-    colour and shape: the same set of them is there; size and position: likewise; count: as many objects;
-    relation: exactly two objects, in the right relation and with the right colour and shape each.
+    colour, shape, size, position: the sets of values are equal; count: the numbers of objects are equal; relation: two
+    objects in the right relation, each with the right colour and shape.
     """
-    assert scene.kind, "a scene with a caption is of a kind"
+    assert scene.kind, "only scenes of the grammar have captions"
     mentioned = {
         "single": ("colour", "shape", "size", "position"),
         "count": ("colour", "shape", "count"),
@@ -60,7 +63,7 @@ def _read_cell(contrast: np.ndarray, row: int, column: int) -> Object | None:
     window = cell(row, column, size)
     inside = contrast[window]
     total = inside.sum((0, 1))
-    best = np.argmax(_INKS @ total / np.linalg.norm(_INKS, axis=1))  # nearest in direction: blur and fading keep it
+    best = np.argmax(_INKS @ total / np.linalg.norm(_INKS, axis=1))  # nearest direction, which blur and fading keep
     ink = _INKS[best]
     alpha = np.clip(inside @ ink / (ink @ ink), 0.0, 1.0)
     alpha[alpha < MIN_ALPHA] = 0.0
@@ -82,7 +85,7 @@ def _read_cell(contrast: np.ndarray, row: int, column: int) -> Object | None:
 
 
 def _residual(alpha: np.ndarray, candidate: np.ndarray) -> float:
-    """The squared distance of two masks, the candidate faded to fit best."""
+    """The squared distance between two masks, with the candidate faded to fit best."""
     strength = np.clip((alpha * candidate).sum() / (candidate**2).sum(), MIN_STRENGTH, 1.0)
     return ((alpha - strength * candidate) ** 2).sum()
 

@@ -1,4 +1,4 @@
-"""What every source of captioned pictures has in common."""
+"""The interface of sources of captioned images."""
 
 import hashlib
 import threading
@@ -8,12 +8,12 @@ from typing import Generic, Literal, NamedTuple, TypeVar
 import torch
 
 Part = Literal["train", "heldout"]
-HELD_OUT_EVERY = 20  # one picture in twenty is held out
-_listing = threading.Lock()  # pictures are loaded from several threads
+HELD_OUT_EVERY = 20  # one image in twenty is held out
+_listing = threading.Lock()  # images are loaded from several threads
 
 
 class Sample(NamedTuple):
-    """A captioned picture: ``image`` uint8 [3, S, S], at least one caption, and a name unique within the source."""
+    """A captioned image: ``image`` uint8 [3, S, S], at least one caption, and ``key``, unique within the source."""
 
     image: torch.Tensor
     captions: tuple[str, ...]
@@ -25,61 +25,64 @@ class Sample(NamedTuple):
         return self.captions[0]
 
 
-class UnreadablePicture(Exception):
-    """A picture that cannot be decoded; the message is the reason."""
+class UnreadableImage(Exception):
+    """An image cannot be decoded; the message is the reason."""
 
 
 class Source(Sequence[Sample]):
-    """A fixed list of captioned pictures.
+    """A fixed sequence of captioned images.
 
-    A subclass gives ``__len__``, ``key``, ``captions_of`` and ``load``, and ``load_whole`` if its pictures are not
-    square by nature; only the last two touch pixels.
-    ``skipped`` lists what was left out as (name, reason). It grows when `readable` finds a picture that cannot be
-    decoded; in a DataLoader worker it is the worker's own copy that grows.
+    A subclass implements ``__len__``, ``key``, ``captions_of`` and ``load``, and ``load_whole`` if its images are not
+    square. Only the last two read pixels. ``skipped`` lists unusable images as (name, reason). It grows when `readable`
+    finds an image that cannot be decoded; a DataLoader worker has its own copy.
     """
 
     skipped: list[tuple[str, str]]
 
     def key(self, index: int) -> str:
+        """The name of an image, unique within the source."""
         raise NotImplementedError
 
     def captions_of(self, index: int) -> tuple[str, ...]:
-        """All captions of a picture, at least one."""
+        """All captions of an image, at least one."""
         raise NotImplementedError
 
     def load(self, index: int) -> Sample:
-        """The sample itself; raises UnreadablePicture."""
+        """The sample, with a square image; raises UnreadableImage."""
         raise NotImplementedError
 
     def load_whole(self, index: int) -> Sample:
-        """The sample with the whole picture, uint8 [3, h, w], of which `crops` cuts squares; may raise likewise."""
+        """The sample with the whole image, uint8 [3, h, w], from which `crops` takes crops; raises UnreadableImage."""
         return self.load(index)
 
     def caption(self, index: int) -> str:
-        """The first caption of a picture."""
+        """The first caption of an image."""
         return self.captions_of(index)[0]
 
     def captions(self) -> Iterator[str]:
-        """All captions of all pictures, without decoding one."""
+        """All captions of all images, without decoding any image."""
         return (caption for i in range(len(self)) for caption in self.captions_of(i))
 
     def split(self, part: Part) -> "Source":
+        """The training or the held-out split; see `dalle.data.split`."""
         held_out = part == "heldout"
         return Subset(self, [i for i in range(len(self)) if _is_held_out(self.key(i)) == held_out])
 
     def __getitem__(self, index: int) -> Sample:  # pyrefly: ignore[bad-override]  # no slices
-        """Picture `index`; raises UnreadablePicture if it cannot be decoded and IndexError if there is none."""
+        """Sample `index`; raises UnreadableImage if it cannot be decoded, IndexError if there is none."""
         return self.load(index)
 
     def readable(self, indices: Iterable[int] | None = None, *, whole: bool = False) -> Iterator[tuple[int, Sample]]:
-        """Indices and samples of the pictures that can be decoded; the others are added to ``skipped``.
+        """Yields (index, sample) for the images that can be decoded; adds the others to ``skipped``.
 
-        indices: which ones, in their order; by default all. whole: samples as of `load_whole`.
+        Args:
+            indices: which images, in this order; by default all.
+            whole: load samples with `load_whole`.
         """
         for index in range(len(self)) if indices is None else indices:
             try:
                 sample = self.load_whole(index) if whole else self.load(index)
-            except UnreadablePicture as error:
+            except UnreadableImage as error:
                 self._skip(self.key(index), str(error))
             else:
                 yield index, sample
@@ -94,7 +97,7 @@ OfSource = TypeVar("OfSource", bound=Source)
 
 
 class Subset(Source, Generic[OfSource]):
-    """The samples of ``source`` at ``indices``; shares its list of skipped pictures."""
+    """The samples of ``source`` at ``indices``; shares its list of skipped images."""
 
     def __init__(self, source: OfSource, indices: Sequence[int]) -> None:
         self.source = source

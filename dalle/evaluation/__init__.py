@@ -1,1 +1,1 @@
-"""How good a model is: reconstructions, losses, retrieval, and whether drawn pictures show what was asked for."""
+"""Evaluation of a model: reconstructions, likelihood, retrieval, and whether generated images match their captions."""

@@ -1,4 +1,4 @@
-"""All measurements of a model, section by section; what is measured is in the report's file at once."""
+"""The evaluation of a model, section by section; each section is written to the report as soon as it is complete."""
 
 import datetime
 import json
@@ -14,16 +14,24 @@ from torch import Tensor
 
 import dalle_kernels.info
 from dalle import config as configs
-from dalle import images
 from dalle.data import Source, open_source, split
 from dalle.data.shapes import Scene, ShapesPart, ShapesSource
 from dalle.data.source import Subset
 from dalle.evaluation import shapes
+from dalle.evaluation.evaluation_set import (
+    EvaluationSet,
+    Track,
+    build_evaluation_set,
+    evenly_spaced,
+    first_and_best,
+    generate,
+    no_progress,
+)
 from dalle.evaluation.measures import likelihood, reconstruction, retrieval
-from dalle.evaluation.pictures import PictureSet, Track, draw, first_and_best, look, silently, spaced
 from dalle.evaluation.ranking import Gallery
 from dalle.files import writable_directory, write_text
 from dalle.generation.pipeline import Pipeline
+from dalle.images import to_tensor
 from dalle.models.checkpoint import fingerprint
 from dalle.runtime import choose_device
 
@@ -33,30 +41,30 @@ REPORT = "evaluation.json"
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Measures a model: reconstructions, losses, retrieval, and whether drawn pictures show what was asked for."""
+    """Evaluates a model: reconstructions, likelihood, retrieval, and whether generated images match their captions."""
 
     model: str | None = None
-    """Directory of a trained model, or owner/name on the Hugging Face Hub; by default the model that comes along."""
+    """Directory of a trained model, or owner/name on the Hugging Face Hub; by default the shipped model."""
     data: str = "emoji"
-    """Captioned pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
+    """Captioned images: emoji, shapes, shapes:N, shapes-simple, or a folder."""
     out: Path = Path("evaluation")
     """Directory for evaluation.json and the plots."""
     captions: int = 200
-    """At most so many pictures and captions of each part, evenly spaced."""
+    """Maximum number of captioned images per split, evenly spaced."""
     candidates: int = 16
-    """Pictures drawn for a caption, of which CLIP takes the best."""
+    """Images to generate per caption, of which the CLIP chooses the best."""
     ranked: int = 512
-    """Most candidates in the curve of accuracy against candidates, for drawn shapes."""
+    """Maximum number of candidates in the curve of accuracy against candidates (shapes only)."""
     ranked_captions: int = 48
-    """Captions of each part for this curve."""
+    """Captions per split for that curve."""
     seed: int = 0
-    """Of the first picture drawn; the others have the numbers that follow."""
+    """Seed of the first generated image; the others use the numbers that follow."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
     threads: int | None = None
-    """CPU threads; by default as many as PyTorch chooses."""
+    """CPU threads; by default PyTorch's choice."""
 
     def __post_init__(self) -> None:
         counts = "captions", "candidates", "ranked", "ranked_captions"
@@ -66,7 +74,7 @@ class EvaluateConfig:
 
 
 class Report:
-    """Sections by name, written whole whenever one is added."""
+    """Named sections, written to a JSON file whenever one is added."""
 
     def __init__(self, path: Path, conditions: dict) -> None:
         self.path, self.sections = path, {"conditions": conditions, "notes": [], "seconds": {}}
@@ -74,7 +82,7 @@ class Report:
         self._write()
 
     def add(self, section: str, content: dict) -> None:
-        """Also takes the time since the last addition."""
+        """Sets a section, and adds the time since the last call to its seconds."""
         now = time.monotonic()
         seconds = self.sections["seconds"]
         seconds[section] = round(seconds.get(section, 0) + now - self._began, 1)
@@ -83,39 +91,42 @@ class Report:
         self._write()
 
     def note(self, text: str) -> None:
-        """What was left out, and why, in one line."""
+        """Records what was left out, and why, in one line."""
         self.sections["notes"].append(text)
 
     def _write(self) -> None:
         write_text(self.path, json.dumps(self.sections, indent=1, ensure_ascii=False) + "\n")
 
 
-class Run(NamedTuple):
-    """A model that is being measured: on what, and where the numbers go."""
+class Evaluation(NamedTuple):
+    """The model under evaluation, its data, and the report."""
 
     config: EvaluateConfig
     pipeline: Pipeline
     parts: dict[str, Source]
-    """All pictures, by name of the part."""
-    groups: dict[str, PictureSet]
-    """Those of each part that are looked at."""
+    """The splits, by name."""
+    sets: dict[str, EvaluationSet]
+    """The images of each split to evaluate on."""
     report: Report
     track: Track
 
     def scenes(self, name: str, indices: Sequence[int]) -> list[Scene]:
-        """What the captions of a part of the drawn shapes say."""
+        """The scenes of images of a split of the shapes."""
         part = self.parts[name]
         assert isinstance(part, ShapesPart)
         return [part.scene(i) for i in indices]
 
-    def drawn(self, name: str) -> dict[str, Tensor]:
-        """What is drawn for the captions of a part: the first candidates, and the best."""
-        captions, config = self.groups[name].captions, self.config
-        return first_and_best(self.pipeline, captions, config.candidates, config.seed, self.track, f"drawing, {name}")
+    def generated(self, name: str) -> dict[str, Tensor]:
+        """Images generated for the captions of a split, uint8 [n, 3, S, S]: the first candidates, and the best."""
+        captions, config, title = self.sets[name].captions, self.config, f"generation, {name}"
+        return first_and_best(self.pipeline, captions, config.candidates, config.seed, self.track, title)
 
 
-def evaluate(config: EvaluateConfig, track: Track = silently) -> dict:
-    """Writes `config.out`/evaluation.json, section by section, and returns what it holds. Raises UserError."""
+def evaluate(config: EvaluateConfig, track: Track = no_progress) -> dict:
+    """Evaluates a model; writes `config.out`/evaluation.json section by section and returns its content.
+
+    Raises UserError if the model, the data or the output directory cannot be used.
+    """
     out = writable_directory(config.out)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -124,30 +135,31 @@ def evaluate(config: EvaluateConfig, track: Track = silently) -> dict:
     source = open_source(config.data, pipeline.dvae.config.image_size, font=config.font)
     parts = choose_parts(source, config.data)
     report = Report(out / REPORT, conditions(config, pipeline, parts))
-    groups = {}
+    sets = {}
     for name, part in parts.items():
-        group = look(pipeline.dvae, part, spaced(len(part), config.captions), track, f"pictures, {name}")
-        if group.indices:
-            groups[name] = group
+        indices = evenly_spaced(len(part), config.captions)
+        images = build_evaluation_set(pipeline.dvae, part, indices, track, f"images, {name}")
+        if images.indices:
+            sets[name] = images
         else:
-            report.note(f"{name}: there are no pictures")
+            report.note(f"{name}: there are no images")
 
-    report.add("dvae", {name: reconstruction(pipeline, group) for name, group in groups.items()})
-    report.add("prior", {name: likelihood(pipeline, group) for name, group in groups.items()})
+    report.add("dvae", {name: reconstruction(pipeline, images) for name, images in sets.items()})
+    report.add("prior", {name: likelihood(pipeline, images) for name, images in sets.items()})
     if pipeline.clip is None:
         report.note("the model has no CLIP: retrieval, ranking and accuracy against candidates are left out")
     else:
-        report.add("retrieval", retrieval(pipeline, groups))
-    run = Run(config, pipeline, parts, groups, report, track)
+        report.add("retrieval", retrieval(pipeline, sets))
+    evaluation = Evaluation(config, pipeline, parts, sets, report, track)
     if isinstance(source, ShapesSource):
-        measure_shapes(run)
+        evaluate_shapes(evaluation)
     else:
-        measure_ranks(run)
+        evaluate_ranks(evaluation)
     return report.sections
 
 
 def choose_parts(source: Source, data: str) -> dict[str, Source]:
-    """The training and the held-out part, and for emoji the training part without skin tones."""
+    """The training and held-out splits, and for emoji also the training split without skin tones."""
     training = split(source, "train")
     parts = {TRAINING: training, HELD_OUT: split(source, "heldout")}
     if data == "emoji":
@@ -157,7 +169,7 @@ def choose_parts(source: Source, data: str) -> dict[str, Source]:
 
 
 def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Source]) -> dict:
-    """What was measured, where and with what."""
+    """The conditions of the evaluation: options, weights, data, machine and versions."""
     info = dalle_kernels.info.collect()
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -165,7 +177,7 @@ def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Sour
     return {
         "options": configs.to_dict(config),
         "fingerprints": {name: fingerprint(model) for name, model in models.items() if model is not None},
-        "pictures of the source": {name: len(part) for name, part in parts.items()},
+        "images in the source": {name: len(part) for name, part in parts.items()},
         "date": datetime.date.today().isoformat(),
         "machine": info["machine"],
         "processor": next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor()),
@@ -174,42 +186,43 @@ def conditions(config: EvaluateConfig, pipeline: Pipeline, parts: dict[str, Sour
     }
 
 
-def measure_ranks(run: Run) -> None:
-    """The ranks of a caption's picture, seen from what is drawn for it, its reconstruction and another's picture."""
-    gallery = Gallery(run.parts[TRAINING], run.parts[HELD_OUT], run.track)
-    section: dict[str, Any] = {"pictures": len(gallery.captions)}
-    for name, group in run.groups.items():
-        ranks = {kind: gallery.rank(group.captions, pictures) for kind, pictures in run.drawn(name).items()}
-        if len({caption for caption, _ in gallery.known}) > 1:
-            ranks["most alike training caption"] = gallery.rank_of_most_alike(group.captions)
-        section[name] = ranks | {"reconstruction": gallery.rank(group.captions, group.copies)}
-        run.report.add("ranks", section)
+def evaluate_ranks(evaluation: Evaluation) -> None:
+    """Ranks a caption's image by similarity to generated images, to its reconstruction, and to a baseline's image."""
+    gallery = Gallery(evaluation.parts[TRAINING], evaluation.parts[HELD_OUT], evaluation.track)
+    section: dict[str, Any] = {"images": len(gallery.captions)}
+    for name, real in evaluation.sets.items():
+        ranks = {kind: gallery.rank(real.captions, images) for kind, images in evaluation.generated(name).items()}
+        if len({caption for caption, _ in gallery.training}) > 1:
+            ranks["nearest training caption"] = gallery.rank_of_nearest_caption(real.captions)
+        section[name] = ranks | {"reconstruction": gallery.rank(real.captions, real.reconstructions)}
+        evaluation.report.add("ranks", section)
 
 
-def measure_shapes(run: Run) -> None:
-    """What drawn pictures show of their captions."""
-    reader, accuracies = shapes.Reader(), {}
-    for name, group in run.groups.items():
-        scenes = run.scenes(name, group.indices)
-        drawn = run.drawn(name)
-        kinds = {"real pictures": group.images, "reconstructions": group.copies, **drawn}
-        accuracies[name] = {kind: shapes.accuracy(reader, scenes, pictures) for kind, pictures in kinds.items()}
-        run.report.add("shapes", accuracies)
-    if run.pipeline.clip is not None:
-        measure_candidates(run, reader)
+def evaluate_shapes(evaluation: Evaluation) -> None:
+    """Measures which attributes of their captions images of shapes show."""
+    parser, accuracies = shapes.CachingParser(), {}
+    for name, real in evaluation.sets.items():
+        scenes = evaluation.scenes(name, real.indices)
+        generated = evaluation.generated(name)
+        kinds = {"real images": real.images, "reconstructions": real.reconstructions, **generated}
+        accuracies[name] = {kind: shapes.accuracy(parser, scenes, images) for kind, images in kinds.items()}
+        evaluation.report.add("shapes", accuracies)
+    if evaluation.pipeline.clip is not None:
+        evaluate_candidates(evaluation, parser)
 
 
-def measure_candidates(run: Run, reader: shapes.Reader) -> None:
-    """How the accuracy of the best candidate by CLIP grows with their number."""
-    curves, most, seed = {}, run.config.ranked, run.config.seed
-    for name, group in run.groups.items():
-        chosen = spaced(len(group.indices), run.config.ranked_captions)
-        captions = [group.captions[i] for i in chosen]
-        scenes = run.scenes(name, [group.indices[i] for i in chosen])
-        drawn = draw(run.pipeline, captions, most, seed, run.track, f"{most} candidates, {name}")
-        right, scores = [], []
-        for scene, row in zip(scenes, drawn, strict=True):
-            right.append([reader.attributes(scene, images.to_tensor(drawing.image)) for drawing in row])
-            scores.append([drawing.score for drawing in row])
-        curves[name] = shapes.curves(right, torch.tensor(scores))
-        run.report.add("candidates", curves)
+def evaluate_candidates(evaluation: Evaluation, parser: shapes.CachingParser) -> None:
+    """Measures the accuracy of the best candidate by CLIP against the number of candidates."""
+    config, pipeline, curves = evaluation.config, evaluation.pipeline, {}
+    for name, real in evaluation.sets.items():
+        chosen = evenly_spaced(len(real.indices), config.ranked_captions)
+        captions = [real.captions[i] for i in chosen]
+        scenes = evaluation.scenes(name, [real.indices[i] for i in chosen])
+        title = f"{config.ranked} candidates, {name}"
+        rows = generate(pipeline, captions, config.ranked, config.seed, evaluation.track, title)
+        correct, scores = [], []
+        for scene, row in zip(scenes, rows, strict=True):
+            correct.append([parser.attributes(scene, to_tensor(result.image)) for result in row])
+            scores.append([result.score for result in row])
+        curves[name] = shapes.curves(correct, torch.tensor(scores))
+        evaluation.report.add("candidates", curves)

@@ -1,4 +1,4 @@
-"""Drawn shapes: which attributes of its caption does a picture show? The exact parser tells."""
+"""Images of synthetic shapes: which attributes of its caption an image shows, by the exact parser."""
 
 from collections.abc import Sequence
 
@@ -7,57 +7,57 @@ from torch import Tensor
 
 from dalle.data.shapes import Scene
 from dalle.data.shapes_parser import compare, parse
-from dalle.evaluation.statistics import share, wilson
+from dalle.evaluation.statistics import proportion, wilson
 
 ATTRIBUTES = ("colour", "shape", "size", "count", "position", "relation", "joint")
 
 
-class Reader:
-    """Parses pictures, equal ones once."""
+class CachingParser:
+    """Parses images; equal ones only once."""
 
     def __init__(self) -> None:
         self._scenes: dict[bytes, Scene] = {}
 
-    def read(self, picture: Tensor) -> Scene:
-        """The scene in a picture, uint8 [3, S, S]."""
-        key = picture.numpy().tobytes()
+    def parse(self, image: Tensor) -> Scene:
+        """The scene in an image, uint8 [3, S, S]."""
+        key = image.numpy().tobytes()
         if key not in self._scenes:
-            self._scenes[key] = parse(picture)
+            self._scenes[key] = parse(image)
         return self._scenes[key]
 
-    def attributes(self, scene: Scene, picture: Tensor) -> dict[str, bool]:
-        """Which attributes that the caption of `scene` mentions are right in the picture, and "joint": whether all are.
+    def attributes(self, scene: Scene, image: Tensor) -> dict[str, bool]:
+        """Whether each attribute that the caption of `scene` mentions is correct in the image, and "joint": all are.
 
-        As sets are compared, and the objects of counts and relations counted, joint also means that nothing else is
-        in the picture.
+        "joint" also implies that nothing else is in the image, because sets of values are compared and the objects of
+        counts and relations are counted.
         """
-        right = compare(scene, self.read(picture))
-        return right | {"joint": all(right.values())}
+        correct = compare(scene, self.parse(image))
+        return correct | {"joint": all(correct.values())}
 
 
-def accuracy(reader: Reader, scenes: Sequence[Scene], pictures: Tensor) -> dict[str, dict]:
-    """For each attribute, in how many of the pictures whose captions mention it it is right."""
-    rows = [reader.attributes(scene, picture) for scene, picture in zip(scenes, pictures, strict=True)]
+def accuracy(parser: CachingParser, scenes: Sequence[Scene], images: Tensor) -> dict[str, dict]:
+    """The accuracy of each attribute over the images, uint8 [n, 3, S, S], whose captions mention it."""
+    rows = [parser.attributes(scene, image) for scene, image in zip(scenes, images, strict=True)]
     mentioned = {name: [row[name] for row in rows if name in row] for name in ATTRIBUTES}
-    return {name: share(sum(right), len(right)) for name, right in mentioned.items() if right}
+    return {name: proportion(sum(correct), len(correct)) for name, correct in mentioned.items() if correct}
 
 
-def against_candidates(right: Tensor, scores: Tensor) -> dict[str, list]:
-    """Accuracy of the best-scored of N candidates, N = 1, 2, 4, …, and how often any of the N is right.
+def against_candidates(correct: Tensor, scores: Tensor) -> dict[str, list]:
+    """Accuracy of the best-scored of N candidates, N = 1, 2, 4, …, and how often any of the N is correct (oracle).
 
-    Candidates are cut into disjoint groups of N; the mean over the groups of a caption estimates what N candidates give
-    without bias, and the mean over captions is reported. The intervals count each caption once.
+    Candidates are split into disjoint groups of N. The mean over the groups of a caption is an unbiased estimate for N
+    candidates; the result is the mean over captions. The intervals count each caption once.
 
     Args:
-        right: bool [captions, candidates].
-        scores: the higher the better, [captions, candidates].
+        correct: bool [captions, candidates].
+        scores: higher is better, [captions, candidates].
     """
-    captions, candidates = right.shape
+    captions, candidates = correct.shape
     curve = {"candidates": [], "ranked": [], "ranked, 95 %": [], "oracle": [], "oracle, 95 %": []}
     for exponent in range(candidates.bit_length()):
         size = 2**exponent
         groups = candidates // size
-        grouped, by = (x[:, : groups * size].unflatten(1, (groups, size)) for x in (right, scores))
+        grouped, by = (x[:, : groups * size].unflatten(1, (groups, size)) for x in (correct, scores))
         chosen = grouped.gather(2, by.argmax(2, keepdim=True))[..., 0]
         curve["candidates"].append(size)
         for name, hits in {"ranked": chosen, "oracle": grouped.any(2)}.items():
@@ -71,13 +71,13 @@ def curves(attributes: Sequence[Sequence[dict[str, bool]]], scores: Tensor) -> d
     """`against_candidates` for each attribute.
 
     Args:
-        attributes: what `Reader.attributes` gives for every caption and candidate.
+        attributes: the result of `CachingParser.attributes` for every caption and candidate.
         scores: [captions, candidates].
     """
     result = {}
     for name in ATTRIBUTES:
         rows = [i for i, candidates in enumerate(attributes) if name in candidates[0]]
         if rows:
-            right = torch.tensor([[row[name] for row in attributes[i]] for i in rows])
-            result[name] = {"captions": len(rows)} | against_candidates(right, scores[rows])
+            correct = torch.tensor([[row[name] for row in attributes[i]] for i in rows])
+            result[name] = {"captions": len(rows)} | against_candidates(correct, scores[rows])
     return result

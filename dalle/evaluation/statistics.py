@@ -1,4 +1,4 @@
-"""Numbers that say how sure they are: shares with intervals, and the similarity of pictures."""
+"""Proportions with confidence intervals, and structural similarity."""
 
 from statistics import NormalDist
 
@@ -8,19 +8,19 @@ from torch.nn import functional as F
 
 from dalle.errors import UserError
 
-WINDOW, SIGMA = 11, 1.5  # of the Gaussian, in pixels
+WINDOW, SIGMA = 11, 1.5  # width and standard deviation of the Gaussian window, in pixels
 C1, C2 = 0.01**2, 0.03**2  # for values in [0, 1]
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Structural similarity (Wang et al. 2004) of pictures in [0, 1], float [B, 3, H, W], as float64 [B].
+    """Structural similarity (Wang et al. 2004) of images in [0, 1], float [B, 3, H, W], as float64 [B].
 
-    Means, variances and covariance under an 11x11 Gaussian window of standard deviation 1.5, in each colour channel;
-    the mean over channels and over all windows that lie inside the picture.
+    Means, variances and covariance are taken per colour channel under an 11x11 Gaussian window of standard deviation
+    1.5; the result is the mean over channels and all windows inside the image. Raises UserError below 11 pixels.
     """
     channels, height, width = images.shape[1:]
     if min(height, width) < WINDOW:
-        raise UserError(f"structural similarity needs pictures of at least {WINDOW} pixels, not {height}x{width}")
+        raise UserError(f"structural similarity needs images of at least {WINDOW} pixels, not {height}x{width}")
     steps = torch.arange(WINDOW, dtype=torch.float64, device=images.device) - WINDOW // 2
     line = torch.exp(-0.5 * (steps / SIGMA) ** 2)
     line = (line / line.sum()).expand(channels, 1, 1, -1)
@@ -35,18 +35,18 @@ def ssim(images: Tensor, others: Tensor) -> Tensor:
     return similarity.mean((1, 2, 3))
 
 
-def wilson(right: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
+def wilson(correct: float, count: int, confidence: float = 0.95) -> tuple[float, float]:
     """The score interval of a binomial proportion (Wilson 1927)."""
     z2 = NormalDist().inv_cdf((1 + confidence) / 2) ** 2
-    centre = (right + z2 / 2) / (count + z2)
-    half = (z2 * (right * (count - right) / count + z2 / 4)) ** 0.5 / (count + z2)
+    centre = (correct + z2 / 2) / (count + z2)
+    half = (z2 * (correct * (count - correct) / count + z2 / 4)) ** 0.5 / (count + z2)
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def share(right: float, count: int) -> dict:
-    """`right` out of `count`, as JSON: both, the share and its 95 % interval.
+def proportion(correct: float, count: int) -> dict:
+    """The proportion of `correct` out of `count` with its 95 % interval, as JSON.
 
-    `right` need not be whole: where it is a sum of means over several tries for each of `count` captions, the interval
-    is that of one try each, and so rather too wide.
+    `correct` may be fractional: a sum of means over several trials for each of `count` captions. The interval is then
+    that of one trial each, which is conservative.
     """
-    return {"right": right, "of": count, "share": right / count, "95 %": wilson(right, count)}
+    return {"correct": correct, "total": count, "proportion": correct / count, "95 %": wilson(correct, count)}

@@ -1,4 +1,4 @@
-"""An evaluation as a few short lines of text."""
+"""Text tables of an evaluation."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ from dalle.evaluation.shapes import ATTRIBUTES
 
 
 def table(report: dict) -> str:
-    """What `evaluate` returns, as aligned columns."""
+    """Formats the result of `evaluate` as aligned columns."""
     sections = {
         "dvae": _dvae,
         "prior": _prior,
@@ -24,8 +24,8 @@ def _dvae(section: dict) -> list[str]:
     for name, x in section.items():
         used = f"{x['codes in use']} of {x['codes']}"
         numbers = f"{x['PSNR, dB']:.2f}", f"{x['SSIM']:.3f}", used, f"{x['perplexity']:.0f}"
-        rows.append([name, str(x["pictures"]), *numbers])
-    return _columns(["dVAE", "pictures", "PSNR, dB", "SSIM", "codes in use", "perplexity"], rows)
+        rows.append([name, str(x["images"]), *numbers])
+    return _columns(["dVAE", "images", "PSNR, dB", "SSIM", "codes in use", "perplexity"], rows)
 
 
 def _prior(section: dict) -> list[str]:
@@ -39,31 +39,31 @@ def _prior(section: dict) -> list[str]:
 def _retrieval(section: dict) -> list[str]:
     lines = []
     for name, entries in section.items():
-        count = next(iter(entries.values()))["top-1"]["of"]
+        count = next(iter(entries.values()))["top-1"]["total"]
         rows = [[kind, *(_percent(x[top]) for top in ("top-1", "top-5"))] for kind, x in entries.items()]
-        lines += _columns([f"CLIP among {count}, %, {name}", "top-1", "top-5"], rows)
+        lines += _columns([f"CLIP retrieval among {count}, %, {name}", "top-1", "top-5"], rows)
     return lines
 
 
 def _ranks(section: dict) -> list[str]:
-    lines = [f"rank of the caption's picture among {section['pictures']}, 16x16 pixels, %"]
+    lines = [f"rank of the caption's image among {section['images']}, 16x16 pixels, %"]
     for name, entries in section.items():
-        if name == "pictures":
+        if name == "images":
             continue
         tops = [top for top in next(iter(entries.values())) if top.startswith("top-")]
         rows = [[kind, *(_percent(x[top]) for top in tops), f"{x['median rank']:g}"] for kind, x in entries.items()]
-        count = next(iter(entries.values()))[tops[0]]["of"]
+        count = next(iter(entries.values()))[tops[0]]["total"]
         lines += _columns([f"{name}, {count} captions", *tops, "median"], rows)
     return lines
 
 
 def _shapes(section: dict) -> list[str]:
-    lines = ["attributes of drawn shapes that are as the caption says, %"]
+    lines = ["attributes of shapes that match the caption, %"]
     for name, entries in section.items():
         names = [attribute for attribute in ATTRIBUTES if attribute in next(iter(entries.values()))]
         rows = [[kind, *(_percent(x[attribute], interval=attribute == "joint") for attribute in names)]
                 for kind, x in entries.items()]  # fmt: skip
-        count = next(iter(entries.values()))["joint"]["of"]
+        count = next(iter(entries.values()))["joint"]["total"]
         lines += _columns([f"{name}, {count} captions", *names], rows)
     return lines
 
@@ -79,11 +79,11 @@ def _candidates(section: dict) -> list[str]:
 
 def _percent(entries: dict, interval: bool = True) -> str:
     low, high = entries["95 %"]
-    return f"{100 * entries['share']:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if interval else "")
+    return f"{100 * entries['proportion']:.1f}" + (f" ({100 * low:.1f}–{100 * high:.1f})" if interval else "")
 
 
 def _columns(head: list[str], rows: Iterable[list[str]]) -> list[str]:
-    """A heading and indented rows, each column as wide as its widest cell."""
+    """A heading and indented rows; columns are as wide as their widest cell."""
     cells = [head, *(["  " + row[0], *row[1:]] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells)]
     return [

@@ -1,1 +1,1 @@
-"""From captions to pictures: drawing codes with a prior, and the pipeline around it."""
+"""Generation of images from prompts: sampling codes from a prior, and the pipeline around it."""

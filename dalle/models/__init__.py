@@ -1,1 +1,1 @@
-"""The networks of the paper, each with its configuration, and how their weights are stored and found."""
+"""The models of the paper with their configurations, and the files that store them."""

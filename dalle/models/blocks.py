@@ -1,4 +1,4 @@
-"""Residual blocks that the models share."""
+"""Residual blocks shared by the models."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,16 +11,16 @@ import dalle_kernels as dk
 
 ENCODER_KERNELS = (3, 3, 3, 1)  # small receptive fields next to the relaxation generalise better (App. A.1)
 DECODER_KERNELS = (1, 3, 3, 3)
-STORED_NAMES = {"attention.qkv.": "qkv.", "attention.out.": "attention_out."}  # in weight files, whatever the modules
+STORED_NAMES = {"attention.qkv.": "qkv.", "attention.out.": "attention_out."}  # module prefix -> prefix in weight files
 
 
 class TransformerBlock(nn.Module):
-    """Pre-norm residual block: sparse attention, then an MLP four times as wide.
+    """Pre-norm residual block: sparse attention, then an MLP with four times the width.
 
     Args:
         width: channels of the residual stream.
-        heads: attention heads; must divide `width` into head dims of at most 128.
-        pattern: which token sees which.
+        heads: attention heads; must divide `width` into head dimensions of at most 128.
+        pattern: which tokens each token attends to.
     """
 
     def __init__(self, width: int, heads: int, pattern: dk.AttentionPattern) -> None:
@@ -34,11 +34,11 @@ class TransformerBlock(nn.Module):
         self.register_load_state_dict_pre_hook(_from_stored_names)
 
     def forward(self, x: Tensor, cache: dk.DecodeCache | None = None, layer: int = 0) -> Tensor:
-        """[B, N, width] to the same; a cache, if given, takes the keys and values as prefix of its layer `layer`."""
+        """[B, N, width] to the same shape. A cache, if given, is prefilled with the keys and values of `layer`."""
         return self._mlp(x + self.attention(self.attention_norm(x), cache, layer))
 
     def step(self, x: Tensor, cache: dk.DecodeCache, layer: int) -> Tensor:
-        """One new image token of every sequence, [P * C, width] to the same, against the cache."""
+        """Decodes one image token of every sequence against the cache, [P * C, width] to the same shape."""
         return self._mlp(x + self.attention.step(self.attention_norm(x), cache, layer))
 
     def _mlp(self, x: Tensor) -> Tensor:
@@ -59,7 +59,10 @@ def gelu(x: Tensor) -> Tensor:
 
 
 class BottleneckBlock(nn.Module):
-    """Bottleneck residual block, `id(x) + gain * res(x)`; a ReLU before each convolution, and no normalisation."""
+    """Bottleneck residual block, `id(x) + gain * res(x)`: a ReLU before each convolution, no normalisation (App. A.1).
+
+    [B, n_in, H, W] to [B, n_out, H, W]; `kernels` are the sizes of the four convolutions.
+    """
 
     def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], gain: float) -> None:
         super().__init__()
@@ -79,7 +82,7 @@ class BottleneckBlock(nn.Module):
 
 
 def bottleneck_groups(widths: list[int], blocks: int, kernels: tuple[int, ...]) -> nn.ModuleList:
-    """One group of `blocks` residual blocks for each step from a width to the next."""
+    """One group of `blocks` residual blocks for each pair of consecutive widths."""
     gain = 1 / (blocks * (len(widths) - 1)) ** 2
     return nn.ModuleList(
         nn.Sequential(*(BottleneckBlock(b if i else a, b, kernels, gain) for i in range(blocks)))

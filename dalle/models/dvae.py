@@ -1,4 +1,4 @@
-"""The discrete variational autoencoder: pictures to a grid of codes and back (Ramesh et al. 2021, App. A)."""
+"""The discrete variational autoencoder, between images and grids of codes (Ramesh et al. 2021, App. A)."""
 
 from __future__ import annotations
 
@@ -14,31 +14,32 @@ from dalle import config as configs
 from dalle.errors import UserError
 from dalle.models.blocks import DECODER_KERNELS, ENCODER_KERNELS, bottleneck_groups
 
-PIXEL_EPS = 0.1  # pixels are mapped to (eps, 1 - eps), where logit-Laplace is well behaved (App. A.3)
+PIXEL_EPS = 0.1  # pixels are mapped to (eps, 1 - eps), where the logit-Laplace density is well behaved (App. A.3)
 
 
 @dataclass(frozen=True)
 class DiscreteVAEConfig:
-    """Size of a dVAE. Pooling follows every group but the last, so a code covers 2^(groups - 1) pixels a side."""
+    """Configuration of a dVAE. Pooling follows each group but the last: a code covers 2^(groups - 1) pixels a side."""
 
     image_size: int
-    """Side of a picture in pixels."""
+    """Side of the images in pixels."""
     vocab: int
     """Number of codes."""
     widths: tuple[int, ...]
     """Output channels of the encoder's groups, first to last; the decoder has them reversed."""
     blocks: int = 2
-    """Residual blocks in a group."""
+    """Residual blocks per group."""
     decoder_widths: tuple[int, ...] | None = None
-    """Widths of the decoder, in the same order, if they are not the encoder's."""
+    """Widths of the decoder, in the encoder's order; by default those of the encoder."""
     decoder_blocks: int | None = None
-    """Residual blocks in a group of the decoder, if not as many as in the encoder."""
+    """Residual blocks per group of the decoder; by default as in the encoder."""
     codebook_dim: int = 128
-    """Size of a code's embedding: the output channels of the decoder's first 1x1 convolution."""
+    """Dimensions of a code's embedding: the output channels of the decoder's first 1x1 convolution."""
     codebook_std: float | None = None
-    """Standard deviation of the initial embeddings, by default 1/sqrt(vocab) as published; 1.0 finds colours sooner."""
+    """Standard deviation of the initial embeddings; by default 1/sqrt(vocab) as published, 1.0 learns colour sooner."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for invalid fields."""
         decoder_widths, decoder_blocks = self.decoder_size
         if min(self.image_size, self.vocab, self.blocks, decoder_blocks, self.codebook_dim) < 1 or not self.widths:
             raise UserError(f"every size of a dVAE must be at least 1, not {self}")
@@ -48,16 +49,16 @@ class DiscreteVAEConfig:
         if self.image_size % self.downsampling:
             raise UserError(
                 f"image_size {self.image_size} is not a multiple of {self.downsampling}, "
-                f"the number of pixels a side that {len(self.widths)} groups fold into one code"
+                f"by which {len(self.widths)} groups downsample"
             )
         if len(decoder_widths) != len(self.widths):
-            raise UserError(f"decoder_widths must be as many as widths, {len(self.widths)}, not {len(decoder_widths)}")
+            raise UserError(f"decoder_widths must have {len(self.widths)} entries, not {len(decoder_widths)}")
         if bad := [width for width in self.widths + decoder_widths if width < 4 or width % 4]:
-            raise UserError(f"widths must be multiples of 4 (blocks narrow to a quarter), not {bad[0]}")
+            raise UserError(f"widths must be multiples of 4 (bottlenecks have a quarter of the width), not {bad[0]}")
 
     @property
     def decoder_size(self) -> tuple[tuple[int, ...], int]:
-        """Widths and blocks of the decoder."""
+        """Widths, and blocks per group, of the decoder."""
         return (
             self.widths if self.decoder_widths is None else self.decoder_widths,
             self.blocks if self.decoder_blocks is None else self.decoder_blocks,
@@ -65,17 +66,20 @@ class DiscreteVAEConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels a side that share one code."""
+        """Side of the pixels that one code covers."""
         return 2 ** (len(self.widths) - 1)
 
     @property
     def grid(self) -> int:
-        """Codes a side."""
+        """Side of the grid of codes."""
         return self.image_size // self.downsampling
 
     @classmethod
     def preset(cls, name: str) -> DiscreteVAEConfig:
-        """A named size: "tiny" and "small" train on a CPU in minutes, "dalle" is the published one."""
+        """A named configuration: "tiny" and "small" train in minutes on a CPU, "dalle" is the published one.
+
+        Raises UserError for an unknown name.
+        """
         return configs.preset(PRESETS, name)
 
 
@@ -88,7 +92,7 @@ PRESETS = {
 
 
 class Encoder(nn.Module):
-    """Pictures mapped to (eps, 1 - eps), [B, 3, S, S], to float32 logits over the codes, [B, vocab, S/f, S/f]."""
+    """Images mapped to (eps, 1 - eps), [B, 3, S, S], to float32 logits over the codes, [B, vocab, S/f, S/f]."""
 
     def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
@@ -105,7 +109,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes to the parameters of the likelihood, [B, 6, S, S]: three channels of mu, then three of ln b."""
+    """Codes to the parameters of the logit-Laplace likelihood, [B, 6, H, W]: three channels of mu, three of ln b."""
 
     def __init__(self, config: DiscreteVAEConfig) -> None:
         super().__init__()
@@ -115,13 +119,13 @@ class Decoder(nn.Module):
         self.output = nn.Conv2d(widths[0], 6, 1)
 
     def forward(self, z: Tensor) -> Tensor:
-        """From a distribution over codes at every position, [B, vocab, h, w]."""
+        """Decodes a distribution over codes at every position, [B, vocab, h, w]."""
         with torch.autocast(z.device.type, enabled=False):
             x = self.input(z)
         return self._decode(x)
 
     def from_codes(self, codes: Tensor) -> Tensor:
-        """From codes, int64 [B, h, w]: the 1x1 convolution of their one-hot vectors is a look-up."""
+        """Decodes codes, int64 [B, h, w]. The 1x1 convolution of one-hot vectors is an embedding lookup."""
         x = F.embedding(codes, self.input.weight[:, :, 0, 0].t())
         x = x + self.input.bias  # pyrefly: ignore[unsupported-operation]  # it has one
         return self._decode(x.permute(0, 3, 1, 2))
@@ -135,8 +139,8 @@ class Decoder(nn.Module):
 class DiscreteVAE(nn.Module):
     """Encoder, Gumbel-softmax relaxation and decoder.
 
-    Pictures are [B, 3, S, S], float in [0, 1] or uint8 in [0, 255]; codes are int64 [B, h, w] in [0, vocab).
-    Pictures of another side than `config.image_size` work as long as it is a multiple of `config.downsampling`.
+    Images are [B, 3, H, W], float in [0, 1] or uint8; codes are int64 [B, h, w] in [0, vocab). H and W may differ from
+    `config.image_size`, but must be multiples of `config.downsampling`; other shapes raise UserError.
     """
 
     def __init__(self, config: DiscreteVAEConfig) -> None:
@@ -147,7 +151,7 @@ class DiscreteVAE(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights ~ N(0, 1/sqrt(n_in k^2)) and zero biases (App. A.1), codebook as the configuration says."""
+        """Initialises weights with std 1/sqrt(n_in k^2), biases with 0 (App. A.1), the codebook with codebook_std."""
         for conv in self.modules():
             if isinstance(conv, nn.Conv2d):
                 nn.init.normal_(conv.weight, std=conv.weight[0].numel() ** -0.5)
@@ -156,37 +160,37 @@ class DiscreteVAE(nn.Module):
             nn.init.normal_(self.decoder.input.weight, std=self.config.codebook_std)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Pictures to float32 logits over the codes, [B, vocab, h, w]."""
+        """Images to float32 logits over the codes, [B, vocab, h, w]."""
         return self.encoder(self.targets(images))
 
     def codes(self, images: Tensor) -> Tensor:
-        """Pictures to their most likely codes, int64 [B, h, w]; without noise, as the prior is trained on (App. B)."""
+        """Images to their most likely codes, int64 [B, h, w], without noise, as used to train the prior (App. B)."""
         return self.encode(images).argmax(1)
 
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes, int64 [B, h, w], to pictures, float32 [B, 3, S, S] in [0, 1]."""
+        """Codes, int64 [B, h, w], to images, float32 [B, 3, H, W] in [0, 1]."""
         if codes.ndim != 3 or codes.dtype != torch.int64:
             raise UserError(f"codes must be int64 [B, h, w], not {codes.dtype} {list(codes.shape)}")
         mu = self.decoder.from_codes(codes)[:, :3]
         return from_range(mu.float().sigmoid())
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """Pictures to codes and back, float32 [B, 3, S, S] in [0, 1]."""
+        """Encodes images as codes and decodes them, float32 [B, 3, H, W] in [0, 1]."""
         return self.decode(self.codes(images))
 
     def loss(self, images: Tensor, tau: float, beta: float, seed: int | Tensor | None = None) -> dict[str, Tensor]:
-        """The relaxed bound on a batch, normalised as published (App. A.2, A.3).
+        """The relaxed evidence lower bound of a batch, negated and normalised as published (App. A.2, A.3).
 
         Args:
-            images: pictures [B, 3, S, S].
+            images: [B, 3, H, W].
             tau: temperature of the relaxation, > 0.
             beta: weight of the KL term.
-            seed: of the Gumbel noise; None draws one.
+            seed: seed of the Gumbel noise; None takes a random one.
 
         Returns:
-            "loss": (sum of NLL + beta * sum of KL) / (S * S * 3), mean over the batch, differentiable;
-            "nll": negative log-likelihood, nats per colour value, and "kl": KL to the uniform distribution from the
-            unrelaxed logits, nats per position, both detached.
+            "loss": (sum of NLL + beta * sum of KL) / (H * W * 3), mean over the batch, differentiable;
+            "nll": negative log-likelihood, nats per colour value, and "kl": KL of the unrelaxed posterior to the
+            uniform distribution, nats per position, both detached.
         """
         x = self.targets(images)
         z, kl = dk.gumbel_softmax(self.encoder(x), tau, dim=1, seed=seed, return_kl=True)
@@ -196,18 +200,16 @@ class DiscreteVAE(nn.Module):
         return {"loss": nll + beta * kl / values_per_position, "nll": nll.detach(), "kl": kl.detach()}
 
     def targets(self, images: Tensor) -> Tensor:
-        """Pictures as the encoder reads them and the likelihood is taken of them, float32 in [eps, 1 - eps]."""
+        """Images mapped to [eps, 1 - eps], float32: the encoder's input and the target of the likelihood."""
         factor = self.config.downsampling
         if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise UserError(
-                f"pictures must be [B, 3, H, W] with sides a multiple of {factor}, not {list(images.shape)}"
-            )
+            raise UserError(f"images must be [B, 3, H, W] with sides a multiple of {factor}, not {list(images.shape)}")
         pixels = images.float() / 255 if images.dtype == torch.uint8 else images
         return to_range(pixels.contiguous(memory_format=torch.channels_last))
 
 
 def to_range(pixels: Tensor) -> Tensor:
-    """[0, 1] to [eps, 1 - eps]."""
+    """Maps [0, 1] to [eps, 1 - eps], any shape."""
     return (1 - 2 * PIXEL_EPS) * pixels + PIXEL_EPS
 
 
@@ -219,8 +221,8 @@ def from_range(x: Tensor) -> Tensor:
 def logit_laplace_nll(x: Tensor, stats: Tensor) -> Tensor:
     """Negative log-density of x in (0, 1), [B, 3, H, W], under stats [B, 6, H, W] = (mu, ln b), in nats per value.
 
-    The density is exp(-|logit(x) - mu| / b) / (2 b x (1 - x)) (App. A.3): a Laplace distribution seen through a
-    sigmoid, which unlike Laplace or Gaussian puts no mass outside the range of pixels.
+    The density is exp(-|logit(x) - mu| / b) / (2 b x (1 - x)) (App. A.3): the sigmoid of a Laplace variable. Unlike a
+    Laplace or Gaussian density, it has no mass outside the range of pixels.
     """
     mu, ln_b = stats.chunk(2, dim=1)
     return (torch.logit(x) - mu).abs() * torch.exp(-ln_b) + ln_b + torch.log(2 * x * (1 - x))

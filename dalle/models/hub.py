@@ -1,4 +1,4 @@
-"""Where a model lies: in the package, in a directory, or on the Hugging Face Hub."""
+"""Finds a model: the shipped one, one in a directory, or one on the Hugging Face Hub."""
 
 import os
 import re
@@ -11,14 +11,14 @@ SHIPPED = Path(__file__).parents[1] / "shipped"
 
 
 def model_directory(model: str | os.PathLike | None = None, **download: Any) -> Path:
-    """The directory of a model; one on the Hub is downloaded first.
+    """The directory of a model; downloads it first if it is on the Hub.
 
     Args:
-        model: a directory, or "owner/name" on the Hub; None is the model that comes with the package.
+        model: a directory, or "owner/name" on the Hub; None is the shipped model.
         download: see `huggingface_hub.snapshot_download`.
 
     Raises:
-        UserError: there is no such model.
+        UserError: the model does not exist or cannot be downloaded.
     """
     if model is None:
         return _shipped()
@@ -35,8 +35,8 @@ def model_directory(model: str | os.PathLike | None = None, **download: Any) -> 
 def _shipped() -> Path:
     if not (SHIPPED / "prior.json").exists():
         raise UserError(
-            f"no model came with this installation ({SHIPPED}/prior.json is missing): "
-            "install the package again, or name the directory of a model that you trained"
+            f"this installation has no shipped model ({SHIPPED}/prior.json is missing): "
+            "reinstall the package, or give the directory of a trained model"
         )
     return SHIPPED
 
@@ -51,5 +51,5 @@ def _download(model: str, **download: Any) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{model} is neither a directory nor a model that the Hugging Face Hub gives out ({reason})"
+            f"{model} is not a directory, and the Hugging Face Hub does not provide it ({reason}): check the name"
         ) from error

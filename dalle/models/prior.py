@@ -1,4 +1,7 @@
-"""The prior: a sparse transformer over a caption and the codes of its picture (Ramesh et al. 2021, App. B)."""
+"""The prior: a sparse transformer over the tokens of a caption and the codes of its image.
+
+Ramesh et al. 2021, section 2.2 and App. B.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,16 @@ from dalle.errors import UserError
 from dalle.models.blocks import TransformerBlock, reset_transformer
 from dalle.models.text import fit_text
 
-TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8  # of the two cross-entropies (section 2.2)
-IGNORE = -100  # target of a position that does not count
+TEXT_WEIGHT, IMAGE_WEIGHT = 1 / 8, 7 / 8  # weights of the two cross-entropies (section 2.2)
+IGNORE = -100  # target of positions that are ignored in the loss
 
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Size of a prior. The width of the model is `heads * head_dim`."""
+    """Configuration of a prior. The width of the model is `heads * head_dim`."""
 
     text_len: int
-    """Text positions, the start token's included: a caption may have up to text_len - 1 tokens."""
+    """Text positions, including the start token: a caption may have up to text_len - 1 tokens."""
     text_vocab: int
     """Number of text tokens."""
     grid: tuple[int, int]
@@ -36,11 +39,12 @@ class PriorConfig:
     heads: int
     """Attention heads."""
     head_dim: int = 64
-    """Channels of a head."""
+    """Channels per head, at most 128."""
     conv_kernel: int = 11
-    """Side of the window of the last, convolutional layer; odd."""
+    """Kernel size of the last, convolutional layer; odd."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for invalid fields."""
         if min(self.text_vocab, *self.grid, self.image_vocab, self.layers, self.heads, self.head_dim) < 1:
             raise UserError(f"every size of a prior must be at least 1, not {self}")
         if len(self.grid) != 2 or self.text_len < 2:
@@ -56,16 +60,16 @@ class PriorConfig:
 
     @property
     def image_len(self) -> int:
-        """Image positions: one for each code."""
+        """Image positions, one per code."""
         return self.grid[0] * self.grid[1]
 
     @property
     def start_id(self) -> int:
-        """Text id of the start token, which fills position 0; as a target the same number means "end of text"."""
+        """Token id of the start token at position 0; as a target, the same id means "end of text"."""
         return self.text_vocab
 
     def schedule(self) -> list[dk.AttentionPattern]:
-        """A pattern for each layer: row, column, row, row, and so on, the last convolutional (App. B.1).
+        """The attention pattern of each layer: row, column, row, row, repeated, and convolutional last (App. B.1).
 
         Layer i = 1, 2, ..., layers - 1 is column if (i - 2) % 4 == 0, and otherwise row.
         """
@@ -76,7 +80,10 @@ class PriorConfig:
 
     @classmethod
     def preset(cls, name: str) -> PriorConfig:
-        """A named size; "tiny" and "small" go with the dVAEs of these names, "dalle-12b" is the published one."""
+        """A named configuration: "tiny" and "small" match the dVAEs of these names, "dalle-12b" is the published one.
+
+        Raises UserError for an unknown name.
+        """
         return configs.preset(PRESETS, name)
 
 
@@ -91,19 +98,19 @@ PRESETS = {
 
 
 class Prior(nn.Module):
-    """Autoregressive transformer over [text_len text positions, then the picture's codes in raster order].
+    """Autoregressive transformer over text_len text tokens followed by the image's codes in raster order.
 
-    Position p holds its own token and predicts the one at p + 1: position 0 holds the start token, text positions
-    predict text, the last text position and the image positions predict codes; all positions are fed in training and
-    the last output goes unused. Text is int64 [B, text_len] as `pack_text` lays it out: unused positions hold learned
-    pads, one per position, which are attended to like any token.
+    Position p holds token p and predicts token p + 1. Position 0 holds the start token. Text positions predict text;
+    the last text position and the image positions predict codes. In training all positions are fed, and the last output
+    is not used. Text is int64 [B, text_len], from `pack_text`. Unused text positions hold learned padding tokens, one
+    per position, which are attended to like any token (section 2.2).
     """
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__()
         self.config = config
         width, (rows, columns) = config.width, config.grid
-        # Rows: the text tokens, the start token, a pad for each position.
+        # Rows: the text tokens, the start token, one padding token per position.
         self.text_embedding = nn.Embedding(config.text_vocab + 1 + config.text_len, width)
         self.text_position = nn.Embedding(config.text_len, width)
         self.image_embedding = nn.Embedding(config.image_vocab, width)
@@ -116,7 +123,7 @@ class Prior(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Weights and embeddings ~ N(0, 0.02), those that write to the residual stream scaled by 1/sqrt(2 layers)."""
+        """Initialises weights with std 0.02, scaled by 1/sqrt(2 layers) where they write to the residual stream."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, std=0.02)
@@ -125,16 +132,16 @@ class Prior(nn.Module):
         reset_transformer(self.layers)
 
     def pack_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
-        """Token ids of captions as int64 [B, text_len]: the start token, the ids, then each position's own pad.
+        """Token ids of captions as int64 [B, text_len]: the start token, the ids, then each position's padding token.
 
         Raises:
             UserError: a caption has more than text_len - 1 tokens and `truncate` is off, or an id is out of range.
         """
-        vocab, room = self.config.text_vocab, self.config.text_len - 1
+        vocab, max_tokens = self.config.text_vocab, self.config.text_len - 1
         text = torch.arange(vocab + 1, vocab + 1 + self.config.text_len).repeat(len(captions), 1)
         text[:, 0] = self.config.start_id
         for row, ids in zip(text, captions, strict=True):
-            ids = fit_text(ids, vocab, room, truncate, "the model")
+            ids = fit_text(ids, vocab, max_tokens, truncate, "the model")
             row[1 : 1 + len(ids)] = ids
         return text.to(self.text_embedding.weight.device)
 
@@ -143,8 +150,11 @@ class Prior(nn.Module):
 
         Args:
             text: int64 [B, text_len], from `pack_text`.
-            codes: the first n codes of each picture in raster order, int64 [B, n], 0 <= n <= rows * columns. Image
-                logit i predicts code i; with all codes given the one after the last is left out, so n logits come.
+            codes: the first n codes of each image in raster order, int64 [B, n], 0 <= n <= rows * columns. Image logit
+                i predicts code i. If all codes are given, there are n image logits, because none follows the last.
+
+        Raises:
+            UserError: a shape is wrong.
         """
         hidden = self._run(text, codes)
         end = self.config.text_len - 1
@@ -152,16 +162,16 @@ class Prior(nn.Module):
         return self._logits(self.text_head, text_hidden), self.image_logits(image_hidden)
 
     def loss(self, text: Tensor, codes: Tensor) -> dict[str, Tensor]:
-        """Cross-entropies of a batch of captions [B, text_len] and all codes of their pictures [B, rows * columns].
+        """Cross-entropies of captions, int64 [B, text_len], and all codes of their images, int64 [B, rows * columns].
 
-        Each is the mean over its own tokens, in nats. The text counts a caption's tokens and the first pad after it,
-        which stands for "end of text" whatever its position; further pads would teach nothing and are ignored.
+        Each is a mean over its own tokens, in nats. The text loss counts a caption's tokens and the first padding
+        token, whose target is "end of text" at every position. Further padding carries no information and is ignored.
 
         Returns:
             "loss": 1/8 text + 7/8 image, differentiable; "text", "image": detached.
         """
         if codes.shape[1] != self.config.image_len:
-            raise UserError(f"a picture has {self.config.image_len} codes, not {codes.shape[1]}")
+            raise UserError(f"an image has {self.config.image_len} codes, not {codes.shape[1]}")
         text_logits, image_logits = self(text, codes)
         text_loss = F.cross_entropy(text_logits.flatten(0, 1), self.text_targets(text).flatten(), ignore_index=IGNORE)
         image_loss = F.cross_entropy(image_logits.flatten(0, 1), codes.flatten())
@@ -169,37 +179,37 @@ class Prior(nn.Module):
         return {"loss": loss, "text": text_loss.detach(), "image": image_loss.detach()}
 
     def text_targets(self, text: Tensor) -> Tensor:
-        """What positions 0 to text_len - 2 should predict, int64 [B, text_len - 1]; IGNORE after the end of text."""
+        """Targets of positions 0 to text_len - 2, int64 [B, text_len - 1]; IGNORE after the end of text."""
         targets = text[:, 1:].clamp(max=self.config.start_id)
         ended = (targets == self.config.start_id).cumsum(1)
         return targets.masked_fill(ended > 1, IGNORE)
 
     def prefill(self, text: Tensor, codes: Tensor, cache: dk.DecodeCache) -> Tensor:
-        """Runs what precedes the first code to draw, and stores its keys and values in the cache.
+        """Runs the text and the given first codes, and stores their keys and values in the cache.
 
         Args:
             text: int64 [P, text_len], from `pack_text`.
-            codes: the given first codes of each picture, int64 [P, cache.start].
-            cache: of P prompts, with a layer for each of the model's.
+            codes: the first codes of each image, int64 [P, cache.start].
+            cache: a cache for P prompts with the model's layers.
 
         Returns:
             The hidden state that predicts the next code, [P, width].
         """
         return self._run(text, codes, cache)[:, -1]
 
-    def step(self, codes: Tensor, place: Tensor, cache: dk.DecodeCache) -> Tensor:
-        """Runs one code of every picture against the cache, which goes on to the next.
+    def step(self, codes: Tensor, position: Tensor, cache: dk.DecodeCache) -> Tensor:
+        """Decodes one step: runs one code of every image against the cache, and advances the cache.
 
         Args:
             codes: int64 [P * C, 1].
-            place: where in the picture they are, int64 [1]: the cache's step.
+            position: their raster position in the image, int64 [1]: the cache's step.
 
         Returns:
             The hidden state that predicts the next code, [P * C, width].
         """
-        x = self._embed_codes(codes, place)[:, 0]
+        x = self._embed_codes(codes, position)[:, 0]
         for i, layer in enumerate(self.layers):
-            x = layer.step(x, cache, i)  # pyrefly: ignore[not-callable]  # a ModuleList does not say of what
+            x = layer.step(x, cache, i)  # pyrefly: ignore[not-callable]  # a ModuleList does not declare its type
         cache.advance()
         return x
 
@@ -211,22 +221,22 @@ class Prior(nn.Module):
         """Hidden states of all text positions and the given codes, [B, text_len + n, width]."""
         config = self.config
         if text.ndim != 2 or text.shape[1] != config.text_len:
-            raise UserError(f"text must be [B, {config.text_len}], as pack_text lays it out, not {list(text.shape)}")
+            raise UserError(f"text must be [B, {config.text_len}], from pack_text, not {list(text.shape)}")
         if codes.ndim != 2 or codes.shape[1] > config.image_len or len(codes) != len(text):
             raise UserError(f"codes must be [{len(text)}, at most {config.image_len}], not {list(codes.shape)}")
-        places = torch.arange(codes.shape[1], device=codes.device)
-        x = torch.cat([self.text_embedding(text) + self.text_position.weight, self._embed_codes(codes, places)], 1)
+        positions = torch.arange(codes.shape[1], device=codes.device)
+        x = torch.cat([self.text_embedding(text) + self.text_position.weight, self._embed_codes(codes, positions)], 1)
         for i, layer in enumerate(self.layers):
             x = layer(x, cache, i)
         return x
 
-    def _embed_codes(self, codes: Tensor, places: Tensor) -> Tensor:
-        """Codes [B, n] at `places` [n] of the picture, [B, n, width]."""
+    def _embed_codes(self, codes: Tensor, positions: Tensor) -> Tensor:
+        """Embeds codes [B, n] at raster positions [n], [B, n, width]."""
         columns = self.config.grid[1]
-        position = self.row_embedding(places // columns) + self.column_embedding(places % columns)
-        return self.image_embedding(codes) + position
+        position_embedding = self.row_embedding(positions // columns) + self.column_embedding(positions % columns)
+        return self.image_embedding(codes) + position_embedding
 
     def _logits(self, head: nn.Linear, hidden: Tensor) -> Tensor:
-        # Logits in 16 bits shift the loss (App. D), so the heads stay in float32 under autocast.
+        # 16-bit logits bias the loss (App. D), so the heads stay in float32 under autocast.
         with torch.autocast(hidden.device.type, enabled=False):
             return head(self.norm(hidden).to(head.weight.dtype)).float()

@@ -1,4 +1,4 @@
-"""The training loop that the dVAE, the prior and CLIP share."""
+"""The training loop shared by the dVAE, its decoder, the prior and CLIP."""
 
 import math
 import signal
@@ -18,143 +18,157 @@ from dalle.errors import UserError
 from dalle.extras import extras
 from dalle.files import writable_directory
 from dalle.runtime import OnStep, Progress, choose_device
-from dalle.training import run_state
-from dalle.training.optimizer import average
-from dalle.training.run_state import State
+from dalle.training import checkpoint
+from dalle.training.checkpoint import TrainingState
+from dalle.training.optimizer import ema
 
-PER_SESSION = {"out", "font", "steps", "minutes", "threads", "device", "precision", "resume"} | {
-    "sample_every", "save_every", "report_every", "tensorboard"
-}  # fields that may differ between a run and its resumption  # fmt: skip
+MAY_CHANGE_ON_RESUME = {"out", "font", "steps", "minutes", "threads", "device", "precision", "resume"} | {
+    "eval_every", "save_every", "log_every", "tensorboard"
+}  # fields of the configuration  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """What every kind of training can be told."""
+    """The options common to all training runs."""
 
     out: Path
-    """Directory of the model; checkpoints and samples go there too."""
+    """Directory of the model; checkpoints and samples are written there too."""
     steps: int = 5000
-    """Updates to make. Schedules run over them, so resuming with another number bends the schedules."""
+    """Training steps. The schedules run over them, so changing it on resume rescales the schedules."""
     minutes: float | None = None
-    """Time budget that replaces `steps`: schedules run over the time, so that they finish whatever the machine."""
+    """Time budget in place of `steps`; the schedules run over the time, so that they finish on any machine."""
     batch_size: int = 32
-    """Pictures per update."""
+    """Images per step."""
     seed: int = 0
-    """Of the initial weights, the order of the pictures and all noise; below 2^31."""
+    """Seed of the initial weights, the order of the images and all noise; below 2^31."""
     device: str = "cpu"
     """Where to train, as PyTorch names it: cpu, cuda, cuda:1."""
     threads: int | None = None
-    """CPU threads; by default as many as PyTorch chooses."""
+    """CPU threads; by default PyTorch's choice."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of convolutions and matrix products; auto is bfloat16 where the machine computes in it."""
+    """Precision of convolutions and matrix products; auto is bfloat16 if the hardware supports it."""
     resume: bool = False
-    """Go on from the checkpoint in `out`."""
+    """Resume from the checkpoint in `out`."""
     save_every: int = 1000
-    """Updates between checkpoints; one is also written at the end and on Ctrl-C."""
-    sample_every: int = 1000
-    """Updates between evaluations on held-out pictures, each with a picture in `out`/samples; 0 for none."""
-    report_every: int = 10
-    """Updates between progress reports; a report gives means over them."""
+    """Steps between checkpoints; one is also written at the end and on Ctrl-C."""
+    eval_every: int = 1000
+    """Steps between evaluations on held-out images, each with a grid of samples in `out`/samples; 0 for none."""
+    log_every: int = 10
+    """Steps between log entries, whose values are means over these steps."""
     tensorboard: bool = False
-    """Write curves for TensorBoard to `out`/curves."""
+    """Write TensorBoard logs to `out`/curves."""
 
     def __post_init__(self) -> None:
-        counts = "steps", "batch_size", "save_every", "report_every"
+        """Raises UserError for invalid fields."""
+        counts = "steps", "batch_size", "save_every", "log_every"
         configs.check(self, "be at least 1", **{name: getattr(self, name) >= 1 for name in counts})
-        configs.check(self, "be at least 0", sample_every=self.sample_every >= 0)
+        configs.check(self, "be at least 0", eval_every=self.eval_every >= 0)
         configs.check(self, "be positive", minutes=self.minutes is None or self.minutes > 0)
         configs.check(self, "be in [0, 2^31)", seed=0 <= self.seed < 2**31)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What training came to."""
+    """The result of a training run."""
 
     step: int
-    """Updates done, those before a resume included."""
+    """Steps done, including those before a resume."""
     interrupted: bool
-    """Stopped by Ctrl-C or SIGTERM; a checkpoint was written."""
+    """Whether Ctrl-C or SIGTERM stopped it; a checkpoint was written."""
     evaluation: dict[str, float]
-    """The last one on held-out pictures; empty if none was made."""
+    """The last metrics on held-out images; empty if there was no evaluation."""
     skipped: list[tuple[str, str]] = field(default_factory=list)
-    """Pictures that could not be used, as (name, reason)."""
+    """Unusable images, as (name, reason)."""
 
 
 class Task(Protocol):
-    """What differs between the dVAE, the prior and CLIP."""
+    """A model to train: its losses, schedule, evaluation and files."""
 
     name: str
     model: Any
     optimizer: torch.optim.Optimizer
-    average_decay: float
+    ema_decay: float
     max_grad_norm: float
 
-    def learning_rate(self, step: int, fraction: float) -> float: ...
+    def learning_rate(self, step: int, fraction: float) -> float:
+        """The learning rate of a step; `fraction` of the run is done."""
+
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
-        """The "loss" to minimise and what else to report, for the batch of a step."""
+        """The "loss" to minimise, and other scalars to log, for the batch of a step."""
 
     def evaluate(self, model: Any) -> dict[str, float]:
-        """Numbers on held-out pictures; empty if there are none."""
+        """Metrics on held-out images; empty if there are none."""
 
-    def draw_samples(self, model: Any, path: Path) -> None:
-        """Writes a PNG that shows what the model can do."""
+    def save_samples(self, model: Any, path: Path) -> None:
+        """Writes a PNG with samples of the model."""
 
     def write_model(self, model: Any, done: bool) -> None:
-        """Writes the model into the model directory; `done` says that training has come to its end."""
+        """Writes the model into the model directory; `done` is set at the end of training."""
 
 
 def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | None = None) -> Result:
-    """Trains until steps or minutes are used up or a signal comes, and leaves a checkpoint and the averaged model.
+    """Trains until the steps or minutes are used up or a signal arrives; writes a checkpoint and the EMA model.
+
+    Args:
+        task: the model to train.
+        config: the options.
+        identity: what a checkpoint must have in common with this run to be resumed, besides `config`.
+        on_step: called with the progress after every `log_every` steps.
 
     Raises:
-        UserError: the directory cannot be written, holds another run or (to resume) none, or the loss is not finite.
+        UserError: a file cannot be written, the checkpoint to resume is missing, damaged or of another run, or the loss
+            is not finite.
     """
-    path = run_path(config, task.name)
-    identity = identity | {k: v for k, v in configs.to_dict(config).items() if k not in PER_SESSION}
-    state = State(task.model, average(task.model, task.average_decay), task.optimizer)
+    path = checkpoint_path(config, task.name)
+    identity = identity | {k: v for k, v in configs.to_dict(config).items() if k not in MAY_CHANGE_ON_RESUME}
+    state = TrainingState(task.model, ema(task.model, task.ema_decay), task.optimizer)
     if config.resume:
-        run_state.load(path, state, identity)
+        checkpoint.load(path, state, identity)
 
     def save() -> None:
         if not all(p.isfinite().all() for p in state.model.parameters()):
             raise UserError(f"the weights are no longer finite at step {state.step}: try a smaller --lr")
-        task.write_model(state.average.module, _fraction(config, state) == 1)
-        run_state.save(path, state, identity)
+        task.write_model(state.ema.module, _fraction(config, state) == 1)
+        checkpoint.save(path, state, identity)
 
     began = time.monotonic() - state.elapsed
-    report, last = _Reporter(config, on_step), {}
-    with _signals() as interrupted, report:
+    log, last = _Logger(config, on_step), {}
+    with _signals() as interrupted, log:
         while (fraction := _fraction(config, state)) < 1 and not interrupted():
             losses = _update(task, config, state, fraction)
             state.step += 1
             state.elapsed = time.monotonic() - began
             fraction, evaluation = _fraction(config, state), {}
-            if fraction == 1 or (config.sample_every and state.step % config.sample_every == 0):
+            if fraction == 1 or (config.eval_every and state.step % config.eval_every == 0):
                 last = evaluation = _evaluate(task, config, state)
-            report(state, fraction, losses, evaluation)
+            log(state, fraction, losses, evaluation)
             if state.step % config.save_every == 0 and fraction < 1:
                 save()
-        if not last and not interrupted():  # resumed with nothing left to do
+        if not last and not interrupted():  # the training was already complete
             last = _evaluate(task, config, state)
         save()
         return Result(state.step, interrupted(), last)
 
 
 def autocast(config: TrainConfig) -> AbstractContextManager:
-    """The context in which the forward pass runs."""
+    """The autocast context of the forward pass, for `config.precision`."""
     device = torch.device(config.device).type
     wanted = config.precision == "bfloat16" or (config.precision == "auto" and _computes_bfloat16(device))
     return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
 
 
 def prepare(config: TrainConfig, name: str) -> torch.device:
-    """What comes before any work: checks the directory, sets threads and the seed of the weights, finds the device."""
-    path = run_path(config, name)
+    """Checks the output directory, sets the threads and the seed of the initial weights, and returns the device.
+
+    Raises UserError if the directory is not writable, the checkpoint of `name` is missing (to resume) or exists
+    (otherwise), or the device cannot be used.
+    """
+    path = checkpoint_path(config, name)
     writable_directory(config.out)
     if config.resume and not path.exists():
-        raise UserError(f"{path} does not exist, so there is nothing to resume: leave --resume out")
+        raise UserError(f"{path} does not exist, so there is nothing to resume: omit --resume")
     if not config.resume and path.exists():
-        raise UserError(f"{path} holds a training run: add --resume to go on with it, or delete it to start anew")
+        raise UserError(f"{path} holds a training run: add --resume to continue it, or delete it to restart")
     if config.threads is not None:
         if config.threads < 1:
             raise UserError(f"threads must be at least 1, not {config.threads}")
@@ -163,8 +177,8 @@ def prepare(config: TrainConfig, name: str) -> torch.device:
     return choose_device(config.device)
 
 
-def run_path(config: TrainConfig, name: str) -> Path:
-    """The checkpoint of the training of `name` in a model directory."""
+def checkpoint_path(config: TrainConfig, name: str) -> Path:
+    """The path of the training checkpoint of the part `name` in the model directory."""
     return Path(config.out) / f"{name}.run.safetensors"
 
 
@@ -174,12 +188,12 @@ def _computes_bfloat16(device: str) -> bool:
     return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def _fraction(config: TrainConfig, state: State) -> float:
+def _fraction(config: TrainConfig, state: TrainingState) -> float:
     done = state.step / config.steps if config.minutes is None else state.elapsed / (60 * config.minutes)
     return min(done, 1.0)
 
 
-def _update(task: Task, config: TrainConfig, state: State, fraction: float) -> dict[str, Tensor]:
+def _update(task: Task, config: TrainConfig, state: TrainingState, fraction: float) -> dict[str, Tensor]:
     for group in state.optimizer.param_groups:
         group["lr"] = task.learning_rate(state.step, fraction)
     with autocast(config):
@@ -189,19 +203,19 @@ def _update(task: Task, config: TrainConfig, state: State, fraction: float) -> d
     if task.max_grad_norm < math.inf:
         nn.utils.clip_grad_norm_(state.model.parameters(), task.max_grad_norm)
     state.optimizer.step()
-    state.average.update_parameters(state.model)
+    state.ema.update_parameters(state.model)
     return {name: value.detach() for name, value in losses.items()}
 
 
-def _evaluate(task: Task, config: TrainConfig, state: State) -> dict[str, float]:
-    model = state.average.module.eval()
+def _evaluate(task: Task, config: TrainConfig, state: TrainingState) -> dict[str, float]:
+    model = state.ema.module.eval()
     with torch.inference_mode(), autocast(config):
-        task.draw_samples(model, writable_directory(config.out / "samples") / f"{task.name}-{state.step:07}.png")
+        task.save_samples(model, writable_directory(config.out / "samples") / f"{task.name}-{state.step:07}.png")
         return task.evaluate(model)
 
 
-class _Reporter:
-    """Gathers losses and calls `on_step` and TensorBoard with their means."""
+class _Logger:
+    """Accumulates losses, and passes their means to `on_step` and TensorBoard every `log_every` steps."""
 
     def __init__(self, config: TrainConfig, on_step: OnStep | None) -> None:
         self.config, self.on_step = config, on_step
@@ -213,16 +227,18 @@ class _Reporter:
 
             self.curves = SummaryWriter(str(config.out / "curves"))
 
-    def __enter__(self) -> "_Reporter":
+    def __enter__(self) -> "_Logger":
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.curves:
             self.curves.close()
 
-    def __call__(self, state: State, fraction: float, losses: dict[str, Tensor], evaluation: dict[str, float]) -> None:
+    def __call__(
+        self, state: TrainingState, fraction: float, losses: dict[str, Tensor], evaluation: dict[str, float]
+    ) -> None:
         self.losses.append(losses)
-        if fraction < 1 and not evaluation and state.step % self.config.report_every:
+        if fraction < 1 and not evaluation and state.step % self.config.log_every:
             return
         count, seconds = len(self.losses), max(time.monotonic() - self.since, 1e-9)
         metrics = _means(self.losses)
@@ -246,7 +262,7 @@ def _means(losses: list[dict[str, Tensor]]) -> dict[str, float]:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second one interrupts at once, as usual."""
+    """Yields a function that tells whether SIGINT or SIGTERM was received. A second signal acts as usual."""
     received = []
 
     def remember(number: int, frame: FrameType | None) -> None:
@@ -262,7 +278,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, remember)
     except ValueError:
-        pass  # not in the main thread: signals are somebody else's
+        pass  # only the main thread can handle signals
     try:
         yield lambda: bool(received)
     finally:

@@ -1,4 +1,4 @@
-"""Pictures to codes, once: what the prior is trained on (Ramesh et al. 2021, App. B: argmax, without noise)."""
+"""Tokenization: encodes the images of a source as codes, once, for the prior (Ramesh et al. 2021, App. B: argmax)."""
 
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dalle import config as configs
 from dalle.data import Sample, Source, open_source, split
 from dalle.data.crops import prior_crop
 from dalle.errors import UserError
-from dalle.files import replacing, writable_directory
+from dalle.files import atomic_write, writable_directory
 from dalle.models.checkpoint import load_dvae
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.tokens import PARTS, Tokens, save_tokens
@@ -22,72 +22,77 @@ from dalle.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeConfig:
-    """Turns captioned pictures into codes with the dVAE of a model directory, learns the tokenizer of their captions,
-    and stores both there.
+    """Encodes captioned images as codes with the dVAE of a model directory, trains the tokenizer on their captions, and
+    writes both into the directory.
     """
 
     out: Path
     """Directory of the model; codes.safetensors, captions.json and tokenizer.json are written into it."""
     data: str = "emoji"
-    """Captioned pictures: emoji, shapes, shapes:N, shapes-simple, or a folder."""
+    """Captioned images: emoji, shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
     """Colour-emoji font, if the system's is not found."""
     crops: int = 1
-    """Squares of each training picture of a folder: 1 is the centre, more are random ones as published for the prior.
-    Pictures that leave no room to choose, as drawn ones, have one."""
+    """Crops per training image: 1 is the centre square, more are random crops as published for the prior. Images of
+    the model's size, such as emoji and shapes, have one."""
     text_vocab: int = 2048
-    """Number of text tokens, fewer if the captions run out of pairs to merge (published: 16384)."""
+    """Number of text tokens (published: 16384); fewer if the captions run out of pairs to merge."""
     batch_size: int = 64
-    """Pictures at a time."""
+    """Images per batch."""
     device: str = "cpu"
     """Where to compute: cpu, cuda, cuda:1."""
 
     def __post_init__(self) -> None:
+        """Raises UserError for invalid fields."""
         configs.check(self, "be at least 1", batch_size=self.batch_size >= 1, crops=self.crops >= 1)
         configs.check(self, "be at least 256, one for each byte", text_vocab=self.text_vocab >= 256)
 
 
 def tokenize(config: TokenizeConfig, *, on_step: OnStep | None = None) -> dict[str, Tokens]:
-    """Writes and returns the tokens of both parts, "train" and "heldout". Raises UserError."""
+    """Writes and returns the tokens of both splits, "train" and "heldout".
+
+    Raises UserError if the data or the model directory cannot be used, or a trained prior or CLIP there needs another
+    tokenizer.
+    """
     out = writable_directory(config.out)
     dvae = load_dvae(out)
     source = open_source(config.data, dvae.config.image_size, font=config.font)
     tokenizer = Tokenizer.train(split(source, "train").captions(), config.text_vocab)
-    _check_readers(out, tokenizer)
+    _check_tokenizer(out, tokenizer)
     dvae.to(choose_device(config.device))
     began, total, parts = time.monotonic(), len(source), {}
     for part in PARTS:
         done = sum(len(split(source, before)) for before in parts)
 
-        def report(count: int, done: int = done) -> None:
+        def log(count: int, done: int = done) -> None:
             if on_step:
                 fraction, seconds = (done + count) / total, time.monotonic() - began
                 left = seconds / fraction * (1 - fraction)
                 on_step(Progress(done + count, fraction, {}, (done + count) / seconds, left))
 
         crops = config.crops if part == "train" else 1
-        parts[part] = _tokenize_part(dvae, split(source, part), crops, config.batch_size, report)
+        parts[part] = _tokenize_part(dvae, split(source, part), crops, config.batch_size, log)
 
-    with replacing(out / "tokenizer.json") as temporary:
+    with atomic_write(out / "tokenizer.json") as temporary:
         tokenizer.save(temporary)
     save_tokens(out, dvae, parts, config.data)
     return parts
 
 
-def _check_readers(directory: Path, tokenizer: Tokenizer) -> None:
-    """Refuses to replace the tokenizer whose ids a trained model reads."""
-    readers = [name for name in ("prior.json", "clip.json") if (directory / name).exists()]
+def _check_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError if a model in the directory was trained with another tokenizer, which would be replaced."""
+    models = [name for name in ("prior.json", "clip.json") if (directory / name).exists()]
     path = directory / "tokenizer.json"
-    if readers and path.exists() and Tokenizer.load(path) != tokenizer:
+    if models and path.exists() and Tokenizer.load(path) != tokenizer:
         raise UserError(
-            f"{directory} holds a model of other captions ({readers[0]}), which could not read these: "
+            f"{directory} holds a model of other captions ({models[0]}), whose tokenizer would be replaced: "
             "choose another --out, with a copy of dvae.json and dvae.safetensors"
         )
 
 
 @torch.inference_mode()
 def _tokenize_part(
-    dvae: DiscreteVAE, source: Source, crops: int, batch_size: int, report: Callable[[int], None]
+    dvae: DiscreteVAE, source: Source, crops: int, batch_size: int, log: Callable[[int], None]
 ) -> Tokens:
     device = next(dvae.parameters()).device
     codes = [torch.empty(0, dvae.config.grid, dvae.config.grid, dtype=torch.int64)]
@@ -95,19 +100,19 @@ def _tokenize_part(
     for first in range(0, len(source), batch_size):
         last = min(first + batch_size, len(source))
         read = source.readable(range(first, last), whole=crops > 1)
-        samples = [square for i, sample in read for square in _squares(sample, i, crops, dvae.config.image_size)]
+        samples = [crop for i, sample in read for crop in _crops(sample, i, crops, dvae.config.image_size)]
         if not samples:
             continue
         batches = torch.stack([sample.image for sample in samples]).split(batch_size)
         codes += [dvae.codes(batch.to(device)).cpu() for batch in batches]
         captions += [list(sample.captions) for sample in samples]
         keys += [sample.key for sample in samples]
-        report(last)
+        log(last)
     return Tokens(torch.cat(codes), captions, keys, source.skipped)
 
 
-def _squares(sample: Sample, index: int, crops: int, size: int) -> list[Sample]:
-    """The squares of picture `index`, which is whole where there is more than one to cut."""
+def _crops(sample: Sample, index: int, crops: int, size: int) -> list[Sample]:
+    """The crops of image `index`; `sample` has the whole image if `crops` is above 1."""
     if crops == 1:
         return [sample]
     generators = [np.random.default_rng((n, index)) for n in range(crops if max(sample.image.shape) > size else 1)]

@@ -1,4 +1,4 @@
-"""Stage two: the prior over captions and codes (Ramesh et al. 2021, App. B.2)."""
+"""Training of stage two, the prior (Ramesh et al. 2021, App. B.2)."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from dalle import config as configs
-from dalle import images
 from dalle.generation.sampler import generate_codes
+from dalle.images import image_grid, save_png
 from dalle.models.checkpoint import fingerprint, load_dvae, save_part
 from dalle.models.prior import Prior, PriorConfig
 from dalle.models.tokens import Tokens, digest, load_tokens
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
-from dalle.training.feed import batch_indices, choose_caption, step_seed
+from dalle.training.loader import batch_indices, choose_caption, step_seed
 from dalle.training.loop import Result, TrainConfig, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
 
-HELD_OUT = 256  # captioned pictures an evaluation looks at
-SHOWN, CANDIDATES = 8, 6  # captions and pictures of each in a sample grid
+HELD_OUT = 256  # captioned images per evaluation
+SHOWN, CANDIDATES = 8, 6  # captions in a sample grid, and generated images per caption
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,49 +30,48 @@ class TrainPriorConfig(TrainConfig):
     """Trains the prior on the codes in a model directory and writes prior.json and prior.safetensors."""
 
     preset: str = "tiny"
-    """Size of the model: tiny, small, medium, dalle-2.8b, dalle-5.6b or dalle-12b."""
+    """Model configuration: tiny, small, medium, dalle-2.8b, dalle-5.6b or dalle-12b."""
     model: PriorConfig | None = None
-    """The model in every detail, in place of the preset. Its grid and its vocabularies are those of the dVAE and the
-    tokenizer, whatever is said here."""
+    """Full model configuration, in place of the preset. Grid and vocabularies always follow the dVAE and the
+    tokenizer."""
     lr: float = 1e-3
-    """Peak of the learning rate (the published one is 4.5e-4); falls by a cosine to 1/32 of it."""
+    """Peak learning rate (published: 4.5e-4); decays by a cosine to 1/32 of it."""
     warmup: int = 100
-    """Updates over which the learning rate rises (the published number is 5000)."""
-    average_decay: float = 0.999
-    """Of the running average of the weights (published: 0.99, taken every 25 updates)."""
+    """Steps of linear learning-rate warm-up (published: 5000)."""
+    ema_decay: float = 0.999
+    """Decay of the exponential moving average of the weights (published: 0.99, updated every 25 steps)."""
     bpe_dropout: float = 0.1
-    """Probability with which a merge of the tokenizer is passed over in training."""
+    """Probability of skipping a merge of the tokenizer in training (BPE dropout)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         configs.check(self, "be positive and finite", lr=0 < self.lr < math.inf)
         configs.check(self, "be at least 0", warmup=self.warmup >= 0)
-        configs.check(self, "be in [0, 1)", average_decay=0 <= self.average_decay < 1)
+        configs.check(self, "be in [0, 1)", ema_decay=0 <= self.ema_decay < 1)
         configs.check(self, "be in [0, 1]", bpe_dropout=0 <= self.bpe_dropout <= 1)
 
 
 class PriorTask:
-    """Losses, schedules and evaluation of the prior, for the shared loop."""
+    """The task of the training loop for the prior."""
 
     name = "prior"
     max_grad_norm = 4.0
 
     def __init__(self, config: TrainPriorConfig) -> None:
         self.config, self.device = config, prepare(config, self.name)
-        self.average_decay = config.average_decay
+        self.ema_decay = config.ema_decay
         self.dvae = load_dvae(config.out).to(self.device)
         tokens = load_tokens(config.out, self.dvae)
         self.training, self.held_out = tokens["train"], tokens["heldout"]
-        wanted = config.model or PriorConfig.preset(config.preset)
         self.tokenizer = Tokenizer.load(config.out / "tokenizer.json")
         rows, columns = self.training.codes.shape[1:]
-        size = replace(
-            wanted,
+        model_config = replace(
+            config.model or PriorConfig.preset(config.preset),
             grid=(rows, columns),
             image_vocab=self.dvae.config.vocab,
             text_vocab=self.tokenizer.vocab_size,
         )
-        self.model = Prior(size).to(self.device)
+        self.model = Prior(model_config).to(self.device)
         self.optimizer = adamw(self.model, betas=(0.9, 0.96), weight_decay=4.5e-2)
 
     def learning_rate(self, step: int, fraction: float) -> float:
@@ -93,7 +92,7 @@ class PriorTask:
         return self.model.loss(self.pack(captions), self.training.codes[indices].flatten(1).to(self.device))
 
     def evaluate(self, model: Prior) -> dict[str, float]:
-        """Nats per token of text and image, and the two weighted, on whole captions, the first of each picture."""
+        """The losses on the first caption of each held-out image, without BPE dropout, in nats per token."""
         count = min(HELD_OUT, len(self.held_out.captions))
         sums = {}
         for first in range(0, count, self.config.batch_size):
@@ -104,29 +103,29 @@ class PriorTask:
                 sums[name] = sums.get(name, 0.0) + value.item() * (last - first)
         return {name: value / count for name, value in sums.items()}
 
-    def draw_samples(self, model: Prior, path: Path) -> None:
-        """For a few captions, held-out ones if there are any: the picture as the dVAE sees it, then drawn ones."""
+    def save_samples(self, model: Prior, path: Path) -> None:
+        """Writes one row per caption, held-out ones if there are any: the reconstruction, then generated images."""
         part: Tokens = self.held_out if self.held_out.captions else self.training
         chosen = torch.linspace(0, len(part.captions) - 1, min(SHOWN, len(part.captions))).long()
         captions = [part.captions[i][0] for i in chosen]
         text = self.pack([self.tokenizer.encode(caption) for caption in captions])
         seeds = torch.arange(len(captions) * CANDIDATES, device=self.device)
-        drawn = generate_codes(model, text, candidates=CANDIDATES, seeds=seeds).unflatten(0, (-1, CANDIDATES))
-        codes = torch.cat([part.codes[chosen][:, None].to(self.device), drawn], 1)
-        pictures = self.dvae.decode(codes.flatten(0, 1)).cpu().unflatten(0, (-1, 1 + CANDIDATES))
+        generated = generate_codes(model, text, candidates=CANDIDATES, seeds=seeds).unflatten(0, (-1, CANDIDATES))
+        codes = torch.cat([part.codes[chosen][:, None].to(self.device), generated], 1)
+        images = self.dvae.decode(codes.flatten(0, 1)).cpu().unflatten(0, (-1, 1 + CANDIDATES))
         scale = max(1, 64 // self.dvae.config.image_size)
-        images.save(images.grid([list(row) for row in pictures], captions, scale), path)
+        save_png(image_grid([list(row) for row in images], captions, scale), path)
 
     def write_model(self, model: nn.Module, done: bool) -> None:
         save_part(self.config.out, "prior", model)
 
     def pack(self, captions: list[list[int]]) -> Tensor:
-        """Captions too long for the model are cut: dropout makes some of them long now and then."""
+        """Token ids for the model, int64 [B, text_len]; captions that BPE dropout makes too long are truncated."""
         return self.model.pack_text(captions, truncate=True)
 
 
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
-    """Trains a prior; `on_step` receives Progress. Raises UserError for what the user can mend."""
+    """Trains a prior; `on_step` receives the progress. Raises UserError for invalid input."""
     task = PriorTask(config)
     identity = {"dvae": fingerprint(task.dvae.encoder), "captions": digest("\n".join(chain(*task.training.captions)))}
     identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""A training run on disk: one safetensors file, replaced atomically, from which training goes on exactly."""
+"""Training checkpoints: one safetensors file, replaced atomically, from which training resumes exactly."""
 
 import json
 from dataclasses import dataclass
@@ -13,48 +13,50 @@ from dalle.files import read_tensors, write_tensors
 from dalle.models.checkpoint import load_weights
 
 FORMAT = "dalle training run 1"
+EMA_PREFIX = "average"  # of the EMA weights in the file
+OLD_NAMES = {"average_decay": "ema_decay", "pictures": "images"}  # keys of the identity in older checkpoints
 
 
 @dataclass
-class State:
-    """What changes while a model trains."""
+class TrainingState:
+    """The state of a training run."""
 
     model: nn.Module
-    average: AveragedModel
+    ema: AveragedModel
     optimizer: torch.optim.Optimizer
     step: int = 0
-    """Updates done."""
+    """Steps done."""
     elapsed: float = 0.0
-    """Seconds of training, those before a resume included."""
+    """Seconds of training, including those before a resume."""
 
 
-def save(path: Path, state: State, identity: dict) -> None:
-    """Writes the run; `identity` is what a run must have in common with it to go on from it."""
+def save(path: Path, state: TrainingState, identity: dict) -> None:
+    """Writes a checkpoint; a run can resume from it only if it has the same `identity`."""
     tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    tensors |= {f"average.{name}": tensor for name, tensor in state.average.state_dict().items()}
+    tensors |= {f"{EMA_PREFIX}.{name}": tensor for name, tensor in state.ema.state_dict().items()}
     for index, slots in state.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
     header = {"format": FORMAT, "step": state.step, "elapsed": state.elapsed, "identity": identity}
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in header.items()})
 
 
-def load(path: Path, state: State, identity: dict) -> None:
-    """Brings `state` to where `path` left off.
+def load(path: Path, state: TrainingState, identity: dict) -> None:
+    """Loads a checkpoint into `state`.
 
     Raises:
-        UserError: the file is missing, damaged, not a training run, or one of another identity.
+        UserError: the file is missing, damaged, not a checkpoint, or has another identity.
     """
     tensors, metadata = read_tensors(path)
     header = _header(metadata, path)
-    theirs = header["identity"]
+    theirs = {OLD_NAMES.get(key, key): value for key, value in header["identity"].items()}
     for key in sorted(identity.keys() | theirs.keys()):
         if identity.get(key) != theirs.get(key):
             raise UserError(
                 f"{path} was trained with {key} = {theirs.get(key)!r}, not {identity.get(key)!r}: "
-                "resume with the former or start anew in another directory"
+                "resume with the former, or choose another directory"
             )
     load_weights(state.model, _part(tensors, "model"), str(path))
-    load_weights(state.average, _part(tensors, "average"), str(path))
+    load_weights(state.ema, _part(tensors, EMA_PREFIX), str(path))
     _load_optimizer(state.optimizer, _part(tensors, "optimizer"))
     state.step, state.elapsed = header["step"], header["elapsed"]
 
@@ -65,7 +67,7 @@ def _header(metadata: dict[str, str], path: Path) -> dict:
     except json.JSONDecodeError:
         header = {}
     if header.get("format") != FORMAT:
-        raise UserError(f"{path} is not a training run of this version; start anew in another directory")
+        raise UserError(f"{path} is not a training checkpoint of this version: choose another directory")
     return header
 
 
@@ -80,7 +82,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
         index, slot = name.split(".")
         parameter = parameters[int(index)]
         if tensor.shape == parameter.shape:
-            # In the parameter's memory order (channels last), for the fused optimiser walks both side by side.
+            # In the parameter's memory format (channels last), because the fused optimiser needs equal strides.
             tensor = torch.empty_like(parameter, requires_grad=False, device="cpu").copy_(tensor)
         state.setdefault(int(index), {})[slot] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
