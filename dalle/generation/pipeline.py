@@ -288,8 +288,6 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             return torch.as_tensor(mask)
         if rows is None or mask is not None:
             raise UserError("it is not clear what to keep of the image: give either rows or mask")
-        if rows is None or mask is not None:
-            raise UserError("say what to keep of the picture: give either its first rows or a mask of what to redraw")
         if not 1 <= rows < side:
             raise UserError(f"rows, the rows of codes to keep, must be in [1, {side}), not {rows}")
         return (torch.arange(side) >= rows)[:, None].expand(side, side)
