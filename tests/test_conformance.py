@@ -8,14 +8,14 @@ import math
 
 import pytest
 import torch
-from conformance import Target, cases, decode_attention, gumbel_softmax, sample_tokens, sparse_attention
-from conformance.target import DTYPES
 from cuda_emulation.backend import EMULATED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
 from accuracy import mostly
+from conformance import Target, cases, decode_attention, gumbel_softmax, sample_tokens, sparse_attention
+from conformance.target import DTYPES
 from dalle_kernels.backends import BACKENDS
 from dalle_kernels.backends.triton import interpreted
 from patterns_for_tests import NAMES, every_pattern

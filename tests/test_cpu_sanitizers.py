@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cuda_sanitizers import LIBRARIES, REPORTS
+from sanitizers_for_tests import LIBRARIES, REPORTS
 
 import dalle_kernels
 from dalle_kernels import build_info

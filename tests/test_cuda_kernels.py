@@ -6,12 +6,12 @@ import functools
 
 import pytest
 import torch
-from conformance import Target, decode_attention, gumbel_softmax
-from conformance.target import same
 from cuda_emulation import emulated
 from cuda_emulation.backend import EMULATED
 
 import dalle_kernels as dk
+from conformance import Target, decode_attention, gumbel_softmax
+from conformance.target import same
 from dalle_kernels.backends import BACKENDS
 from patterns_for_tests import every_pattern
 

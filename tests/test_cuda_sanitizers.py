@@ -5,23 +5,12 @@ in registers, shifts, signed overflow, and the code on the host.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from cuda_emulation import emulated
+from sanitizers_for_tests import LIBRARIES, REPORTS
 
-SELECTED = "emulated and (127 or extremes or broken or gumbel and (offset or last))"
-REPORTS = "AddressSanitizer", "runtime error:"
-
-
-def runtime(name):
-    """A sanitizer's library, or None where g++ has none."""
-    command = ["g++", f"-print-file-name={name}"]
-    path = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
-    return path if path.is_file() else None
-
-
-LIBRARIES = [runtime("libasan.so"), runtime("libubsan.so")]
+SELECTED = "emulated and (127 or extremes or broken or gumbel and (offset or classes))"
 
 pytestmark = [
     pytest.mark.slow,

@@ -4,10 +4,10 @@ satisfy is in test_conformance.py.
 
 import pytest
 import torch
-from conformance import Target
-from conformance.decode_attention import decode, make, new_cache, plain_attention
 
 import dalle_kernels as dk
+from conformance import Target
+from conformance.decode_attention import decode, make, new_cache, plain_attention
 from patterns_for_tests import every_pattern
 
 CPU, REFERENCE = Target("cpu"), Target("reference")

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance import Target, gumbel_softmax
-from conformance.target import DTYPES, same
 from torch.profiler import profile
 
 import dalle_kernels as dk
+from conformance import Target, gumbel_softmax
+from conformance.target import DTYPES, same
 from statistics_for_tests import REJECT, frequencies_p
 
 CPU = Target("cpu")

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,10 @@ def test_public_functions_are_annotated(name):
         missing = [p.name for p in parameters if p.annotation is p.empty and p.name not in ("self", "cls", "ctx")]
         assert not missing, f"{function} does not annotate {', '.join(missing)}"
         assert "return" in value.__annotations__, f"{function} does not annotate its result"
+
+
+def test_test_modules_share_through_helpers_alone():
+    """A test module that imports another one runs its tests twice, and breaks when they change."""
+    pattern = re.compile(r"^\s*(?:from|import) test_\w+", re.M)
+    for path in [*(ROOT / "tests").rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]:
+        assert not pattern.search(path.read_text(encoding="utf-8")), path

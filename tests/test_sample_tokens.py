@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from conformance import Target
 
 import dalle_kernels as dk
+from conformance import Target
 
 CPU = Target("cpu")
 

@@ -4,10 +4,10 @@ must satisfy is in test_conformance.py.
 
 import pytest
 import torch
-from conformance import Target, sparse_attention
-from conformance.target import DTYPES, same
 
 import dalle_kernels as dk
+from conformance import Target, sparse_attention
+from conformance.target import DTYPES, same
 from dalle_kernels.backends.native.tiles import TILES
 from dalle_kernels.backends.plans import PlanSizes, plan_tensors
 from patterns_for_tests import NAMES, every_pattern

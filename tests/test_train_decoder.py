@@ -5,7 +5,7 @@ import signal
 
 import pytest
 import torch
-from test_training import DATA, assert_same_weights, dvae_config, run_through, run_with_break
+from training_for_tests import DATA, assert_same_weights, dvae_config, run_through, run_with_break
 
 from dalle import DiscreteVAE, DiscreteVAEConfig, UserError
 from dalle.cli import main

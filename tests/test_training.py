@@ -1,12 +1,10 @@
 """Training: schedules, order of the images, exact resume, tokens, and invalid checkpoints."""
 
-import dataclasses
 import errno
 import json
 import math
 import os
 import resource
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from training_for_tests import DATA, assert_same_weights, dvae_config, run_through, run_with_break
 
 import dalle.files
 from dalle import DiscreteVAE, DiscreteVAEConfig, PriorConfig, UserError
@@ -31,11 +30,9 @@ from dalle.training.loader import ImageLoader, batch_indices, choose_caption
 from dalle.training.optimizer import adamw, ema
 from dalle.training.schedules import cosine, warmup
 from dalle.training.tokens import TokenizeConfig, tokenize
-from dalle.training.train_dvae import DVAETask, TrainDVAEConfig, train_dvae
+from dalle.training.train_dvae import DVAETask, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 from statistics_for_tests import REJECT, frequencies_p
-
-DATA = "shapes-simple:40"
 
 
 @pytest.fixture(autouse=True)
@@ -43,11 +40,6 @@ def small_presets(monkeypatch):
     monkeypatch.setitem(DVAE_PRESETS, "test", DiscreteVAEConfig(16, 32, (8, 16, 16), blocks=1, codebook_dim=8))
     prior = PriorConfig(24, 300, (4, 4), 32, layers=2, heads=2, head_dim=16, conv_kernel=3)
     monkeypatch.setitem(PRIOR_PRESETS, "test", prior)
-
-
-def dvae_config(out, **change):
-    defaults = dict(data=DATA, preset="test", steps=6, batch_size=4, log_every=1, eval_every=4, threads=1)
-    return TrainDVAEConfig(out=out, **defaults | change)
 
 
 def prior_config(out, **change):
@@ -139,35 +131,6 @@ def test_ema_by_hand(seed):
 
 
 # Runs
-
-
-def run_through(train, config):
-    """Losses by step, result."""
-    losses = {}
-    result = train(config, on_step=lambda p: losses.setdefault(p.step, p.metrics.get("loss")))
-    return losses, result
-
-
-def run_with_break(train, config, at):
-    """The same, stopped by Ctrl-C after step `at` and resumed."""
-    losses = {}
-
-    def on_step(progress):
-        losses.setdefault(progress.step, progress.metrics.get("loss"))
-        if progress.step == at:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    assert train(config, on_step=on_step).interrupted
-    assert sorted(losses) == list(range(1, at + 1))
-    rest, result = run_through(train, dataclasses.replace(config, resume=True))
-    assert min(rest) == at + 1
-    return losses | rest, result
-
-
-def assert_same_weights(a, b):
-    first, second = read_tensors(a)[0], read_tensors(b)[0]
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_dvae_resumes_exactly(tmp_path):

@@ -4,10 +4,10 @@ backend must satisfy is in test_conformance.py.
 
 import pytest
 import torch
-from conformance import decode_attention, gumbel_softmax, sample_tokens, sparse_attention
 from triton_for_tests import DEVICE, DTYPES, ON_GPU, TARGET, on_device  # noqa: F401
 
 import dalle_kernels as dk
+from conformance import decode_attention, gumbel_softmax, sample_tokens, sparse_attention
 from dalle_kernels.backends.plans import plan_tensors
 from dalle_kernels.backends.triton import decode_attention as decode_kernels
 from dalle_kernels.backends.triton import gumbel_softmax as gumbel_kernels

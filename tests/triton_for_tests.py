@@ -7,9 +7,9 @@ TRITON_INTERPRET=1 python -m pytest -q tests/test_triton_kernels.py
 import numpy as np
 import pytest
 import torch
-from conformance import Target
 
 import dalle_kernels as dk
+from conformance import Target
 from dalle_kernels.backends.triton import interpreted, launch, triton
 
 ON_GPU = torch.cuda.is_available() and not interpreted()

@@ -7,9 +7,9 @@ import os
 import random
 
 import torch
-from conformance import Target, cases
 
 from accuracy import mostly
+from conformance import Target, cases
 
 
 def items(setting):

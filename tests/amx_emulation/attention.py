@@ -5,9 +5,9 @@ log-sum-exps and gradients of fixed problems, by name.
 import sys
 
 import torch
-from conformance import Target
 
 import dalle_kernels as dk
+from conformance import Target
 from patterns_for_tests import every_pattern
 
 

@@ -6,12 +6,12 @@ import ctypes
 from dataclasses import dataclass
 from pathlib import Path
 
-import conformance.decode_attention
 import torch
-from conformance import Target
 
+import conformance.decode_attention
 import dalle_kernels as dk
 from accuracy import mostly
+from conformance import Target
 from cuda_emulation import emulated
 from cuda_emulation.backend import EMULATED
 from dalle_kernels.backends import BACKENDS
