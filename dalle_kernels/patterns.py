@@ -29,7 +29,8 @@ def _near(distance, size, radius):
     return (distance % size <= radius) | (-distance % size <= radius)
 
 
-# rule(q, k, H, W, **options) on image positions; called only where k <= q matters, so a rule need not be causal itself.
+# rule(q, k, H, W, **options) on image positions, of arithmetic, comparisons, & and | alone. Its result is used only where
+# 0 <= k < q: a rule need be neither causal nor let a token see itself.
 def _row(q, k, H, W):
     return q - k <= W
 
@@ -76,6 +77,7 @@ _RULES = {
 }
 
 
+LAYOUTS = ("raster", "columns", "patches")
 SHADES = " ░▒▓█"  # of a printed mask
 
 
@@ -104,7 +106,8 @@ class AttentionPattern:
         grid: image tokens as (H, W).
         options: the rule's own parameters, as sorted (name, value) pairs.
         layout: the order of image tokens that packs the pattern into few tiles: "raster", "columns" (column by column)
-            or "patches" (8 x 8, of 4 x 8, of 2 x 8, so that 64, 32 or 16 tokens in a row are neighbours).
+            or "patches" (of 8 x 8 tokens, each made of two of 4 x 8, each of two of 2 x 8, so that 64, 32 or 16 tokens
+            in a row are neighbours).
     """
 
     name: str
@@ -121,6 +124,10 @@ class AttentionPattern:
             raise ValueError(
                 f"text_len must be at least 0 and the grid at least 1x1; got text_len={self.text_len}, grid={self.grid}"
             )
+        if self._mask is None and self.name not in _RULES:
+            raise ValueError(f"there is no pattern {self.name!r}; the patterns with a rule are {', '.join(_RULES)}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout={self.layout!r} is not one of {', '.join(map(repr, LAYOUTS))}")
 
     # -- constructors
 
@@ -189,9 +196,12 @@ class AttentionPattern:
 
         Args:
             mask: bool [N, N], True where query (row) may see key (column); causal, every token seeing itself.
-            text_len: how many leading tokens are text; what they see is the mask's business too.
+            text_len: how many leading tokens are text, which `DecodeCache` stores once per prompt. Nothing is added for
+                them: the mask says what text sees, and who sees text.
             order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together;
                 raster order where omitted.
+
+        The grid is (1, N - text_len); no operation needs another one.
 
         torch.compile breaks its graph here, as the mask's content is looked at: with fullgraph=True make it outside.
         """
@@ -235,14 +245,15 @@ class AttentionPattern:
         return 1 - self.nnz / self.seq_len**2
 
     def __str__(self) -> str:
-        """A picture of the mask, at most 32 x 32 characters: the darker, the more of these pairs are allowed; with the
-        mask's density and how many tiles of 64 x 64 pairs, in the order of `order()`, it fills and touches.
+        """The mask in at most 32 x 32 characters: the darker, the more of these pairs are allowed; with its density and
+        how many tiles of 64 x 64 pairs, in the order of `order()`, it fills and touches. Fewer full and partial tiles
+        are faster; the kernels' own tiles are smaller.
         """
         n, side = self.seq_len, -(-self.seq_len // 32)
         blocks = _block_counts(self, side)
         sizes = np.diff(np.r_[np.arange(0, n, side), n])
         density = blocks / np.outer(sizes, sizes)
-        picture = ["".join(SHADES[int(np.ceil(x * (len(SHADES) - 1)))] for x in row) for row in density]
+        shades = ["".join(SHADES[int(np.ceil(x * (len(SHADES) - 1)))] for x in row) for row in density]
         tiles = _block_counts(self, 64, packed=True)
         sizes = np.diff(np.r_[np.arange(0, n, 64), n])
         full = int((tiles == np.outer(sizes, sizes)).sum())
@@ -251,7 +262,7 @@ class AttentionPattern:
         return "\n".join(
             [
                 f"{self.name}: {self.text_len} text + {height} x {width} image tokens",
-                *picture,
+                *shades,
                 f"{self.nnz:,} of {n**2:,} pairs ({100 * (1 - self.sparsity()):.1f} %); "
                 f"{tiles.size} tiles of 64 x 64: {full} full, {partial} partial, {tiles.size - full - partial} empty",
             ]
@@ -267,7 +278,7 @@ class AttentionPattern:
             return mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else mask.numpy()[q, k]
         text = self.text_len
         rule = _RULES[self.name](q - text, k - text, *self.grid, **dict(self.options))
-        return (k <= q) & ((k < text) | rule)
+        return (k == q) | ((k <= q) & ((k < text) | rule))
 
     def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
         """Rows [begin, end) of the mask, by default all: bool [end - begin, N], a byte for each pair."""

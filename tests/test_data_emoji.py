@@ -33,7 +33,7 @@ def test_about_3800_images_with_their_names(source):
     assert 3_500 < len(source) < 4_500
     captions = list(source.captions())
     assert len(set(captions)) > 0.99 * len(captions)
-    assert {*demo.CAPTIONS, demo.COMPLETION, *demo.HELD_OUT} <= set(captions)
+    assert {*demo.PROMPTS, demo.COMPLETION, *demo.HELD_OUT} <= set(captions)
     assert all(c == c.lower() and c.strip() and ":" not in c[:1] + c[-1:] and "_" not in c for c in captions)
     for text, caption in {
         "😀": "grinning face",

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
+from dalle_kernels import patterns
 from patterns_for_tests import NAMES, every_pattern
 
 P = dk.AttentionPattern
@@ -37,12 +38,30 @@ def scalar_mask(name, text_len, grid):
     return mask
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "mask"])
 @settings(deadline=None, max_examples=25)
 @given(text_len=st.integers(0, 9), height=st.integers(1, 7), width=st.integers(1, 7))
-def test_patterns_equal_their_scalar_definitions(text_len, height, width):
-    patterns = every_pattern(text_len, (height, width))
-    for name in SCALAR:
-        assert torch.equal(patterns[name].dense(), scalar_mask(name, text_len, (height, width))), name
+def test_patterns_equal_their_scalar_definitions(name, text_len, height, width):
+    pattern = every_pattern(text_len, (height, width))[name]
+    assert torch.equal(pattern.dense(), scalar_mask(name, text_len, (height, width)))
+
+
+def test_what_is_common_to_every_rule_is_added(monkeypatch):
+    """Causality, all text, and that a token sees itself."""
+    monkeypatch.setitem(patterns._RULES, "opposite", lambda q, k, H, W: (q + k) % 2 == 1)
+    mask = P._make("opposite", 2, (2, 3)).dense()
+    expected = (torch.arange(8)[:, None] + torch.arange(8)) % 2 == 1
+    expected[:, :2] = True
+    assert torch.equal(mask, (expected | torch.eye(8, dtype=torch.bool)).tril())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(("diagonals", 2, (2, 3)), "there is no pattern 'diagonals'"), (("row", 2, (2, 3), "rows"), "layout='rows' is not")],
+)
+def test_unknown_names_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        P._make(*arguments)
 
 
 @pytest.mark.parametrize(
