@@ -29,8 +29,8 @@ def _near(distance, size, radius):
     return (distance % size <= radius) | (-distance % size <= radius)
 
 
-# rule(q, k, H, W, **options) on image positions, of arithmetic, comparisons, & and | alone. Its result is used only where
-# 0 <= k < q: a rule need be neither causal nor let a token see itself.
+# rule(q, k, H, W, **options) on image positions, of arithmetic, comparisons, & and | alone. Its result is used only
+# where 0 <= k < q: a rule need be neither causal nor let a token see itself.
 def _row(q, k, H, W):
     return q - k <= W
 
