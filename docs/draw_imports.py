@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-from collections import Counter
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -119,10 +118,22 @@ def circles(pairs: set[tuple[str, str]]) -> list[list[str]]:
     return sorted(list(group) for group in groups if group)
 
 
+def unimplied(arrows: set[tuple]) -> set[tuple]:
+    """The arrows that do not follow from two or more others."""
+
+    def reaches(a, b):
+        return a == b or any(x == a and reaches(y, b) for x, y in down)
+
+    down = {(a, b) for a, b in arrows if b[0] > a[0]}  # without circles
+    implied = {(a, b) for a, b in down if any(x == a and y != b and reaches(y, b) for x, y in down)}
+    return arrows - implied
+
+
 def draw(pairs: set[tuple[str, str]], path: Path) -> None:
+    """An arrow that follows from others is left out; one that leads upward is red."""
     from matplotlib.figure import Figure
 
-    arrows = Counter((room_of(a), room_of(b)) for a, b in pairs if room_of(a) != room_of(b))
+    arrows = unimplied({(room_of(a), room_of(b)) for a, b in pairs if room_of(a) != room_of(b)})
     figure = Figure(figsize=(9, 1.25 * len(ROOMS)), layout="constrained")
     axes = figure.add_subplot()
     places = {}
@@ -133,14 +144,15 @@ def draw(pairs: set[tuple[str, str]], path: Path) -> None:
             text = f"{name}\n{job}"
             box = dict(boxstyle="round,pad=0.45", facecolor="#eef3f8", edgecolor="#3f78b5")
             axes.text(x, y, text, ha="center", va="center", fontsize=9, bbox=box, zorder=5)
-    for (a, b), count in sorted(arrows.items()):
+    for a, b in sorted(arrows):
         (x, y), (to_x, to_y) = places[a], places[b]
         down = to_y < y
         far = y - to_y > 1
         bend = 0.35 * (1 if x + to_x >= 0 else -1) if far or not down else 0
-        style = dict(arrowstyle="-|>", connectionstyle=f"arc3,rad={bend}", shrinkA=18, shrinkB=18)
-        style |= dict(color="#8a8a8a" if down else "#d62728", linewidth=0.6 + 0.25 * min(count, 12) ** 0.7)
-        axes.annotate("", (to_x, to_y), (x, y), arrowprops=style, zorder=1)
+        style = dict(arrowstyle="-|>", connectionstyle=f"arc3,rad={bend}", shrinkA=0, shrinkB=2)
+        style |= dict(color="#8a8a8a" if down else "#d62728")
+        edge = 0.17 if down else -0.17  # of a box, above and below its middle
+        axes.annotate("", (to_x, to_y + edge), (x, y - edge), arrowprops=style, zorder=1)
     axes.set_xlim(-1.5, 1.5), axes.set_ylim(-len(ROOMS) + 0.5, 0.5)
     axes.axis("off")
     figure.savefig(path, dpi=110)
