@@ -1,5 +1,5 @@
-"""What was built and which instruction sets there are, as libdalle_cpu.so says. Every function raises OSError if the
-library cannot be loaded.
+"""Build information and instruction sets, read from libdalle_cpu.so. Every function raises OSError if the library
+cannot be loaded.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ def _call(function: str) -> str:
 
 
 def build_info() -> dict:
-    """Version, compilers, and what kernels were compiled for: instruction sets; GPU architectures, or why there are
-    none.
-    """
+    """Version, compilers, compiled instruction sets, and compiled GPU architectures or why there are none."""
     info = json.loads(_call("dalle_kernels_build_info"))
     cuda = info["cuda"]
     if "architectures" in cuda:
@@ -37,7 +35,7 @@ def build_info() -> dict:
 
 
 def cpu_isas() -> dict[str, bool]:
-    """Compiled instruction sets, in rising order, and whether this processor has them."""
+    """{compiled instruction set: whether this processor supports it}, in ascending order."""
     return json.loads(_call("dalle_kernels_build_info"))["cpu_isas"]
 
 

@@ -1,4 +1,4 @@
-"""What torch.compile is told about this package."""
+"""torch.compile support: functions and values that are constants of a compiled graph."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 Function = TypeVar("Function", bound=Callable)
 Value = TypeVar("Value")
 
-_constants = types.SimpleNamespace()  # of compiled code, as long as the process lives
-_names = {}  # what made a constant: its name
+_constants = types.SimpleNamespace()  # constants of compiled code; kept for the life of the process
+_names = {}  # (make, args) of a constant: its name
 _numbers = itertools.count()
 
 
 def constant_result(function: Function) -> Function:
-    """Marks a function that torch.compile calls while it traces, and whose result it keeps as a constant of the graph.
+    """Marks a function that torch.compile calls while tracing, and whose result becomes a constant of the graph.
 
-    Does what `torch.compiler.assume_constant_result` does, without importing torch._dynamo, which takes over a second.
+    Same as `torch.compiler.assume_constant_result`, but does not import torch._dynamo, which takes over a second.
     """
     function._dynamo_marked_constant = True  # pyrefly: ignore[missing-attribute]
     return function
 
 
 def constant(make: Callable[..., Value], *args: Hashable) -> Value:
-    """make(*args), an immutable value. In compiled code it is made once, while torch.compile traces.
+    """make(*args), an immutable value. In compiled code it is created once, while torch.compile traces.
 
-    torch.compile can neither trace how a frozen dataclass is made nor guard one that a marked function returns; it can
-    guard one that it finds by name.
+    torch.compile can neither trace the constructor of a frozen dataclass nor guard one that a marked function returns.
+    It can guard one that it reads by name.
     """
     if torch.compiler.is_compiling():
         return getattr(_constants, _keep(make, *args))
@@ -39,7 +39,7 @@ def constant(make: Callable[..., Value], *args: Hashable) -> Value:
 
 @constant_result
 def _keep(make: Callable, *args: Hashable) -> str:
-    """The name of make(*args) in `_constants`; one for equal arguments."""
+    """The name of make(*args) in `_constants`, created once for equal arguments."""
     name = _names.setdefault((make, args), f"constant_{next(_numbers)}")
     if not hasattr(_constants, name):
         setattr(_constants, name, make(*args))

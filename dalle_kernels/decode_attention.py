@@ -1,4 +1,4 @@
-"""Attention of newly generated image tokens over cached keys and values."""
+"""Attention of new image tokens over cached keys and values."""
 
 from __future__ import annotations
 
@@ -19,24 +19,27 @@ def decode_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Attention of one new image token per sequence: what `sparse_attention` gives for this row of the layer's pattern.
+    """Attention of one new image token per sequence: one row of `sparse_attention` with the layer's pattern.
 
-    The new key and value are written into the cache first, and a token sees itself; repeating a call within a step
-    changes nothing. The bits of a sequence's result do not depend on how many prompts and candidates the cache holds.
+    The new key and value are first written to the cache, since a token attends to itself; repeating a call within a
+    step changes nothing. The result is batch-invariant: it does not depend on the number of prompts and candidates.
 
     Args:
-        q, k, v: [P * C, H, D] in the cache's dtype; any strides with a contiguous last dimension are taken as they are.
-        cache: the cache; its step says which token this is.
-        layer: which of the cache's layers.
-        scale: factor of the scores; D ** -0.5 where omitted.
-        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
+        q, k, v: [P * C, H, D] in the cache's dtype. Strides are arbitrary if the last dimension is contiguous; other
+            tensors are copied.
+        cache: the cache; its step is the position of the new token in the image.
+        layer: index of a layer of the cache.
+        scale: factor of the scores; None: D ** -0.5.
+        backend: "cuda", "triton", "cpu" or "reference"; None: the first of these that can run the problem.
 
     Returns:
         [P * C, H, D], contiguous, in the same dtype.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: shapes, dtypes or devices that are not the cache's, no such layer,
-            no prefix written yet, more steps than the image has tokens (found on a CPU only), or a gradient asked for.
+        ValueError: shapes or devices differ from the cache's, the layer does not exist or has no prefix yet, or the
+            image is complete (detected on a CPU only; elsewhere the result is NaN).
+        TypeError: the dtype differs from the cache's.
+        NotImplementedError: a gradient is required, or the backend cannot run the problem.
     """
     cache.check_step(layer, q, k, v)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
@@ -45,7 +48,7 @@ def decode_attention(
     run = backends.dispatch("decode_attention", q, backend)
     q, k, v = (rows_contiguous(x) for x in (q, k, v))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # kernels take maxima of products that are not scaled yet
+    if scale <= 0:  # kernels take the maximum before scaling, which needs a positive scale
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     cached = stored.prefix_k, stored.prefix_v, stored.image_k, stored.image_v
     return run(q, k, v, *cached, stored.schedule, cache.step, scale)

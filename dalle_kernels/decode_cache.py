@@ -1,4 +1,4 @@
-"""Cached keys and values of sequences that are generated one image token at a time."""
+"""The key-value cache of image generation, one token at a time."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .patterns import AttentionPattern
 
 @torch.library.custom_op("dalle_kernels::decode_advance", mutates_args=("step",))
 def _advance(step: torch.Tensor, limit: int) -> None:
-    """step += 1. On a CPU a full grid is an error; elsewhere nothing waits for the device to find out."""
+    """step += 1. On a CPU a complete image is an error; elsewhere checking would synchronise with the device."""
     if step.device.type == "cpu" and step >= limit:
         raise ValueError(_full(limit))
     step.add_(1)
@@ -32,7 +32,7 @@ def _full(limit):
 
 @dataclass(frozen=True)
 class CachedLayer:
-    """What the cache holds for a layer: P prompts, C candidates, H heads, T text tokens, S slots, head dim D."""
+    """The tensors of one layer: P prompts, C candidates, H heads, T text tokens, S slots, head dim D."""
 
     schedule: torch.Tensor
     """The packed decode schedule, int32; see `dalle_kernels.decode_schedule`."""
@@ -45,29 +45,29 @@ class CachedLayer:
     image_v: torch.Tensor
     """[P * C, H, S, D]"""
     start_tokens: torch.Tensor
-    """Of the given image tokens, those that keep their slot, int64."""
+    """The given image tokens that are still in the cache when decoding begins, int64."""
     start_slots: torch.Tensor
-    """And their slots, int64."""
+    """The slots of these tokens, int64."""
 
 
 class DecodeCache:
-    """Keys and values of `prompts * candidates` sequences that are generated together, in the order p * candidates + c.
+    """The keys and values of `prompts * candidates` sequences that are generated together.
 
-    A prompt's text is stored once for all its candidates; of the image a sequence keeps only what later tokens may
-    still look at. The step is a tensor on the device, so a step's work has stable addresses and no host state, and can
-    be captured and replayed as a graph.
+    The candidates of a prompt share its text keys. Of the image, a sequence keeps only the keys that later tokens still
+    attend to. The step is a tensor on the device: addresses are stable and there is no host state, so a step can be
+    captured as a CUDA graph.
 
     Args:
         patterns: one pattern per layer, all with the same text_len and image size.
         prompts, candidates: P and C; sequence p * C + c is candidate c of prompt p.
         heads, head_dim: H and D.
-        dtype: of the stored keys and values; float32, bfloat16, float16 or float64.
-        device: where the cache lives; the current default where omitted.
-        start: how many image tokens are given (an image to be completed); decoding begins after them.
+        dtype: dtype of the keys and values: float32, bfloat16, float16 or float64.
+        device: device of the cache; None: torch's default device.
+        start: number of given image tokens (of an image to complete); decoding begins after them.
 
     Raises:
-        ValueError, TypeError: sizes below 1, `start` outside the image, patterns that disagree, or a dtype that is not
-            floating point.
+        ValueError: a size is below 1, `start` is outside the image, or the patterns differ in text_len or seq_len.
+        TypeError: dtype is not floating point, or `patterns` holds something else.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class DecodeCache:
         self.prompts, self.candidates, self.dtype, self.start = prompts, candidates, dtype, start
         self._prefix_shape = torch.Size((prompts, heads, text + start, head_dim))
         self._shape = torch.Size((prompts * candidates, heads, head_dim))
-        with torch.inference_mode(False):  # ordinary tensors, which can be written to in and out of inference mode
+        with torch.inference_mode(False):  # ordinary tensors, writable in and outside inference mode
             self.step = torch.full((), start, dtype=torch.int64, device=device)
             self._layers = [self._layer(pattern) for pattern in patterns]
         self._prefilled = [False] * len(patterns)
@@ -112,7 +112,7 @@ class DecodeCache:
             return torch.empty(shape, dtype=self.dtype, device=self.device)
 
         prefix = prompts, heads, pattern.text_len, head_dim
-        image = heads, self._shape[0], schedule.slots, head_dim  # a head of all sequences lies together, as it is read
+        image = heads, self._shape[0], schedule.slots, head_dim  # head-major: kernels read one head of all sequences
         return CachedLayer(
             schedule_tensor(pattern, self.device),
             empty(*prefix),
@@ -125,20 +125,27 @@ class DecodeCache:
 
     @property
     def device(self) -> torch.device:
-        """Where the cache lives."""
+        """Device of the cache."""
         return self.step.device
 
     @property
     def capturable(self) -> bool:
-        """Whether a step can be captured as a CUDA graph: not on `reference`, which reads the step on the host."""
+        """Whether a step can be captured as a CUDA graph. `reference` cannot: it reads the step on the host."""
         backend = backends.select("decode_attention", self._layers[0].image_k)
         return self.device.type == "cuda" and backend.capturable
 
     @torch.no_grad()
     def prefill(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Stores what precedes the first decoded token: k and v [P, H, text_len + start, D], the text's keys and values
-        once per prompt, then those of the `start` given image tokens, which all candidates of a prompt share. No
-        gradient flows through the cache."""
+        """Stores the keys and values of the text and of the `start` given image tokens. No gradient flows through the
+        cache.
+
+        Args:
+            layer: index of a layer.
+            k, v: [P, H, text_len + start, D] in the cache's dtype, once per prompt; its candidates share them.
+
+        Raises:
+            ValueError, TypeError: no such layer, or a shape, device or dtype that differs from the cache's.
+        """
         storage = self.layer(layer)
         self._check_tensors(self._prefix_shape, "[prompts, heads, text_len + start, head_dim]", k=k, v=v)
         text = storage.prefix_k.shape[2]
@@ -150,29 +157,31 @@ class DecodeCache:
         self._prefilled[layer] = True
 
     def advance(self) -> None:
-        """Goes on to the next image token; call it when every layer has attended. On a CPU, more steps than the image
-        has tokens raise ValueError."""
+        """Moves on to the next image token; call it after `decode_attention` of every layer.
+
+        Raises:
+            ValueError: the image is complete (detected on a CPU only).
+        """
         _advance(self.step, self._steps)
 
     def reset(self) -> None:
-        """Goes back to the first step. The text stays; where `start` image tokens were given, `prefill` must be
-        called again."""
+        """Returns to the first step. The text stays in the cache; with `start` > 0, call `prefill` again."""
         self.step.fill_(self.start)
         if self.start:
             self._prefilled = [False] * len(self._layers)
 
     def layer(self, layer: int) -> CachedLayer:
-        """What the cache holds for a layer.
+        """The tensors of a layer.
 
         Raises:
-            ValueError: there is no such layer.
+            ValueError: no such layer.
         """
         if not 0 <= layer < len(self._layers):
             raise ValueError(f"layer must lie in [0, {len(self._layers) - 1}]; got {layer}")
         return self._layers[layer]
 
     def check_step(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Makes sure that `layer` can attend with the q, k and v [P * C, H, D] of a new token.
+        """Checks that `layer` is ready for the q, k and v [P * C, H, D] of a new token.
 
         Raises:
             ValueError, TypeError: as `decode_attention`.
@@ -181,7 +190,7 @@ class DecodeCache:
         self._check_tensors(self._shape, "[prompts * candidates, heads, head_dim]", q=q, k=k, v=v)
         if not self._prefilled[layer] and self._prefix_shape[2]:
             raise ValueError(f"layer {layer} has no prefix yet; call cache.prefill({layer}, k, v) first")
-        # Reading the step is free on a CPU only, and never possible while tracing; the kernel checks again.
+        # Only on a CPU is reading the step free, and it is impossible while tracing; the kernel checks again.
         if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.step) >= self._steps:
             raise ValueError(_full(self._steps))
 

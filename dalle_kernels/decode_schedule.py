@@ -1,9 +1,9 @@
 """Decode schedules: a pattern compiled for generating an image one token at a time.
 
 Step s computes image token s. Every image key has a slot in the cache: its rank in the pattern's decode order modulo R,
-the smallest R with which no key is overwritten while a later query still needs it. So row attention keeps 33 of 1024
-keys, and what a step reads lies in a few runs of neighbouring slots. A schedule is one int32 tensor (the format is the
-same for every backend):
+the smallest R such that no key is overwritten while a later query still needs it. Row attention thus keeps 33 of 1024
+keys, and each step reads a few runs of consecutive slots. A schedule is one int32 tensor, in the same format for every
+backend:
 
     header [16]    magic, version, text_len, steps, slots (R), number of runs, where steps and runs begin in the tensor,
                    total length; the rest is 0
@@ -25,11 +25,11 @@ import numpy as np
 from .patterns import AttentionPattern
 
 MAGIC, VERSION, HEADER_WORDS, STEP_WORDS = 0x4443444B, 1, 16, 5
-_BLOCK = 128  # queries looked at together
+_BLOCK = 128  # queries per block of the compiler
 
 
 class ScheduleHeader(IntEnum):
-    """Which word of the header says what; csrc/common/decode_schedule.h has the same list."""
+    """Words of the header; csrc/common/decode_schedule.h has the same list."""
 
     MAGIC = 0
     VERSION = 1
@@ -44,7 +44,7 @@ class ScheduleHeader(IntEnum):
 
 @dataclass(frozen=True)
 class DecodeSchedule:
-    """A compiled schedule: `packed` is what kernels read, the rest are views of it for people and tests."""
+    """A compiled schedule. Kernels read `packed`; `steps` and `runs` are views of it, for tests and inspection."""
 
     packed: np.ndarray
     steps: np.ndarray
@@ -68,14 +68,18 @@ class DecodeSchedule:
         return np.concatenate([np.arange(begin, begin + length) for begin, length in runs] or [np.arange(0)])
 
     def surviving(self, tokens: int) -> np.ndarray:
-        """Of the first `tokens` image tokens, those that no later one of them overwrites."""
+        """The image tokens among the first `tokens` whose slots none of the others overwrites."""
         slots = self.steps[:tokens, 0][::-1]
         return np.sort(tokens - 1 - np.unique(slots, return_index=True)[1])
 
 
 @functools.lru_cache(maxsize=256)
 def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
-    """Compiles the schedule of all image tokens of `pattern`; cached."""
+    """Compiles the schedule of all image tokens of `pattern`; cached.
+
+    Raises:
+        ValueError: the schedule is too large for int32.
+    """
     text = pattern.text_len
     order = pattern.decode_order().numpy()
     order = order[order >= text] - text
@@ -86,7 +90,7 @@ def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
     steps, runs, known = [], [], {}
 
     def add(places):
-        """Where the run list of ascending `places` stands: (first, count)."""
+        """Stores ascending `places` as runs, equal lists once; returns (first run, number of runs)."""
         edges = np.flatnonzero(np.diff(places, prepend=-2) != 1)
         pairs = np.stack([places[edges], np.diff(edges, append=len(places))], 1).astype(np.int32)
         first = known.setdefault(pairs.tobytes(), len(runs))
@@ -121,8 +125,12 @@ def _last_use(pattern):
 
 
 def _fewest_slots(order, last):
-    """The smallest R such that keys whose ranks are equal modulo R are never needed at the same time; `order` holds the
-    key of each rank."""
+    """The smallest R such that keys with equal ranks modulo R are never live at the same time.
+
+    Args:
+        order: the key of each rank.
+        last: the last step that reads each key.
+    """
     count = len(order)
     first, final = order, last[order]
     change = np.bincount(first, minlength=count + 1) - np.bincount(final + 1, minlength=count + 1)

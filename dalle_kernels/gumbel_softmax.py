@@ -1,4 +1,4 @@
-"""The Gumbel-softmax relaxation, with the KL to the uniform distribution in the same pass."""
+"""Gumbel-softmax, with the KL divergence from the uniform distribution in the same pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FLOAT32_TINY = torch.finfo(torch.float32).tiny
 
 
 def check_logits(logits: torch.Tensor) -> None:
-    """TypeError unless `logits` is a floating-point tensor."""
+    """Raises TypeError unless `logits` is a floating-point tensor."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits must be a tensor; got {type(logits).__name__}")
     if not logits.is_floating_point():
@@ -57,30 +57,32 @@ def gumbel_softmax(
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """softmax((logits + g) / tau) over `dim`, g standard Gumbel noise (Jang et al. 2017; Ramesh et al. 2021, 2.1).
 
-    A drop-in for torch.nn.functional.gumbel_softmax whose noise is a function of (seed, position in the logits' shape),
-    see `dalle_kernels.philox`: nothing random is stored, and equal seeds give equal draws on every backend, whatever
-    the strides.
+    A drop-in replacement for torch.nn.functional.gumbel_softmax. The noise is a function of the seed and the element's
+    index (see `dalle_kernels.philox`): it is never stored, and equal seeds give equal noise on every backend and for all
+    strides.
 
     Args:
         logits: unnormalised log-probabilities, any shape with at least one dimension; float32, bfloat16 or float16
-            (float64 on "reference"). -inf forbids a class: its y and its gradient are 0. Any strides; read
-            without a copy if C-contiguous or, on "cpu", if only the classes were moved last (channels_last with dim 1).
+            (float64 on "reference"). -inf excludes a class: its y and its gradient are 0. Any strides; C-contiguous
+            logits are read without a copy and, on "cpu", also those with the classes last in memory (channels_last with
+            dim 1).
         tau: temperature, > 0.
         hard: return the exact one-hot of the largest noisy logit, with the gradient of the soft y (straight-through).
-        eps: accepted for compatibility, without effect.
+        eps: ignored; accepted for compatibility.
         dim: the dimension of the classes.
-        seed: an int or an int64 tensor of shape [] on the logits' device; None draws one from torch's generator.
+        seed: an int or an int64 tensor of shape [] on the logits' device; None: a new seed from torch's generator.
         return_kl: also return KL(softmax(logits) || uniform) over `dim`, in nats.
-        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
+        backend: "cuda", "triton", "cpu" or "reference"; None: the first of these that can run the problem.
 
     Returns:
-        y in the logits' shape and dtype, with their strides if they were read without a copy; with `return_kl` the pair
-        (y, kl), kl float32 (float64 for float64 logits) in the logits' shape without `dim`. Both are differentiable. A
-        row that holds NaN or +inf, or only -inf, is NaN, as in torch.softmax.
+        y in the logits' shape and dtype, with their strides if they were read without a copy. With `return_kl` the pair
+        (y, kl): kl is float32 (float64 for float64 logits) in the logits' shape without `dim`. Both are differentiable.
+        A row with NaN or +inf, or with -inf only, is NaN, as in torch.softmax.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises
-            NotImplementedError (except on "reference").
+        ValueError: `dim`, `tau` or `seed` is invalid.
+        TypeError: the logits are not a floating-point tensor, or the seed is neither an int nor a tensor.
+        NotImplementedError: the backend cannot run the problem, or double backward (except on "reference").
     """
     check_logits(logits)
     if not -logits.ndim <= dim < logits.ndim:

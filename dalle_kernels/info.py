@@ -1,5 +1,4 @@
-"""What is installed, what was compiled, what this machine has, and which backend each operation would take and why not
-the others.
+"""Reports the installation, the build, the machine, and the backend of each operation with the reasons against others.
 
 python -m dalle_kernels.info [--json]
 """
@@ -16,7 +15,7 @@ import torch
 
 from . import __version__, backends, build_info
 
-# The problem each operation is asked about: DALL·E's own head dim, in float32 on the device at hand.
+# The problem for which each operation is reported: DALL·E's head dim, in float32.
 _SAMPLE = {
     "sparse_attention": (1, 1, 1, 64),
     "decode_attention": (1, 1, 64),
@@ -45,7 +44,7 @@ def _build():
 
 
 def _choice(operation, device):
-    """The backend `operation` would take on `device`, and the reasons of those it would not."""
+    """The backend that runs `operation` on `device`, and the reasons against those before it."""
     sample = torch.empty(_SAMPLE[operation], device=device)
     refused = {}
     for name, backend in backends.BACKENDS.items():
@@ -59,7 +58,7 @@ def _choice(operation, device):
 
 
 def collect() -> dict:
-    """Everything this page shows, as a dict of plain values."""
+    """The whole report as a dict of plain values."""
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     return {
         "dalle_kernels": __version__,

@@ -1,4 +1,4 @@
-"""Modules for people's own models."""
+"""nn.Module wrappers."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ from .sparse_attention import sparse_attention
 
 
 class SparseAttention(nn.Module):
-    """Multi-head self-attention over a static sparse pattern, with its query-key-value and output projections.
+    """Multi-head self-attention over a static sparse pattern, with query-key-value and output projections.
 
     Args:
         dim: width of the input and output.
         heads: number of heads; must divide `dim` into head dims of at most 128.
-        pattern: which token sees which.
+        pattern: which token attends to which.
         bias: whether the projections have biases.
 
-    Input x [B, N, dim], N <= pattern.seq_len -> [B, N, dim]. With a `DecodeCache` image tokens are generated one at a
-    time: `forward` on what is given stores its keys and values, and `step` takes the next token.
+    With a `DecodeCache`, image tokens are generated one at a time: `forward` stores the keys and values of the prefix,
+    and `step` processes the next token.
+
+    Raises:
+        ValueError: `heads` does not divide `dim` into head dims of at most 128.
     """
 
     def __init__(self, dim: int, heads: int, pattern: AttentionPattern, *, bias: bool = True) -> None:
@@ -33,15 +36,18 @@ class SparseAttention(nn.Module):
         self.out = nn.Linear(dim, dim, bias=bias)
 
     def forward(self, x: torch.Tensor, cache: DecodeCache | None = None, layer: int = 0) -> torch.Tensor:
-        """Attention among the tokens of x; a cache, if given, takes their keys and values as prefix of `layer`."""
+        """Self-attention: x [B, N, dim] with N <= pattern.seq_len -> [B, N, dim]. If a cache is given, the keys and
+        values of x become the prefix of its `layer` (B prompts, N = text_len + start).
+        """
         q, k, v = self._heads(x)
         if cache is not None:
             cache.prefill(layer, k, v)
         return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
 
     def step(self, x: torch.Tensor, cache: DecodeCache, layer: int = 0) -> torch.Tensor:
-        """Attention of one new image token of every sequence, [P * C, dim] -> [P * C, dim], against the cache's
-        `layer`; the cache stays at its step until `cache.advance()`."""
+        """Attention of one new image token per sequence over `layer` of the cache: x [P * C, dim] -> [P * C, dim]. The
+        cache stays at its step until `cache.advance()`.
+        """
         q, k, v = (t[:, :, 0] for t in self._heads(x[:, None]))
         return self.out(decode_attention(q, k, v, cache, layer).flatten(1))
 

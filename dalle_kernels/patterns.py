@@ -1,10 +1,10 @@
-"""Attention patterns: which query may see which key.
+"""Attention patterns: which query attends to which key.
 
-A sequence is `text_len` text tokens followed by an image of `grid = (H, W)` tokens in raster order. Common to every
-pattern: no token looks ahead, every token sees itself, text sees the text before it, and every image token sees all
-text. A pattern is what image tokens see of the image: one rule on two image positions, written in plain arithmetic so
-that the same lines serve NumPy arrays, tensors and FlexAttention. Patterns are frozen, hashable values; equal patterns
-share their compiled plans.
+A sequence is `text_len` text tokens followed by an image of `grid = (H, W)` tokens in raster order. In every pattern
+attention is causal, every token attends to itself, text attends to the text before it, and image tokens attend to all
+text. Patterns differ in the image keys of an image query: one rule on two image positions, in plain arithmetic that
+works on NumPy arrays, on tensors and in FlexAttention. Patterns are frozen and hashable; equal patterns share their
+compiled plans.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ import torch
 
 from .compile import constant
 
-Positions = TypeVar("Positions", np.ndarray, torch.Tensor)  # integers, or the bools of which pairs are allowed
+Positions = TypeVar("Positions", np.ndarray, torch.Tensor)  # integer positions, or bools that mark allowed pairs
 
 
 def _near(distance, size, radius):
-    """Whether `distance`, on a ring of `size`, is at most `radius`."""
+    """Whether the cyclic `distance` modulo `size` is at most `radius`."""
     return (distance % size <= radius) | (-distance % size <= radius)
 
 
-# rule(q, k, H, W, **options) on image positions, of arithmetic, comparisons, & and | alone. Its result is used only
-# where 0 <= k < q: a rule need be neither causal nor let a token see itself.
+# rule(q, k, H, W, **options) on image positions, using only arithmetic, comparisons, & and |. Its result matters only
+# for 0 <= k < q, so a rule need be neither causal nor allow a token to attend to itself.
 def _row(q, k, H, W):
     return q - k <= W
 
@@ -78,11 +78,11 @@ _RULES = {
 
 
 LAYOUTS = ("raster", "columns", "patches")
-SHADES = " ░▒▓█"  # of a printed mask
+SHADES = " ░▒▓█"  # characters of a printed mask, by density
 
 
 class _MaskRule:
-    """The rule of a pattern given as a matrix; compares by content."""
+    """The rule of a pattern given as a mask; compares by content."""
 
     def __init__(self, mask: torch.Tensor):
         self.mask = mask
@@ -102,12 +102,15 @@ class AttentionPattern:
 
     Attributes:
         name: the rule, as in the constructor.
-        text_len: number of text tokens T >= 0 in front of the image.
+        text_len: number of text tokens T >= 0 before the image.
         grid: image tokens as (H, W).
-        options: the rule's own parameters, as sorted (name, value) pairs.
+        options: the rule's parameters, as sorted (name, value) pairs.
         layout: the order of image tokens that packs the pattern into few tiles: "raster", "columns" (column by column)
-            or "patches" (of 8 x 8 tokens, each made of two of 4 x 8, each of two of 2 x 8, so that 64, 32 or 16 tokens
-            in a row are neighbours).
+            or "patches" (8 x 8 tokens, split into 4 x 8 and those into 2 x 8, so that 64, 32 or 16 consecutive tokens
+            are neighbours).
+
+    Raises:
+        ValueError: text_len is below 0 or the grid is empty.
     """
 
     name: str
@@ -116,7 +119,7 @@ class AttentionPattern:
     options: tuple[tuple[str, int], ...] = ()
     layout: str = "raster"
     _mask: _MaskRule | None = field(default=None, repr=False)
-    _order: bytes | None = field(default=None, repr=False)  # int64; bytes remember their hash, a tuple does not
+    _order: bytes | None = field(default=None, repr=False)  # int64; bytes cache their hash, tuples do not
 
     def __post_init__(self) -> None:
         height, width = self.grid
@@ -142,14 +145,14 @@ class AttentionPattern:
 
     @classmethod
     def row(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
-        """The previous W image tokens and itself, in raster order, wrapping over row ends (Ramesh et al. 2021, Fig.
+        """The token itself and the previous W image tokens in raster order, across row ends (Ramesh et al. 2021, Fig.
         11a).
         """
         return cls._make("row", text_len, grid)
 
     @classmethod
     def column(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
-        """The same column in the rows above, and itself (Ramesh et al. 2021, Fig. 11b)."""
+        """The token itself and those above it in its column (Ramesh et al. 2021, Fig. 11b)."""
         return cls._make("column", text_len, grid, "columns")
 
     @classmethod
@@ -158,8 +161,15 @@ class AttentionPattern:
     ) -> AttentionPattern:
         """A causal `kernel` x `kernel` neighbourhood.
 
-        `edge` says what happens at the image's edge: "wrap" is the paper's Fig. 11d, the same raster distances for
-        every query; "clip" cuts the window off (ruDALL-E v3); "torus" wraps rows and columns around (ruDALL-E v2).
+        Args:
+            text_len, grid: as in `AttentionPattern`.
+            kernel: odd window size.
+            edge: treatment of the image's edge. "wrap": the same raster distances for every query (Ramesh et al. 2021,
+                Fig. 11d); "clip": the window is clipped (ruDALL-E v3); "torus": rows and columns wrap around (ruDALL-E
+                v2).
+
+        Raises:
+            ValueError: the kernel is even or below 1, or the edge is unknown.
         """
         kernel = _whole("kernel", kernel)
         _check_odd("kernel", kernel)
@@ -169,12 +179,12 @@ class AttentionPattern:
 
     @classmethod
     def axial_row(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
-        """The query's own row only (DALLE-pytorch's axial_row)."""
+        """The token itself and those before it in its row (DALLE-pytorch's axial_row)."""
         return cls._make("axial_row", text_len, grid)
 
     @classmethod
     def corner_conv(cls, text_len: int, grid: tuple[int, int], kernel: int = 5, dilation: int = 1) -> AttentionPattern:
-        """A `kernel` x `kernel` window, `dilation` apart, whose lower right corner is the query (DALLE-pytorch's
+        """A `kernel` x `kernel` window with spacing `dilation` whose lower right corner is the query (DALLE-pytorch's
         conv_like).
         """
         kernel, dilation = _whole("kernel", kernel), _whole("dilation", dilation)
@@ -185,7 +195,7 @@ class AttentionPattern:
 
     @classmethod
     def causal(cls, text_len: int, grid: tuple[int, int]) -> AttentionPattern:
-        """Everything before the query: dense causal attention."""
+        """All previous tokens: dense causal attention."""
         return cls._make("causal", text_len, grid)
 
     @classmethod
@@ -195,15 +205,19 @@ class AttentionPattern:
         """Any static mask.
 
         Args:
-            mask: bool [N, N], True where query (row) may see key (column); causal, every token seeing itself.
-            text_len: how many leading tokens are text, which `DecodeCache` stores once per prompt. Nothing is added for
-                them: the mask says what text sees, and who sees text.
-            order: a permutation of the N tokens (sequence of int) that brings queries with similar keys together;
-                raster order where omitted.
+            mask: bool [N, N], True where the query (row) attends to the key (column); causal, with a True diagonal.
+            text_len: number of leading text tokens, which `DecodeCache` stores once per prompt. Nothing is added for
+                them: the mask defines the keys of text, and which queries attend to text.
+            order: a permutation of the N tokens (sequence of int) that places queries with similar keys next to each
+                other; None: raster order.
+
+        Raises:
+            ValueError: the mask is not such a matrix, text_len is out of range, or `order` is not a permutation.
 
         The grid is (1, N - text_len); no operation needs another one.
 
-        torch.compile breaks its graph here, as the mask's content is looked at: with fullgraph=True make it outside.
+        This call breaks a torch.compile graph, because it reads the mask; with fullgraph=True, create the pattern
+        outside.
         """
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.numel() == 0 or mask.dtype != torch.bool:
@@ -228,7 +242,7 @@ class AttentionPattern:
             order = np.array(order, np.int64).tobytes()
         return cls("mask", int(text_len), (1, n - text_len), _mask=_MaskRule(mask), _order=order)
 
-    # -- what a pattern says
+    # -- queries
 
     @property
     def seq_len(self) -> int:
@@ -241,13 +255,13 @@ class AttentionPattern:
         return int(_block_counts(self, self.seq_len).sum())
 
     def sparsity(self) -> float:
-        """The share of all N x N pairs that the pattern leaves out, in [0, 1)."""
+        """The fraction of all N x N pairs that the pattern excludes, in [0, 1)."""
         return 1 - self.nnz / self.seq_len**2
 
     def __str__(self) -> str:
-        """The mask in at most 32 x 32 characters: the darker, the more of these pairs are allowed; with its density and
-        how many tiles of 64 x 64 pairs, in the order of `order()`, it fills and touches. Fewer full and partial tiles
-        are faster; the kernels' own tiles are smaller.
+        """The mask as text of at most 32 x 32 characters, darker for denser blocks, with its density and the number of
+        full, partial and empty 64 x 64 tiles in the order of `order()`. Fewer full and partial tiles are faster; the
+        kernels' own tiles are smaller.
         """
         n, side = self.seq_len, -(-self.seq_len // 32)
         blocks = _block_counts(self, side)
@@ -269,19 +283,24 @@ class AttentionPattern:
         )
 
     def allowed(self, q: Positions, k: Positions) -> Positions:
-        """Whether query positions `q` may see key positions `k`: two broadcastable integer arrays or tensors of
-        absolute positions -> bool.
+        """Whether the queries at `q` attend to the keys at `k`.
+
+        Args:
+            q, k: absolute positions, two broadcastable integer arrays or tensors.
+
+        Returns:
+            bool, in the broadcast shape.
         """
         if self._mask is not None:
             mask = self._mask.mask
-            # pyrefly: ignore[bad-return]  # indexed as what is asked
+            # pyrefly: ignore[bad-return]  # the result has the type of q
             return mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else mask.numpy()[q, k]
         text = self.text_len
         rule = _RULES[self.name](q - text, k - text, *self.grid, **dict(self.options))
         return (k == q) | ((k <= q) & ((k < text) | rule))
 
     def dense(self, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """Rows [begin, end) of the mask, by default all: bool [end - begin, N], a byte for each pair."""
+        """Rows [begin, end) of the mask, by default all: bool [end - begin, N], one byte per pair."""
         end = self.seq_len if end is None else end
         return self.allowed(torch.arange(begin, end)[:, None], torch.arange(self.seq_len)[None, :])
 
@@ -291,14 +310,14 @@ class AttentionPattern:
         return lambda b, h, q_idx, kv_idx: self.allowed(q_idx, kv_idx)
 
     def order(self) -> torch.Tensor:
-        """The permutation of the N tokens that packs the pattern into few tiles: int64 [N]; text first, then the image
-        tokens as `layout` says.
+        """The permutation of the N tokens that packs the pattern into few tiles, int64 [N]: text, then the image tokens in
+        the order of `layout`.
         """
         return self._in_order(self.layout)
 
     def decode_order(self) -> torch.Tensor:
-        """The permutation in which the keys that a generated token still needs are neighbours: int64 [N]; as `order`,
-        but for patches, whose keys fall out of use row by row.
+        """The permutation in which the live keys of a decode step are contiguous, int64 [N]. Same as `order`, except that
+        patches become raster order, because their keys are released row by row.
         """
         return self._in_order("raster" if self.layout == "patches" else self.layout)
 
@@ -306,7 +325,7 @@ class AttentionPattern:
         if self._order is not None:
             return torch.frombuffer(bytearray(self._order), dtype=torch.int64)
         height, width = self.grid
-        image = np.arange(height * width)  # NumPy: plans are compiled on the host, whatever torch's default device is
+        image = np.arange(height * width)  # NumPy: plans are compiled on the host, regardless of torch's default device
         if layout == "columns":
             image = image.reshape(height, width).T.reshape(-1)
         if layout == "patches":
@@ -329,7 +348,7 @@ def _check_odd(name: str, value: int) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _block_counts(pattern: AttentionPattern, side: int, packed: bool = False) -> np.ndarray:
-    """Allowed pairs in each block of side x side, int64 [blocks, blocks]; `packed`: tokens in the pattern's order."""
+    """Number of allowed pairs per side x side block, int64 [blocks, blocks]. `packed`: tokens in the pattern's order."""
     n = pattern.seq_len
     tokens = (pattern.order().numpy() if packed else np.arange(n)).astype(np.int32)
     starts = np.arange(0, n, side)

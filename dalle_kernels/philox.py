@@ -1,4 +1,4 @@
-"""The noise of every sampled operation: a pure function of (seed, offset, index), the same on every backend.
+"""The noise of the random operations: a pure function of (seed, offset, index), the same on every backend.
 
 Bits: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"). With the 64-bit values taken
 as two's complement, and block = index // 4,
@@ -33,7 +33,7 @@ _LOW = 0xFFFFFFFF
 
 
 def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Ten rounds on 4 counter words and 2 key words; all words, the 4 returned too, are int64 in [0, 2^32)."""
+    """Ten rounds on 4 counter words and 2 key words -> 4 words. All words are int64 in [0, 2^32)."""
     for _ in range(10):
         a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57  # modulo 2^64
         counter = [(b >> 32 & _LOW) ^ counter[1] ^ key[0], b & _LOW, (a >> 32 & _LOW) ^ counter[3] ^ key[1], a & _LOW]
@@ -42,7 +42,7 @@ def philox4x32(counter: list[torch.Tensor], key: list[torch.Tensor]) -> list[tor
 
 
 def random_bits(seed: torch.Tensor, offset: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """The 32 random bits of every (seed, offset, index), int64 tensors that broadcast: int64 values in [0, 2^32)."""
+    """32 random bits per (seed, offset, index), broadcastable int64 tensors: int64 in [0, 2^32)."""
     block, word = index >> 2, index & 3
     a, b, c, d = philox4x32(
         [block & _LOW, block >> 32 & _LOW, offset & _LOW, offset >> 32 & _LOW], [seed & _LOW, seed >> 32 & _LOW]
@@ -51,12 +51,12 @@ def random_bits(seed: torch.Tensor, offset: torch.Tensor, index: torch.Tensor) -
 
 
 def uniform(bits: torch.Tensor) -> torch.Tensor:
-    """Random bits (int64 in [0, 2^32)) as float32 u in (0, 1)."""
+    """Random bits (int64 in [0, 2^32)) -> float32 u in (0, 1)."""
     return ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
 
 
 def gumbel(bits: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Random bits as standard Gumbel noise; u is float32 whatever `dtype`, in which the logarithms are taken."""
+    """Random bits -> standard Gumbel noise. u is always float32; `dtype` is that of the logarithms and the result."""
     return -torch.log(-torch.log1p(-uniform(bits).to(dtype)))
 
 
@@ -69,10 +69,11 @@ def gumbel_noise(shape: Sequence[int], seed: torch.Tensor, dtype: torch.dtype = 
 def as_seed(
     seed: int | torch.SymInt | torch.Tensor, name: str, shape: Sequence[int], device: torch.device
 ) -> torch.Tensor:
-    """`seed` (an int, or an int64 tensor of `shape`) as an int64 tensor of `shape` on `device`, without waiting for it.
+    """`seed` (an int, or an int64 tensor of `shape`) as an int64 tensor of `shape` on `device`. Does not synchronise.
 
     Raises:
-        ValueError, TypeError: another type, shape, device, or an int beyond 64 bits.
+        ValueError: a tensor of another dtype, shape or device, or an int that does not fit in 64 bits.
+        TypeError: any other type.
     """
     if isinstance(seed, torch.Tensor):
         if seed.dtype != torch.int64 or seed.shape != torch.Size(shape) or seed.device != device:
@@ -89,5 +90,5 @@ def as_seed(
 
 
 def fresh_seed(shape: Sequence[int], device: torch.device) -> torch.Tensor:
-    """Seeds drawn from torch's generator of `device`."""
+    """New seeds from torch's generator of `device`: int64 of `shape`."""
     return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, device=device)

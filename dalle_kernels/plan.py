@@ -1,14 +1,14 @@
-"""Plans: a pattern compiled for tiles of some shape. What follows knows no device; which tiles a backend cuts, and
-plans in its memory, are the backends' business.
+"""Plans: a pattern compiled for a tile shape. This module is device-independent; backends choose the tile shape and
+upload plans.
 
-A kernel works on tiles of `rows` queries and on groups of `columns` keys. The plan lists, for every tile, which groups
-it must read: runs of consecutive keys that every row of the tile sees, and gathered groups of the other keys any of
-its rows needs, with a bit mask where not all pairs are allowed. It is one int32 tensor (the format is the same for
-every backend), whose parts begin at multiples of four words:
+A kernel processes tiles of `rows` queries and groups of `columns` keys. For every tile the plan lists the groups to
+read: runs of consecutive keys that every row of the tile attends to, and gathered groups of the other keys that any of
+its rows needs, with a bit mask if not all pairs are allowed. A plan is one int32 tensor, in the same format for every
+backend. Its sections begin at multiples of four words:
 
     header [24]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, work items, partial
-                   results, split tiles, the most columns of any tile, where in the tensor each of the following
-                   begins, total length; the rest is 0
+                   results, split tiles, the most columns of any tile, the offset of each of the following sections,
+                   total length; the rest is 0
     tile rows      [tiles, rows]        token of each row, -1 where the tile is not full
     tile begin     [tiles + 1]          first entry of each tile
     entries        [entries, 4]         keys, groups, mask, live: `keys` >= 0 is the first token of `groups` consecutive
@@ -17,13 +17,13 @@ every backend), whose parts begin at multiples of four words:
                                         16 r to 16 r + 15 and columns 16 c to 16 c + 15 share an allowed pair
     gathered       [groups, columns]    tokens, -1 where the group is not full
     masks          [masks, rows / 32, columns]   one bit per row, lowest first; equal masks are stored once
-    work items     [items, 4]           tile, first entry, end, partial: what one block of a GPU or one thread of a CPU
-                                        does, the heaviest first; `partial` is -1 where it does the whole tile, else
-                                        the number of its partial result
-    split tiles    [split, 3]           tile, first partial, partials, which are added up in this order
+    work items     [items, 4]           tile, first entry, end, partial: the work of one GPU block or CPU thread, in
+                                        longest-processing-time-first order; `partial` is -1 if the item is the whole
+                                        tile, else the index of its partial result
+    split tiles    [split, 3]           tile, first partial, partials, which are merged in this order
 
-Seen from the key side (`side="key"`) rows are keys and columns are the queries that see them, which lets a backward
-pass own its dK and dV. Plans are compiled by streaming over tiles; no N x N matrix is ever made.
+With `side="key"` rows are keys and columns are the queries that attend to them, so that in a backward pass one work
+item owns its dK and dV. Plans are compiled by streaming over tiles; no N x N matrix is ever created.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Side = Literal["query", "key"]
 
 
 class PlanHeader(IntEnum):
-    """Which word of the header says what; csrc/common/plan.h has the same list."""
+    """Words of the header; csrc/common/plan.h has the same list."""
 
     MAGIC = 0
     VERSION = 1
@@ -68,20 +68,27 @@ class PlanHeader(IntEnum):
 
 @dataclass(frozen=True)
 class TileShape:
-    """How a plan cuts the pairs. Rows per tile (a multiple of 32), columns per group, the most groups of one entry
-    (None: any), and after how many groups a tile is split between work items (None: never), but after no fewer than
-    one of `shares` of all groups: this bounds the number of partial results."""
+    """The tile shape of a plan, and how it splits long tiles.
+
+    Attributes:
+        rows: rows per tile, a multiple of 32.
+        columns: columns per group.
+        longest_run: maximum groups per entry; None: unlimited.
+        split: number of groups after which a tile is split into several work items; None: never.
+        max_splits: the split size is at least total groups // max_splits, which bounds the number of partial results
+            and with it the scratch memory; None: no bound.
+    """
 
     rows: int = 32
     columns: int = 8
     longest_run: int | None = None
     split: int | None = None
-    shares: int | None = None
+    max_splits: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A compiled plan: `packed` is what kernels read, the rest are views of it for people and tests."""
+    """A compiled plan. Kernels read `packed`; the other attributes are views of it, for tests and inspection."""
 
     packed: np.ndarray
     rows: np.ndarray
@@ -94,12 +101,17 @@ class Plan:
 
     @property
     def pairs(self) -> int:
-        """Pairs of (row, column) a kernel computes; the pattern's nnz is the least possible."""
+        """Number of (row, column) pairs that a kernel computes; at least the pattern's nnz."""
         return int(self.entries[:, 1].sum()) * self.gathered.shape[1] * self.rows.shape[1]
 
 
 def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: Side = "query") -> Plan:
-    """Compiles `pattern`, cut to its first `n` tokens, for tiles of `shape`, seen from `side` ("query" or "key")."""
+    """Compiles the first `n` tokens of `pattern` for tiles of `shape`. The rows of tiles are queries or, with side="key",
+    keys.
+
+    Raises:
+        ValueError: the plan is too large for int32.
+    """
     order = pattern.order().numpy()
     order = order[order < n].astype(np.int32)
     tiles = -(-n // shape.rows)
@@ -113,7 +125,7 @@ def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape
 
 
 def _tile_block(pattern, n, tokens, side):
-    """The columns that a tile's tokens may need, and the bool block [tokens, columns] of which pairs are allowed."""
+    """The columns that a tile's tokens may need, and the allowed pairs, bool [tokens, columns]."""
     if side == "query":
         columns = np.arange(tokens.max() + 1, dtype=np.int32)
         return columns, pattern.allowed(tokens[:, None], columns[None, :])
@@ -132,7 +144,7 @@ class _Builder:
         full = block.all(0)
         in_run = self._add_runs(columns, full, len(block))
         rest = np.flatnonzero(block.any(0) & ~in_run)
-        rest = rest[np.argsort(self.rank[columns[rest]])]  # in the pattern's order what belongs together lies together
+        rest = rest[np.argsort(self.rank[columns[rest]])]  # the pattern's order puts related columns next to each other
         for start in range(0, len(rest), self.shape.columns):
             part = rest[start : start + self.shape.columns]
             self._add_gathered(columns[part], block[:, part])
@@ -141,7 +153,7 @@ class _Builder:
         self.begin.append(len(self.entries))
 
     def _add_runs(self, columns, full, rows):
-        """Stores stretches of consecutive full columns, in whole groups; returns which columns they cover."""
+        """Stores runs of consecutive full columns, in whole groups; returns a mask of the columns that they cover."""
         size, covered = self.shape.columns, np.zeros(len(full), bool)
         live = self._live(np.ones((rows, size), bool))
         edges = np.flatnonzero(np.diff(np.concatenate([[0], full.view(np.int8), [0]])))
@@ -167,30 +179,30 @@ class _Builder:
         self.gathered.append(group)
 
     def _live(self, block):
-        """The bits of the 16 x 16 parts of a group that hold an allowed pair; as int32."""
+        """One bit per 16 x 16 block of a group, set if the block has an allowed pair; int32."""
         across = -(-self.shape.columns // 16)
         rows, columns = np.nonzero(block)
         bits = np.bitwise_or.reduce(1 << (rows // 16 * across + columns // 16), initial=0)
         return int(np.uint32(bits).astype(np.int32))
 
     def _items(self):
-        """Work items, the heaviest first, and the tiles that are split between several."""
+        """(work items, longest processing time first; split tiles; number of partial results)."""
         items, split = [], []
         partials = 0
         groups = np.cumsum([0] + [entry[1] for entry in self.entries])  # before each entry
         size = self.shape.split or groups[-1]
-        if self.shape.shares:
-            size = max(size, groups[-1] // self.shape.shares)
+        if self.shape.max_splits:
+            size = max(size, groups[-1] // self.shape.max_splits)
         for tile, (begin, end) in enumerate(zip(self.begin, self.begin[1:])):
-            piece = (groups[begin:end] - groups[begin]) // size  # of each entry
-            first = [begin + int(i) for i in np.flatnonzero(np.diff(piece, prepend=-1))]
-            pieces = list(zip(first, [*first[1:], end]))
-            if len(pieces) == 1:
+            chunk = (groups[begin:end] - groups[begin]) // size  # of each entry
+            first = [begin + int(i) for i in np.flatnonzero(np.diff(chunk, prepend=-1))]
+            chunks = list(zip(first, [*first[1:], end]))
+            if len(chunks) == 1:
                 items.append((tile, begin, end, -1))
                 continue
-            items += [(tile, *piece, partials + i) for i, piece in enumerate(pieces)]
-            split.append((tile, partials, len(pieces)))
-            partials += len(pieces)
+            items += [(tile, *chunk, partials + i) for i, chunk in enumerate(chunks)]
+            split.append((tile, partials, len(chunks)))
+            partials += len(chunks)
         items.sort(key=lambda item: groups[item[1]] - groups[item[2]])
         return items, split, partials
 

@@ -16,17 +16,18 @@ def prepare(
     head_dim: int,
     n: int | None = None,
 ) -> None:
-    """Compiles and uploads the plans that `sparse_attention` reads for a pattern, which its first call would do. (On
-    "triton" that call still compiles the kernels.)
+    """Compiles and uploads the plans of a pattern, so that the first call of `sparse_attention` does not. On "triton"
+    that call still compiles the kernels.
 
     Args:
         pattern: the pattern.
-        device, dtype, head_dim: of q, k and v. The backend that will run them is asked, `use_backend` included.
-        n: sequence length; the pattern's whole length where omitted.
+        device, dtype, head_dim: those of q, k and v. They select the backend; `use_backend` is respected.
+        n: sequence length; None: the pattern's length.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `sparse_attention` of such tensors; ValueError also for a device
-            that PyTorch cannot use.
+        ValueError: `n` or `head_dim` is out of range, or PyTorch cannot use the device.
+        TypeError: `pattern` is not an AttentionPattern, or `dtype` is not floating point.
+        NotImplementedError: the forced backend cannot run such tensors.
     """
     if not isinstance(pattern, AttentionPattern):
         raise TypeError(f"pattern must be an AttentionPattern; got {type(pattern).__name__}")
@@ -38,7 +39,7 @@ def prepare(
     if head_dim < 1:
         raise ValueError(f"head_dim must be at least 1; got {head_dim}")
     try:
-        like = torch.empty(0, head_dim, dtype=dtype, device=device)  # its device has a number, as those of all tensors
+        like = torch.empty(0, head_dim, dtype=dtype, device=device)  # its device has an index ("cuda" -> "cuda:0")
     except (AssertionError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"device must be one that this PyTorch can use; got {str(device)!r}: {reason}") from error

@@ -20,29 +20,31 @@ def sample_tokens(
     offset: int | torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """One token per row, drawn from softmax(logits / temperature): the argmax of logits / temperature + Gumbel noise.
+    """Samples one token per row from softmax(logits / temperature), as the argmax of logits / temperature + Gumbel noise.
 
-    The noise of a row is a function of (seed, offset, token) only, see `dalle_kernels.philox`, so its draw does not
-    depend on the other rows of the batch.
+    The noise of a row is a function of (seed, offset, token) only (see `dalle_kernels.philox`), so a row's sample does
+    not depend on the other rows of the batch.
 
     Args:
-        logits: [R, V]; float32, bfloat16 or float16 (float64 on "reference"). -inf forbids a token.
-        temperature: > 0; top_k=1 is the greedy choice.
-        top_k: keep the k most likely tokens, and those as likely as the k-th; None keeps all.
-        top_p: of those, keep the fewest most likely tokens whose probability reaches top_p (at least one), and those as
-            likely as the last of them; in (0, 1], None keeps all.
-        seed: an int for all rows, or an int64 tensor [R] on the logits' device; None draws one per row from torch's
+        logits: [R, V]; float32, bfloat16 or float16 (float64 on "reference"). -inf excludes a token.
+        temperature: > 0; use top_k=1 for greedy decoding.
+        top_k: keep the k most likely tokens and ties with the k-th; None keeps all.
+        top_p: of these, keep the smallest set of most likely tokens whose probability reaches top_p (at least one), and
+            ties with the last of them; in (0, 1], None keeps all.
+        seed: an int for all rows, or an int64 tensor [R] on the logits' device; None: a new seed per row from torch's
             generator.
-        offset: an int for all rows (say, the step), or an int64 tensor [R]. Where omitted: 0, or the row's number if
-            one int seed serves all rows, so that no two rows share their noise.
-        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
+        offset: an int for all rows (e.g. the step), or an int64 tensor [R]. None: 0, or the row index if one int seed
+            is given, so that no two rows share their noise.
+        backend: "cuda", "triton", "cpu" or "reference"; None: the first of these that can run the problem.
 
     Returns:
-        Tokens, int64 [R]; not differentiable. A row that holds NaN or +inf gives the first token that is so (NaN
-        first); a row of -inf gives 0.
+        Tokens, int64 [R]; not differentiable. A row with NaN gives its first NaN, else a row with +inf its first +inf;
+        a row of only -inf gives 0.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: before anything runs.
+        ValueError: `logits` is not [R, V], or another argument is out of range or has the wrong shape.
+        TypeError: the logits are not a floating-point tensor, or a seed or offset is neither an int nor a tensor.
+        NotImplementedError: the backend cannot run the problem.
     """
     check_logits(logits)
     if logits.ndim != 2 or logits.shape[1] == 0:

@@ -48,20 +48,21 @@ def sparse_attention(
 
     Args:
         q, k, v: [B, H, N, D] with N <= pattern.seq_len; float32, bfloat16 or float16 (float64 on "reference"), one
-            dtype and device. Any strides with a contiguous last dimension are taken as they are. D from 1 to 128; 32,
-            64 and 128 run without padding.
-        pattern: which query sees which key; its first N tokens are used.
-        scale: factor of the scores; D ** -0.5 where omitted.
+            dtype and device. Strides are arbitrary if the last dimension is contiguous; other tensors are copied. D from
+            1 to 128; 32, 64 and 128 run without padding.
+        pattern: which query attends to which key; its first N tokens are used.
+        scale: factor of the scores; None: D ** -0.5.
         return_lse: also return the log-sum-exp of each query's scores.
-        backend: "cuda", "triton", "cpu" or "reference"; the best one that can where omitted.
+        backend: "cuda", "triton", "cpu" or "reference"; None: the first of these that can run the problem.
 
     Returns:
-        out [B, H, N, D] in q's dtype and memory order; with `return_lse` the pair (out, lse), lse [B, H, N] float32,
+        out [B, H, N, D] in q's dtype and memory order. With `return_lse` the pair (out, lse): lse [B, H, N] is float32,
         natural logarithm, not differentiable.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: before anything runs. Differentiating twice raises
-            NotImplementedError (except on "reference").
+        ValueError: shapes or devices differ, or N exceeds the pattern.
+        TypeError: an argument has the wrong type or dtype.
+        NotImplementedError: the backend cannot run the problem, or double backward (except on "reference").
     """
     _check(q, k, v, pattern)
     if scale is None:

@@ -1,9 +1,9 @@
-"""Measures on the GPU at hand how kernels are best cut and launched, and prints lines for launch.TABLE:
+"""Tunes the Triton kernels on this machine's GPU, and prints lines for launch.TABLE:
 
 python -m dalle_kernels.tune OPERATION [--dtypes bfloat16] [--head-dims 64]
 
-An operation is timed as a whole, at the paper's sizes. Kernels that read the same plan share rows and columns; warps
-and stages are each kernel's own. Most of the time goes into compiling what is tried: minutes for a dtype and head dim.
+Operations are timed as a whole, at the paper's sizes. Kernels that read the same plan share rows and columns; warps and
+stages are tuned per kernel. Most of the time is compilation: minutes per dtype and head dim.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from .sparse_attention import sparse_attention
 
 DEVICE = torch.device("cuda")
 
-# -- what is run: functions that make a function, for a dtype and head dim
+# -- problems: (dtype, head dim) -> the function to time
 
 
 def attention(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
@@ -44,7 +44,7 @@ def attention(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
 
 def relaxation(*shape: int) -> Callable[..., Callable[[], object]]:
     def prepare(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
-        """The relaxation over dim 1, and its gradient."""
+        """gumbel_softmax over dim 1, and its gradient."""
         logits, grad = torch.randn(2, *shape, dtype=dtype, device=DEVICE).unbind(0)
         logits.requires_grad_()
         return lambda: torch.autograd.grad(gumbel_softmax(logits, dim=1, seed=0), logits, grad)
@@ -67,11 +67,11 @@ def decoding(dtype: torch.dtype, head_dim: int) -> Callable[[], object]:
     return lambda: decode_attention(*new, cache, 0)
 
 
-# -- what is tried
+# -- search spaces
 
 
 class Group(NamedTuple):
-    """Kernels that share rows and columns, and the values that are tried."""
+    """Kernels that share rows and columns, and the candidate values."""
 
     kernels: tuple[str, ...]
     rows: tuple[int, ...]
@@ -94,7 +94,7 @@ class Operation(NamedTuple):
     groups: tuple[Group, ...]
 
 
-SIZES, NONE = (32, 64, 128), (0,)  # of head dims
+SIZES, NONE = (32, 64, 128), (0,)  # head dims; 0 for operations without one
 ATTENTION = SIZES, SIZES, (4, 8), (1, 2, 3)
 OPERATIONS = {
     "sparse_attention": Operation(
@@ -125,19 +125,21 @@ OPERATIONS = {
 }
 
 
-# -- trying it
+# -- search
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """In a CUDA graph, as most operations are shorter than Python takes to start them."""
+    """Median time in ms, infinite if the kernel exceeds the GPU's resources. In a CUDA graph, because most operations
+    take less time than Python needs to launch them.
+    """
     try:
         return do_bench_cudagraph(run, return_mode="median")
-    except OutOfResources:  # of shared memory, or threads
+    except OutOfResources:  # shared memory, registers or threads
         return math.inf
 
 
 def tune(group: Group, run: Callable[[], object]) -> dict[str, Launch]:
-    """{kernel: the best Launch} of a group."""
+    """{kernel: the best Launch} for the kernels of a group."""
     results = []
     for shape in group.shapes:
         chosen = {kernel: Launch(*shape, *next(group.schedules)) for kernel in group.kernels}
@@ -152,7 +154,7 @@ def tune(group: Group, run: Callable[[], object]) -> dict[str, Launch]:
         print(f"{shape}: {times[best]:.3f} ms", file=sys.stderr)
     time, chosen = min(results, key=lambda result: result[0])
     if math.isinf(time):
-        raise RuntimeError(f"nothing that is tried for {' and '.join(group.kernels)} runs on this GPU")
+        raise RuntimeError(f"no candidate for {' and '.join(group.kernels)} runs on this GPU")
     launch.OVERRIDES.update(chosen)
     return chosen
 
@@ -161,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("operation", choices=OPERATIONS)
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=("bfloat16", "float32"))
-    parser.add_argument("--head-dims", nargs="+", type=int, choices=SIZES, default=SIZES, help="where there are any")
+    parser.add_argument("--head-dims", nargs="+", type=int, choices=SIZES, default=SIZES, help="attention only")
     args = parser.parse_args(arguments)
     operation, architecture = OPERATIONS[args.operation], launch.architecture(DEVICE)
     lines = {kernel: [] for group in operation.groups for kernel in group.kernels}

@@ -1,3 +1,3 @@
-"""The version of both packages; the build reads it from here."""
+"""The version of both packages. The build reads it from this file."""
 
 __version__ = "0.1.0"

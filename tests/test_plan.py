@@ -77,14 +77,14 @@ def test_decoded_plan_is_the_pattern(text_len, height, width, name, rows, column
 
 
 @pytest.mark.parametrize(
-    ("longest_run", "split", "shares"),
+    ("longest_run", "split", "max_splits"),
     [(1, None, None), (1, 1, None), (1, 2, None), (1, 5, None), (3, 5, None), (1, 2, 9)],
 )
-def test_work_items_cover_every_entry_once(longest_run, split, shares):
+def test_work_items_cover_every_entry_once(longest_run, split, max_splits):
     """Every entry belongs to one item; partial results of a tile are numbered in the order of its entries."""
-    plan = compile_plan(P.row(100, (9, 11)), 199, TileShape(64, 16, longest_run, split, shares), "key")
+    plan = compile_plan(P.row(100, (9, 11)), 199, TileShape(64, 16, longest_run, split, max_splits), "key")
     groups = plan.entries[:, 1]
-    most = max(split or groups.sum(), groups.sum() // (shares or groups.sum()))
+    most = max(split or groups.sum(), groups.sum() // (max_splits or groups.sum()))
     done = np.zeros(len(plan.entries), int)
     sizes = []
     partials = {}
@@ -122,7 +122,7 @@ def test_one_head_fills_many_threads():
         plan = compile_plan(pattern, pattern.seq_len, TILES["cpu"].query)
         whole = compile_plan(pattern, pattern.seq_len, replace(TILES["cpu"].query, split=None))
         assert busy(plan, threads) > 0.75 and busy(whole, threads) < 0.55
-        assert len(plan.items) < len(plan.rows) + 2 * TILES["cpu"].query.shares
+        assert len(plan.items) < len(plan.rows) + 2 * TILES["cpu"].query.max_splits
 
 
 @pytest.mark.parametrize("grid", [16, 32, 64])

@@ -1,7 +1,7 @@
-"""The choice of a backend.
+"""Backend selection.
 
-The first in the order of BACKENDS that has no reasons against a problem is taken; `backend="name"`, `use_backend` and
-DALLE_KERNELS_BACKEND force one, and its reasons then become the error.
+The first entry of BACKENDS that can run a problem is selected. `backend="name"`, `use_backend` and
+DALLE_KERNELS_BACKEND force one; if it cannot run the problem, its reasons become the error.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cuda, trit
 
 
 class _Forced(threading.local):
-    """The backend that a thread forces. (Not a ContextVar, which torch.compile can neither trace nor guard.)"""
+    """The backend that a thread forces. Not a ContextVar, which torch.compile can neither trace nor guard."""
 
-    def __init__(self) -> None:  # in every thread
+    def __init__(self) -> None:  # runs once per thread
         self.name = os.environ.get("DALLE_KERNELS_BACKEND") or None
 
 
@@ -39,17 +39,17 @@ def forced() -> str | None:
 
 
 def check_name(name: str) -> None:
-    """ValueError if there is no backend of this name."""
+    """Raises ValueError if no backend has this name."""
     if name not in BACKENDS:
         raise ValueError(f"backend={name!r} is not one of {', '.join(map(repr, BACKENDS))}")
 
 
 def select(operation: str, tensor: torch.Tensor, backend: str | None = None) -> Backend:
-    """The backend for `operation` on tensors of `tensor`'s device, dtype and last dimension.
+    """The backend that runs `operation` on tensors with the device, dtype and last dimension of `tensor`.
 
     Raises:
-        ValueError: no backend has the name that is asked for.
-        NotImplementedError: it cannot run the problem.
+        ValueError: no backend has the requested name.
+        NotImplementedError: the requested backend cannot run the problem.
     """
     name = backend or _forced.name
     if name is None:
@@ -68,9 +68,9 @@ def dispatch(operation: str, tensor: torch.Tensor, backend: str | None = None) -
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Generator[None, None, None]:
-    """Within the `with` block, every operation that this thread calls runs on backend `name` (None: the usual choice).
+    """Forces the backend `name` for every operation that this thread calls in the `with` block (None: automatic choice).
 
-    Other threads are not affected, those that the block starts included.
+    Other threads are not affected, including threads started in the block.
 
     Raises:
         ValueError: no backend has this name.

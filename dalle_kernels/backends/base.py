@@ -1,4 +1,4 @@
-"""What a backend is: one implementation of every operation, in a package with a module per operation."""
+"""The base class of backends. A backend implements every operation, in a package with one module per operation."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ OPERATIONS = ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_att
 class Backend:
     """One implementation of every operation.
 
-    The package of a subclass has a module for each of OPERATIONS, with a function of that name, which takes checked
-    arguments in the order of csrc/ops/schemas.cpp (`sparse_attention` takes a pattern in place of plans).
+    The package of a subclass has one module per name in OPERATIONS, with a function of that name. The function takes
+    checked arguments in the order of csrc/ops/schemas.cpp (`sparse_attention` takes a pattern instead of plans).
 
     Attributes:
         name: as in `backend="name"`.
-        devices: device types of the tensors that it takes; None: any.
-        dtypes: of the tensors that it takes; None: any floating-point dtype.
-        max_head_dim: of the attention operations; None: any.
-        capturable: whether CUDA graphs can record its operations, because none waits for the device.
-        operations: the functions by name; empty while there is a `problem`.
+        devices: supported device types; None: any.
+        dtypes: supported dtypes; None: any floating-point dtype.
+        max_head_dim: largest head dim of the attention operations; None: any.
+        capturable: whether CUDA graphs can capture its operations, i.e. none synchronises with the device.
+        operations: the functions by name; empty if there is a `problem`.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Backend:
         return None
 
     def tiles(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles | None:
-        """How plans are cut for a problem; None where the backend reads no plans."""
+        """The tile shapes of the plans for a problem; None if the backend reads no plans."""
         return None
 
     def reasons(self, operation: str, tensor: torch.Tensor) -> tuple[str, ...]:
-        """Why `operation` cannot run on tensors of `tensor`'s device, dtype and last dimension; empty when it can."""
+        """Why `operation` cannot run on tensors with the device, dtype and last dimension of `tensor`; empty if it can."""
         kind, head_dim = tensor.device.type, tensor.shape[-1]
         if self.devices is not None and kind not in self.devices:
             return (f"it takes {' and '.join(self.devices)} tensors, not {kind}",)
@@ -63,7 +63,7 @@ class Backend:
         return (problem,) if problem else ()
 
     def prepare(self, pattern: AttentionPattern, n: int, tensor: torch.Tensor) -> None:
-        """Compiles and uploads what `sparse_attention` needs for the pattern's first n tokens and tensors like this."""
+        """Compiles and uploads the plans of the pattern's first n tokens that `sparse_attention` reads for such tensors."""
         tiles = self.tiles(tensor.device, tensor.shape[-1], tensor.dtype)
         if tiles is not None:
             plan_tensors(pattern, n, tensor.device, tiles)
@@ -75,5 +75,5 @@ class Backend:
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a contiguous last dimension, which the kernels rely on; a copy only if need be."""
+    """`x` with a contiguous last dimension, which the kernels require; copies only if necessary."""
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

@@ -1,4 +1,4 @@
-"""Plans and decode schedules on devices: compiled once, uploaded once, cached."""
+"""Cached plans and decode schedules on devices: each is compiled and uploaded once."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ..plan import PlanHeader, Side, TileShape, compile_plan
 
 
 class PlanSizes(NamedTuple):
-    """What a host must know of a plan to launch kernels, words of its header; operations take the sizes of both plans
-    as one list.
+    """The words of a plan's header that the host needs to launch kernels. Operations take the sizes of both plans as one
+    list.
     """
 
     length: int
@@ -27,25 +27,25 @@ class PlanSizes(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """How a backend cuts the plan that it reads tile by tile of queries and, in the backward pass, of keys."""
+    """The tile shapes of a backend's plans: tiles of queries and, for the backward pass, tiles of keys."""
 
     query: TileShape
     key: TileShape | None = None
-    """None: the backward pass reads the queries' plan."""
+    """None: the backward pass reads the query plan."""
 
 
 @functools.lru_cache(maxsize=256)
 def plan_tensor(
     pattern: AttentionPattern, n: int, device: torch.device, shape: TileShape, side: Side = "query"
 ) -> tuple[torch.Tensor, PlanSizes]:
-    """The packed plan of the pattern's first n tokens as an int32 tensor on `device`, and its sizes.
+    """The packed plan of the pattern's first n tokens (int32 on `device`) and its sizes.
 
     Raises:
         ValueError: n is not in [1, pattern.seq_len], or the plan is too large for int32.
     """
     if not 1 <= n <= pattern.seq_len:
         raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
-    # An ordinary tensor, whatever the first use happens in: inference, which autograd could not save, or a trace.
+    # An ordinary tensor even if the first use is in inference mode (autograd cannot save such tensors) or in a trace.
     with torch.inference_mode(False), _disable_current_modes():
         packed = compile_plan(pattern, n, shape, side).packed
         sizes = PlanSizes(*(int(packed[PlanHeader[name.upper()]]) for name in PlanSizes._fields))
@@ -56,7 +56,7 @@ def plan_tensor(
 def plan_tensors(
     pattern: AttentionPattern, n: int, device: torch.device, tiles: Tiles
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """The plan and the backward plan on `device`, and the PlanSizes of both, one after the other."""
+    """The plan and the backward plan on `device`, and their PlanSizes, concatenated."""
     plan, sizes = plan_tensor(pattern, n, device, tiles.query, "query")
     if tiles.key is None:
         return plan, plan, sizes + sizes
@@ -66,5 +66,5 @@ def plan_tensors(
 
 @functools.lru_cache(maxsize=256)
 def schedule_tensor(pattern: AttentionPattern, device: torch.device) -> torch.Tensor:
-    """The packed decode schedule of the pattern as an int32 tensor on `device`."""
+    """The packed decode schedule of the pattern, int32 on `device`."""
     return torch.from_numpy(compile_schedule(pattern).packed).to(device)

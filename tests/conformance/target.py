@@ -72,7 +72,7 @@ class Target:
 
 
 def _split(shape, groups):
-    return replace(shape, longest_run=1, split=groups, shares=None)
+    return replace(shape, longest_run=1, split=groups, max_splits=None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""gumbel_softmax as every registered backend has it: fake kernels and the gradient."""
+"""The fake kernels and the gradient of gumbel_softmax, shared by the registered backends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch._ops import OpOverload
 
 
 def fake(logits, seed, tau, hard, dim, return_kl):
-    """(y, kl, stats), contiguous; kl and stats have elements with return_kl only."""
+    """(y, kl, stats), contiguous; kl and stats are empty without return_kl."""
     rows = [*logits.shape[:dim], *logits.shape[dim + 1 :]]
     kl, stats = (rows, [2, *rows]) if return_kl else ([0], [0])
     y = logits.new_empty(logits.shape)
@@ -24,8 +24,8 @@ def _setup_context(ctx, inputs, output):
     logits, seed, tau, ctx.hard, ctx.dim, ctx.return_kl = inputs
     y, kl, stats = output
     ctx.mark_non_differentiable(stats)
-    # Only what the gradient needs is kept alive: y for the soft relaxation; the logits for the hard one, which draws
-    # its noise again, and for the KL.
+    # Saves only what the gradient needs: y for the soft relaxation; the logits for the hard one, which regenerates its
+    # noise, and for the KL.
     ctx.save_for_backward(
         None if ctx.hard else y,
         logits if ctx.hard or ctx.return_kl else None,
@@ -43,7 +43,9 @@ def _no_double_backward(ctx, grad):
 
 
 def register_autograd(op: OpOverload, backward_op: OpOverload) -> Callable:
-    """Gives `op` its gradient, `backward_op`; returns the backend's function, (y, kl or None) of checked arguments."""
+    """Registers `backward_op` as the gradient of `op`. Returns the backend's function: checked arguments -> (y, kl or
+    None).
+    """
 
     def backward(ctx, grad_y, grad_kl, grad_stats):
         grad_kl = grad_kl if ctx.return_kl else None
@@ -54,7 +56,7 @@ def register_autograd(op: OpOverload, backward_op: OpOverload) -> Callable:
     torch.library.register_autograd(backward_op.name(), _no_double_backward)
 
     def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
-        # A tensor that torch.compile can compute from a changing tau, where a float would compile anew for each.
+        # A tensor, so that torch.compile does not recompile when tau changes; a float would be a constant of the graph.
         tau = torch.ones((), dtype=torch.float32, device=logits.device) * tau
         y, kl, _ = op(logits, seed, tau, hard, dim, return_kl)
         return y, kl if return_kl else None

@@ -1,4 +1,4 @@
-"""sparse_attention as every registered backend has it: plans, fake kernels, the gradient."""
+"""The plans, fake kernels and gradient of sparse_attention, shared by the registered backends."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _no_double_backward(ctx, *grads):
 def register_autograd(
     op: OpOverload, backward_op: OpOverload, tiles: Callable[[torch.device, int, torch.dtype], Tiles]
 ) -> Callable:
-    """Gives `op` its gradient, `backward_op`; returns the backend's function of checked arguments.
+    """Registers `backward_op` as the gradient of `op`. Returns the backend's function, which takes checked arguments.
 
     Args:
         op, backward_op: as in csrc/ops/schemas.cpp.
-        tiles: how the kernels cut plans on a device, for a head dim and dtype.
+        tiles: (device, head dim, dtype) -> the tile shapes of the plans.
     """
 
     class SparseAttention(torch.autograd.Function):
@@ -65,9 +65,9 @@ def register_autograd(
         return plan_tensors(pattern, n, device, tiles(device, head_dim, dtype))
 
     def sparse_attention(q, k, v, pattern, scale):
-        # index(): a plan is for one length, also under dynamic shapes
+        # index(): a plan is for one length, even with dynamic shapes
         plan, backward_plan, sizes = plans(pattern, operator.index(q.shape[2]), q.device, q.shape[3], q.dtype)
-        # torch.compile traces the operation itself, whose autograd in Python takes 60 microseconds longer
+        # In eager mode the autograd.Function is 60 microseconds faster than the operation's registered Python autograd.
         needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         eager = needs_grad and not torch.compiler.is_compiling()
         return (SparseAttention.apply if eager else op)(q, k, v, plan, backward_plan, sizes, scale)

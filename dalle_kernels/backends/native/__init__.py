@@ -23,7 +23,7 @@ class NativeBackend(Backend):
     Args:
         name: the device type.
         file: the library, in the folder of the package.
-        requirement: why another library that this one needs cannot be used, or None.
+        requirement: why a library that this one needs cannot be used, or None.
     """
 
     def __init__(self, name: str, file: str, requirement: str | None = None) -> None:
@@ -32,7 +32,7 @@ class NativeBackend(Backend):
         self.load_problem = requirement or self._load_library(file)
 
     def _load_library(self, file: str) -> str | None:
-        """Makes the operations available; returns why it cannot, or None."""
+        """Loads the library and binds its operations; returns the error message if that fails, else None."""
         path = FOLDER / file
         if not path.is_file():
             return f"{file} was not built"
@@ -55,7 +55,7 @@ class NativeBackend(Backend):
 
 
 class CpuBackend(NativeBackend):
-    """DALLE_KERNELS_CPU_ISA chooses an instruction set."""
+    """The CPU kernels. DALLE_KERNELS_CPU_ISA selects an instruction set."""
 
     def __init__(self) -> None:
         super().__init__("cpu", "libdalle_cpu.so")
@@ -67,7 +67,7 @@ class CpuBackend(NativeBackend):
 
 
 class CudaBackend(NativeBackend):
-    """The schemas of its operations are in libdalle_cpu.so."""
+    """The CUDA kernels. libdalle_cpu.so defines the schemas of their operations, so it must be loaded first."""
 
     def __init__(self, requirement: str | None = None, file: str = "libdalle_cuda.so") -> None:
         super().__init__("cuda", file, requirement)
@@ -89,7 +89,7 @@ class CudaBackend(NativeBackend):
 
 
 def _isa_problem() -> str | None:
-    """Why the instruction set that DALLE_KERNELS_CPU_ISA names cannot be had, or None."""
+    """Why the instruction set that DALLE_KERNELS_CPU_ISA names cannot be used, or None."""
     asked = os.environ.get("DALLE_KERNELS_CPU_ISA")
     if not asked:
         return None
@@ -104,9 +104,7 @@ def _isa_problem() -> str | None:
 
 @constant_result
 def _gpu(device: str) -> tuple[tuple[int, int], int] | None:
-    """Compute capability and bytes of shared memory that a block may have; None where no GPU is visible, as with
-    tensors without data.
-    """
+    """Compute capability and maximum shared memory per block in bytes; None if no GPU is visible (fake tensors)."""
     if not torch.cuda.is_available():
         return None
     properties = torch.cuda.get_device_properties(device)

@@ -1,4 +1,4 @@
-"""Registers dalle_kernels::decode_attention (schema in csrc/ops/schemas.cpp): the fake kernel. There is no gradient."""
+"""Registers the fake kernel of dalle_kernels::decode_attention (schema in csrc/ops/schemas.cpp). It has no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registers dalle_kernels::gumbel_softmax (schema in csrc/ops/schemas.cpp): fake kernels and autograd."""
+"""Registers the fake kernels and autograd of dalle_kernels::gumbel_softmax (schema in csrc/ops/schemas.cpp)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..autograd import gumbel_softmax as shared
 
 
 def _empty_like(x, dim):
-    """In the layout of the operations' outputs: contiguous, but the CPU keeps classes that lie last in memory there."""
+    """An empty tensor in the layout of the outputs: contiguous; on the CPU, classes that are last in memory stay last."""
     if x.device.type == "cpu" and x.movedim(dim, -1).is_contiguous():
         return torch.empty_like(x)
     return x.new_empty(x.shape)

@@ -1,4 +1,4 @@
-"""Registers dalle_kernels::sample_tokens (schema in csrc/ops/schemas.cpp): its fake kernel. It has no gradient."""
+"""Registers the fake kernel of dalle_kernels::sample_tokens (schema in csrc/ops/schemas.cpp). It has no gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Registers dalle_kernels::sparse_attention (schema in csrc/ops/schemas.cpp): fake kernels and autograd."""
+"""Registers the fake kernels and autograd of dalle_kernels::sparse_attention (schema in csrc/ops/schemas.cpp)."""
 
 from __future__ import annotations
 

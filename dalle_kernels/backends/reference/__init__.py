@@ -1,5 +1,5 @@
-"""The reference backend: plain PyTorch, any dtype and device, float64 included. The specification of every operation,
-and the oracle of every test.
+"""The reference backend: plain PyTorch for any device and floating-point dtype, including float64. It specifies every
+operation, and tests compare the other backends with it.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from ..base import Backend
 
 
 class ReferenceBackend(Backend):
-    """Takes everything."""
+    """Runs every problem."""
 
     name = "reference"
     devices = dtypes = max_head_dim = None

@@ -1,4 +1,4 @@
-"""One decode step written out: softmax(q k^T * scale) v over the text and image keys that the schedule lists."""
+"""One decode step in plain PyTorch: softmax(q k^T * scale) v over the text and image keys that the schedule lists."""
 
 import torch
 
@@ -27,6 +27,6 @@ def decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, st
 
 
 def _expand(runs):
-    """The places of int32 `runs` [n, 2] of begin and length."""
+    """The positions in `runs` (int32 [n, 2]: begin, length)."""
     nothing = torch.arange(0, device=runs.device)
     return torch.cat([nothing, *(nothing.new_tensor(range(a, a + length)) for a, length in runs.tolist())])

@@ -1,4 +1,4 @@
-"""softmax((logits + Gumbel noise) / tau) and KL(softmax(logits) || uniform), written out."""
+"""softmax((logits + Gumbel noise) / tau) and KL(softmax(logits) || uniform) in plain PyTorch."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Gumbel-max sampling, written out."""
+"""Gumbel-max sampling in plain PyTorch."""
 
 import torch
 
@@ -23,5 +23,5 @@ def sample_tokens(logits, seed, offset, temperature, top_k, top_p):
 
 
 def _keep_from(x, threshold):
-    """x where it is at least `threshold`, ties included; -inf elsewhere."""
+    """x where x >= threshold (ties are kept), -inf elsewhere."""
     return x.masked_fill(x < threshold, -torch.inf)

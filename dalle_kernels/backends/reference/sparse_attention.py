@@ -1,10 +1,10 @@
-"""softmax(q k^T * scale, masked) v, written out."""
+"""softmax(q k^T * scale, masked) v in plain PyTorch."""
 
 import torch
 
 
 def sparse_attention(q, k, v, pattern, scale):
-    """(out, lse) with the mask as a matrix; statistics in float32 (float64 for float64 inputs)."""
+    """(out, lse) with a dense mask; statistics in float32 (float64 for float64 inputs)."""
     n = q.shape[2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     mask = pattern.dense(0, n)[:, :n].to(q.device)
