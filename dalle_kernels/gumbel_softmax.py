@@ -58,7 +58,7 @@ def gumbel_softmax(
     """softmax((logits + g) / tau) over `dim`, g standard Gumbel noise (Jang et al. 2017; Ramesh et al. 2021, 2.1).
 
     A drop-in replacement for torch.nn.functional.gumbel_softmax. The noise is a function of the seed and the element's
-    index (see `dalle_kernels.philox`): it is never stored, and equal seeds give equal noise on every backend and for all
+    index (see `dalle_kernels.philox`): it is never stored, and equal seeds give equal noise on every backend, for all
     strides.
 
     Args:

@@ -310,14 +310,14 @@ class AttentionPattern:
         return lambda b, h, q_idx, kv_idx: self.allowed(q_idx, kv_idx)
 
     def order(self) -> torch.Tensor:
-        """The permutation of the N tokens that packs the pattern into few tiles, int64 [N]: text, then the image tokens in
-        the order of `layout`.
+        """The permutation of the N tokens that packs the pattern into few tiles, int64 [N]: text, then the image tokens
+        in the order of `layout`.
         """
         return self._in_order(self.layout)
 
     def decode_order(self) -> torch.Tensor:
-        """The permutation in which the live keys of a decode step are contiguous, int64 [N]. Same as `order`, except that
-        patches become raster order, because their keys are released row by row.
+        """The permutation in which the live keys of a decode step are contiguous, int64 [N]. Same as `order`, except
+        that patches become raster order, because their keys are released row by row.
         """
         return self._in_order("raster" if self.layout == "patches" else self.layout)
 
@@ -348,7 +348,7 @@ def _check_odd(name: str, value: int) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _block_counts(pattern: AttentionPattern, side: int, packed: bool = False) -> np.ndarray:
-    """Number of allowed pairs per side x side block, int64 [blocks, blocks]. `packed`: tokens in the pattern's order."""
+    """Number of allowed pairs per side x side block, int64 [blocks, blocks]; `packed`: tokens in the pattern's order."""
     n = pattern.seq_len
     tokens = (pattern.order().numpy() if packed else np.arange(n)).astype(np.int32)
     starts = np.arange(0, n, side)

@@ -106,8 +106,8 @@ class Plan:
 
 
 def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: Side = "query") -> Plan:
-    """Compiles the first `n` tokens of `pattern` for tiles of `shape`. The rows of tiles are queries or, with side="key",
-    keys.
+    """Compiles the first `n` tokens of `pattern` for tiles of `shape`. The rows of tiles are queries or, with
+    side="key", keys.
 
     Raises:
         ValueError: the plan is too large for int32.

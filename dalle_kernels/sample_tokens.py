@@ -20,7 +20,7 @@ def sample_tokens(
     offset: int | torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """Samples one token per row from softmax(logits / temperature), as the argmax of logits / temperature + Gumbel noise.
+    """Samples one token per row from softmax(logits / temperature): the argmax of logits / temperature + Gumbel noise.
 
     The noise of a row is a function of (seed, offset, token) only (see `dalle_kernels.philox`), so a row's sample does
     not depend on the other rows of the batch.

@@ -68,7 +68,7 @@ def dispatch(operation: str, tensor: torch.Tensor, backend: str | None = None) -
 
 @contextlib.contextmanager
 def use_backend(name: str | None) -> Generator[None, None, None]:
-    """Forces the backend `name` for every operation that this thread calls in the `with` block (None: automatic choice).
+    """Forces the backend `name` for every operation that this thread calls in the `with` block (None: automatic).
 
     Other threads are not affected, including threads started in the block.
 

@@ -51,7 +51,7 @@ class Backend:
         return None
 
     def reasons(self, operation: str, tensor: torch.Tensor) -> tuple[str, ...]:
-        """Why `operation` cannot run on tensors with the device, dtype and last dimension of `tensor`; empty if it can."""
+        """Why `operation` cannot run on tensors with `tensor`'s device, dtype and last dimension; empty if it can."""
         kind, head_dim = tensor.device.type, tensor.shape[-1]
         if self.devices is not None and kind not in self.devices:
             return (f"it takes {' and '.join(self.devices)} tensors, not {kind}",)
@@ -63,7 +63,7 @@ class Backend:
         return (problem,) if problem else ()
 
     def prepare(self, pattern: AttentionPattern, n: int, tensor: torch.Tensor) -> None:
-        """Compiles and uploads the plans of the pattern's first n tokens that `sparse_attention` reads for such tensors."""
+        """Compiles and uploads the plans that `sparse_attention` reads for the pattern's first n tokens and such tensors."""
         tiles = self.tiles(tensor.device, tensor.shape[-1], tensor.dtype)
         if tiles is not None:
             plan_tensors(pattern, n, tensor.device, tiles)
