@@ -348,7 +348,7 @@ def _check_odd(name: str, value: int) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _block_counts(pattern: AttentionPattern, side: int, packed: bool = False) -> np.ndarray:
-    """Number of allowed pairs per side x side block, int64 [blocks, blocks]; `packed`: tokens in the pattern's order."""
+    """Allowed pairs per side x side block, int64 [blocks, blocks]. `packed`: tokens are in the pattern's order."""
     n = pattern.seq_len
     tokens = (pattern.order().numpy() if packed else np.arange(n)).astype(np.int32)
     starts = np.arange(0, n, side)

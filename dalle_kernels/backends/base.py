@@ -63,7 +63,7 @@ class Backend:
         return (problem,) if problem else ()
 
     def prepare(self, pattern: AttentionPattern, n: int, tensor: torch.Tensor) -> None:
-        """Compiles and uploads the plans that `sparse_attention` reads for the pattern's first n tokens and such tensors."""
+        """Compiles and uploads the plans that `sparse_attention` reads for the first n tokens of the pattern."""
         tiles = self.tiles(tensor.device, tensor.shape[-1], tensor.dtype)
         if tiles is not None:
             plan_tensors(pattern, n, tensor.device, tiles)

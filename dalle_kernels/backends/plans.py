@@ -14,8 +14,7 @@ from ..plan import PlanHeader, Side, TileShape, compile_plan
 
 
 class PlanSizes(NamedTuple):
-    """The words of a plan's header that the host needs to launch kernels. Operations take those of both plans as one list.
-    """
+    """The words of a plan's header that the host needs to launch kernels. Operations take both plans' as one list."""
 
     length: int
     rows: int

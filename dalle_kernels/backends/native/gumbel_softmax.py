@@ -8,7 +8,7 @@ from ..autograd import gumbel_softmax as shared
 
 
 def _empty_like(x, dim):
-    """An empty tensor in the layout of the outputs: contiguous, but on the CPU classes that are last in memory stay so."""
+    """An empty tensor in the layout of the outputs: contiguous; on the CPU, classes last if they are last in `x`."""
     if x.device.type == "cpu" and x.movedim(dim, -1).is_contiguous():
         return torch.empty_like(x)
     return x.new_empty(x.shape)

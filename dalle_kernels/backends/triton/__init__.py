@@ -1,17 +1,16 @@
-"""The backend `triton`: kernels in Python, compiled on first use by Triton, for GPUs where nvcc did not compile ours.
+"""The backend `triton`: kernels in Python that Triton compiles on first use, for GPUs that libdalle_cuda.so lacks.
 
-How it is built:
+Structure:
 
-- An operation is one file with the operation's name. It holds the kernels, the operation that launches them, registered
-  as `dalle_kernels_triton::<operation>` by `registration.register`, its fake kernel and its gradient, and a function of
-  the operation's name with the arguments of `reference`. What several operations need stands in `math.py`,
-  `matrices.py` and `philox.py`; `plan.py` reads plans.
-- How a kernel is cut and launched (rows and columns of a tile, warps, stages) is looked up in `launch.py`. Nothing is
-  tuned at run time; `python -m dalle_kernels.tune OPERATION` prints better lines for that
-  table.
-- Nothing here imports Triton, until somebody asks for a tensor that this backend could take, or for `problem`.
-- TRITON_INTERPRET=1, set before this package is imported, makes it take CPU tensors: slow, but every line runs, in the
-  tests too. (bfloat16 is declined there, which Triton's interpreter computes wrongly.)
+- Each operation is one file of its name. It contains the kernels; the operation that launches them, registered as
+  `dalle_kernels_triton::<operation>` by `registration.register`; its fake kernel and gradient; and a function of the
+  operation's name with the arguments of `reference`. Shared code is in `math.py`, `softmax.py`, `matrices.py` and
+  `philox.py`; `plan.py` reads plans.
+- The launch parameters of a kernel (rows and columns of a tile, warps, stages) are looked up in `launch.py`. Nothing is
+  tuned at run time; `python -m dalle_kernels.tune OPERATION` prints lines for that table.
+- Triton is imported only when this backend is queried for a tensor that it supports, or for `problem`.
+- With TRITON_INTERPRET=1, set before this package is imported, the backend runs on CPU tensors in Triton's interpreter:
+  slow, but every line runs, also in the tests. bfloat16 is declined there, because the interpreter computes it wrongly.
 
 docs/triton.md explains the attention kernel line by line.
 """
@@ -33,12 +32,12 @@ OLDEST = (3, 6)
 
 
 def interpreted() -> bool:
-    """Whether Triton's interpreter runs the kernels, on the CPU."""
+    """Whether the kernels run in Triton's interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 class TritonBackend(Backend):
-    """Loads its operations, and with them Triton, when first asked about a tensor that it could take."""
+    """Imports Triton and the operations when first queried for a tensor that it supports."""
 
     name = "triton"
     devices = ("cuda", "cpu") if interpreted() else ("cuda",)
@@ -61,7 +60,7 @@ triton = TritonBackend()
 
 @functools.cache
 def _load() -> str | None:
-    """Imports Triton and the operations; returns why it cannot, or None."""
+    """Imports Triton and the operations; returns the error message if that fails, else None."""
     try:
         import triton as compiler
     except ImportError as error:
@@ -79,7 +78,7 @@ def _problem() -> str | None:
 
 @constant_result
 def _gpu_problem(device: torch.device) -> str | None:
-    """Why a GPU cannot run Triton's kernels, or None."""
+    """Why a GPU cannot run Triton kernels, or None."""
     if not torch.cuda.is_available():
         return None
     if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):

@@ -1,12 +1,12 @@
-"""decode_attention: one new image token per sequence against the cache, as the decode schedule lists its keys.
+"""decode_attention: one new image token per sequence over the cached keys that the decode schedule lists.
 
-Two kernels. The first goes over the text, which the candidates of a prompt share: they are the rows of matrix products,
-a block of them at a time. What softmax has come to goes through scratch memory to the second, which has a program for
-every sequence and head. That writes the new key and value into the cache, begins with them (a token sees itself), adds
-the other listed keys of the image, and then the text.
+Two kernels. The first processes the text, which the candidates of a prompt share: blocks of candidates are the rows of
+matrix products. It stores the online-softmax state in scratch memory. The second has one program per sequence and head.
+It writes the new key and value to the cache, starts from them (a token attends to itself), adds the other listed image
+keys, and merges the state of the text.
 
-A candidate's numbers take the same way whatever stands beside it, so its bits do not depend on how many there are. The
-step is read on the device only, so that a graph can be captured once for all steps.
+Batch-invariant: a candidate's reduction order does not depend on the other rows. The step is read on the device only,
+so that one captured graph serves all steps.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from .math import INFINITY, LOG2E
 from .matrices import Matrices, load_rows, store_rows
 from .registration import register
 
-# -- reading a packed schedule (dalle_kernels/decode_schedule.py describes it); `schedule` points to its first word
+# -- reading a packed schedule (format: dalle_kernels/decode_schedule.py); `schedule` points to its first word
 
 STEPS = tl.constexpr(int(ScheduleHeader.STEPS))  # words of the header
 STEPS_AT = tl.constexpr(int(ScheduleHeader.STEPS_AT))
 RUNS_AT = tl.constexpr(int(ScheduleHeader.RUNS_AT))
 STEP_WORDS = tl.constexpr(WORDS_OF_A_STEP)
-RUNS = tl.constexpr(16)  # that are looked at together
+RUNS = tl.constexpr(16)  # runs per iteration
 
 
 @triton.jit
 def _read_step(schedule, step, LIST: tl.constexpr):
-    """(slot of the step's own key, its runs, how many) of the list that begins at word LIST of a step; -1 and no runs
-    for a step outside the image, because nothing can be raised here.
+    """(slot of the step's own key, pointer to the runs, number of runs) of the list at word LIST of a step. A step
+    outside the image gives slot -1 and no runs, since a kernel cannot raise.
     """
     number = tl.load(step)
     inside = (number >= 0) & (number < tl.load(schedule + STEPS))
@@ -45,8 +45,8 @@ def _read_step(schedule, step, LIST: tl.constexpr):
 
 @triton.jit
 def _read_runs(runs, first, count):
-    """(begins, firsts, ends) of the runs `first` to `first` + RUNS: run r is the places from begins[r] on, which are
-    numbered from firsts[r] to ends[r].
+    """(begins, firsts, ends) of the runs `first` to `first` + RUNS: run r holds the positions from begins[r] on, with
+    the indices firsts[r] to ends[r].
     """
     r = first + tl.arange(0, RUNS)
     lengths = tl.load(runs + 2 * r + 1, r < count, 0)
@@ -55,14 +55,14 @@ def _read_runs(runs, first, count):
 
 
 @triton.jit
-def _places(begins, firsts, ends, number, COLUMNS: tl.constexpr):
-    """The places that are numbered from `number` on [COLUMNS]; -1 behind the last."""
-    i = number + tl.arange(0, COLUMNS)[:, None]
-    there = (firsts[None, :] <= i) & (i < ends[None, :])
-    return tl.sum(tl.where(there, begins[None, :] + (i - firsts[None, :]) + 1, 0), 1) - 1
+def _positions(begins, firsts, ends, index, COLUMNS: tl.constexpr):
+    """The positions with indices from `index` on, [COLUMNS]; -1 beyond the last."""
+    i = index + tl.arange(0, COLUMNS)[:, None]
+    in_run = (firsts[None, :] <= i) & (i < ends[None, :])
+    return tl.sum(tl.where(in_run, begins[None, :] + (i - firsts[None, :]) + 1, 0), 1) - 1
 
 
-# -- the kernels; `scale` is positive, so that maxima can be of scores before they are scaled
+# -- the kernels; `scale` is positive, so that the maximum can be taken before scaling
 
 
 @triton.jit
@@ -70,9 +70,9 @@ def _text(
     q, prefix_k, prefix_v, text_out, text_maximum, text_total, schedule, step, scale, heads, candidates, blocks,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Softmax over the text, before the division, of ROWS candidates of a prompt and one head."""
+    """The online-softmax state over the text, for ROWS candidates of a prompt and one head."""
     PRECISE: tl.constexpr = q.data.dtype.element_ty == tl.float32
-    pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # pair: of a prompt and a head
+    pair, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks  # pair: (prompt, head)
     rows = block * ROWS + tl.arange(0, ROWS)
     rows = tl.where(rows < candidates, rows, -1)
     q_rows = load_rows(q, heads, pair, rows, HEAD_DIM, D)
@@ -83,14 +83,14 @@ def _text(
     _, runs, count = _read_step(schedule, step, 3)
     for first in range(0, count, RUNS):
         begins, firsts, ends = _read_runs(runs, first, count)
-        for number in tl.range(0, tl.max(ends, 0), COLUMNS):
-            tokens = _places(begins, firsts, ends, number, COLUMNS)
+        for index in tl.range(0, tl.max(ends, 0), COLUMNS):
+            tokens = _positions(begins, firsts, ends, index, COLUMNS)
             k_rows = load_rows(prefix_k, heads, pair, tokens, HEAD_DIM, D)
             v_rows = load_rows(prefix_v, heads, pair, tokens, HEAD_DIM, D)
             scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
             scores = tl.where(tokens[None, :] >= 0, scores, -INFINITY)
-            maximum, total, keep, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
-            acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * keep[:, None], input_precision="ieee")
+            maximum, total, alpha, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
+            acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision="ieee")
 
     store_rows(text_out, heads, pair, rows, acc, HEAD_DIM, D)
     at = pair.to(tl.int64) * candidates + rows
@@ -103,7 +103,7 @@ def _image(
     q, k, v, image_k, image_v, out, text_out, text_maximum, text_total, schedule, step, scale, heads, candidates,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """The image's keys of one sequence and head, and the sum with the text. Tensors of one row: the candidate's."""
+    """The image keys of one sequence and head, merged with the text. Tensors have one row, the candidate's."""
     PRECISE: tl.constexpr = q.data.dtype.element_ty == tl.float32
     pair, candidate = tl.program_id(0) // candidates, tl.program_id(0) % candidates
     row = tl.full([1], candidate, tl.int32)
@@ -123,20 +123,20 @@ def _image(
     acc = v_row.to(tl.float32)
     for first in range(0, count, RUNS):
         begins, firsts, ends = _read_runs(runs, first, count)
-        for number in tl.range(0, tl.max(ends, 0), COLUMNS):
-            slots = _places(begins, firsts, ends, number, COLUMNS)
+        for index in tl.range(0, tl.max(ends, 0), COLUMNS):
+            slots = _positions(begins, firsts, ends, index, COLUMNS)
             slots = tl.where(slots == own, -1, slots)
             k_rows = load_rows(image_k, heads, cached, slots, HEAD_DIM, D).to(tl.float32)
             v_rows = load_rows(image_v, heads, cached, slots, HEAD_DIM, D).to(tl.float32)
             scores = tl.where(slots >= 0, tl.sum(q_row * k_rows, 1), -INFINITY)[None, :]
-            maximum, total, keep, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
-            acc = acc * keep[:, None] + tl.sum(tl.trans(weights) * v_rows, 0)[None, :]
+            maximum, total, alpha, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
+            acc = acc * alpha[:, None] + tl.sum(tl.trans(weights) * v_rows, 0)[None, :]
 
     at = pair.to(tl.int64) * candidates + row
     of_text, total_of_text = tl.load(text_maximum + at), tl.load(text_total + at)
-    _, total, keep, weight = softmax.merge(maximum, total, of_text, total_of_text, scale_log2, PRECISE)
+    _, total, alpha, beta = softmax.merge(maximum, total, of_text, total_of_text, scale_log2, PRECISE)
     text_acc = load_rows(text_out, heads, pair, row, HEAD_DIM, D)
-    acc = (acc * keep[:, None] + text_acc * weight[:, None]) / total[:, None]
+    acc = (acc * alpha[:, None] + text_acc * beta[:, None]) / total[:, None]
     acc = tl.where(own >= 0, acc, float("nan"))  # a step outside the image
     store_rows(out, heads, pair, row, acc, HEAD_DIM, D)
 

@@ -1,11 +1,11 @@
-"""gumbel_softmax: softmax((logits + noise) / tau) over one dimension, and the KL to the uniform distribution; forward
-and backward.
+"""gumbel_softmax: softmax((logits + noise) / tau) over one dimension, and the KL divergence from the uniform
+distribution; forward and backward.
 
-Logits are seen as [outer, classes, inner], a row of classes being a position. A program has one tile: some positions
-that follow each other in memory, with all their classes, or a chunk of them. It takes statistics of each position over
-the tile's classes, and writes results that need them. Where a position has several chunks, this takes two rounds:
-programs first leave the statistics of their tiles in `partials`, which are merged, and then all read their tiles again;
-drawing noise again costs less than storing it. Statistics merge in a fixed order that follows from classes and inner.
+Logits are viewed as [outer, classes, inner]; a position is one row of classes. A program processes one tile: adjacent
+positions with all their classes, or with a chunk of them. It reduces the tile's classes to statistics of each position
+and writes the results. Positions with several chunks take two passes: the first stores the statistics of each tile in
+`partials`, which are merged; the second reads the tiles again. Regenerating the noise costs less than storing it.
+Statistics are merged in a fixed order that depends on classes and inner only.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ from .math import INFINITY, LOG2E, exp2, natural_log
 from .philox import gumbel, random_quads
 from .registration import register
 
-# -- statistics of a position over its classes. Each is up to three float32 words, and the same function takes it of
-# elements and merges it of parts, which are words with a dimension more.
+# -- statistics of a position over its classes: up to three float32 words. `_merge` reduces both elements (as the words
+# in brackets) and partial statistics.
 
-SOFTMAX = tl.constexpr("softmax")  # maximum, sum of w = exp(scale * (x - maximum)); of x, 1
-WEIGHTED = tl.constexpr("weighted")  # maximum, sum of w, sum of w v; of x, 1, v
-ENTROPY = tl.constexpr("entropy")  # maximum, sum of w, sum of w log w, where the scale is 1; of x, 1, 0
-BEST = tl.constexpr("best")  # the largest x, and the first class that has it (as the bits of a float); of x, class
-DOT = tl.constexpr("dot")  # a sum
+SOFTMAX = tl.constexpr("softmax")  # maximum, sum of w = exp(scale * (x - maximum)) [x, 1]
+WEIGHTED = tl.constexpr("weighted")  # maximum, sum of w, sum of w v [x, 1, v]
+ENTROPY = tl.constexpr("entropy")  # maximum, sum of w, sum of w log w, with scale 1 [x, 1, 0]
+BEST = tl.constexpr("best")  # the largest x, and the first class with it (as the bits of a float) [x, class]
+DOT = tl.constexpr("dot")  # a sum [x]
 WORDS = {"softmax": 2, "weighted": 3, "entropy": 3, "best": 2, "dot": 1}
 
-LOWEST = tl.constexpr(-3.4028234663852886e38)  # a maximum over nothing; finite, so that differences stay numbers
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # the maximum of no elements; finite, so that inf - inf cannot arise
 FAR = tl.constexpr(-1e4)  # exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 LAST_CLASS = tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _merge(words, scale_log2, KIND: tl.constexpr, PRECISE: tl.constexpr, AXIS: tl.constexpr):
-    """The statistics of all along AXIS, which stays as a dimension of 1. NaN and +inf turn sums into NaN."""
+    """Reduces statistics along AXIS, which becomes a dimension of size 1. NaN and +inf turn sums into NaN."""
     x, second, third = words
     if KIND == DOT:
         x = tl.sum(x, AXIS, keep_dims=True)
@@ -69,19 +69,19 @@ def _not_below_far(d):
 
 
 @triton.jit
-def _load_words(partials, at, step, there, KIND: tl.constexpr, COUNT: tl.constexpr):
-    """Words that lie `step` apart; of what is not there, those of nothing."""
-    nothing: tl.constexpr = 0.0 if KIND == DOT else -float("inf")
-    first = tl.load(partials + at, there, nothing)
-    second = tl.load(partials + at + step, there, 0.0) if COUNT > 1 else 0.0
-    third = tl.load(partials + at + 2 * step, there, 0.0) if COUNT > 2 else 0.0
+def _load_words(partials, at, step, mask, KIND: tl.constexpr, COUNT: tl.constexpr):
+    """Loads words that are `step` apart; masked ones are the statistics of no elements."""
+    empty: tl.constexpr = 0.0 if KIND == DOT else -float("inf")
+    first = tl.load(partials + at, mask, empty)
+    second = tl.load(partials + at + step, mask, 0.0) if COUNT > 1 else 0.0
+    third = tl.load(partials + at + 2 * step, mask, 0.0) if COUNT > 2 else 0.0
     return first, second, third
 
 
 @triton.jit
-def _store_words(partials, at, step, there, words, COUNT: tl.constexpr):
+def _store_words(partials, at, step, mask, words, COUNT: tl.constexpr):
     for i in tl.static_range(COUNT):
-        tl.store(partials + at + i * step, words[i], there)
+        tl.store(partials + at + i * step, words[i], mask)
 
 
 @triton.jit(do_not_specialize=["positions", "chunks"])
@@ -89,14 +89,14 @@ def _merge_chunks(
     partials, merged, tau, positions, chunks, KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
     CHUNKS: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Of partials [COUNT, chunks, positions] every CHUNKS into one of merged [COUNT, groups, positions]."""
+    """Merges partials [COUNT, chunks, positions] into merged [COUNT, groups, positions], CHUNKS chunks per group."""
     groups = tl.cdiv(chunks, CHUNKS)
     group, block = tl.program_id(0) % groups, tl.program_id(0) // groups
     chunk = group * CHUNKS + tl.arange(0, CHUNKS)[:, None]
     position = block.to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[None, :]
-    there = (chunk < chunks) & (position < positions)
+    mask = (chunk < chunks) & (position < positions)
     step = positions.to(tl.int64)
-    words = _load_words(partials, chunk * step + position, chunks * step, there, KIND, COUNT)
+    words = _load_words(partials, chunk * step + position, chunks * step, mask, KIND, COUNT)
     words = _merge(words, tl.div_rn(LOG2E, tl.load(tau)), KIND, PRECISE, 0)
     _store_words(merged, group * step + position, groups * step, position < positions, words, COUNT)
 
@@ -106,9 +106,11 @@ def _merge_chunks(
 
 @triton.jit
 def _tile(outer, classes, inner, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's tile [ROWS, COLUMNS], whose columns are neighbours in memory: its chunk, its first element, the
-    step from row to row; of its elements the class, and whether they exist; of its positions the place in [outer,
-    inner], and whether they exist. AXIS: the dimension of a tile that has the classes, which is 1 where inner is.
+    """This program's tile [ROWS, COLUMNS], whose columns are contiguous in memory. AXIS: the dimension of the classes
+    in the tile, which is 1 if inner is 1.
+
+    Returns (chunk, index of the first element, stride of a row, class of each element, mask of the elements that exist,
+    index of each position in [outer, inner], mask of the positions that exist).
     """
     chunk, strip = tl.program_id(0) % chunks, tl.program_id(0) // chunks
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
@@ -120,7 +122,7 @@ def _tile(outer, classes, inner, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr,
         first, step = first_place * classes + first_class, classes
     else:
         first_class, of_class = chunk * ROWS, row
-        strips = (inner - 1) // COLUMNS + 1  # nothing is added to sizes, which may be the largest integers
+        strips = (inner - 1) // COLUMNS + 1  # cannot overflow, unlike (inner + COLUMNS - 1) // COLUMNS
         at, o = strip % strips * COLUMNS, (strip // strips).to(tl.int64)
         place = o * inner + at + column
         exists = column < inner - at
@@ -131,7 +133,7 @@ def _tile(outer, classes, inner, chunks, AXIS: tl.constexpr, ROWS: tl.constexpr,
 
 @triton.jit
 def _elements(first, step, ROWS: tl.constexpr, COLUMNS: tl.constexpr, EVERY: tl.constexpr):
-    """The number of every so-many-th element of a tile."""
+    """Indices in the tensor of every EVERY-th element of a tile."""
     row, column = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS // EVERY)[None, :]
     return first + row.to(tl.int64) * step + column * EVERY
 
@@ -148,29 +150,31 @@ def _store(tensor, first, step, inside, x, ROWS: tl.constexpr, COLUMNS: tl.const
 
 @triton.jit
 def _noise(seed, first, step, ALIGNED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """An element's noise index is its place in the tensor."""
+    """The noise of a tile. An element's noise index is its index in the tensor."""
     return gumbel(random_quads(tl.load(seed), 0, _elements(first, step, ROWS, COLUMNS, 4), ALIGNED))
 
 
 @triton.jit
 def _statistics(
-    words, partials, at, step, there, scale_log2, KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
+    words, partials, at, step, mask, scale_log2, KIND: tl.constexpr, COUNT: tl.constexpr, PRECISE: tl.constexpr,
     FIRST: tl.constexpr, LAST: tl.constexpr, AXIS: tl.constexpr,
 ):  # fmt: skip
-    """In the FIRST round of a tile's elements, left in `partials` if it is not the LAST too; else what stands there."""
+    """The FIRST pass reduces the tile and, if it is not also the LAST, stores the partials; the second pass loads the
+    merged ones.
+    """
     if FIRST:
         words = _merge(words, scale_log2, KIND, PRECISE, AXIS)
         if not LAST:
-            _store_words(partials, at, step, there, words, COUNT)
+            _store_words(partials, at, step, mask, words, COUNT)
     else:
-        words = _load_words(partials, at, step, there, KIND, COUNT)
+        words = _load_words(partials, at, step, mask, KIND, COUNT)
     return words
 
 
 @triton.jit
 def _partials_at(chunk, chunks, place, positions, FIRST: tl.constexpr):
-    """Where a chunk's words lie in [words, chunks, positions], and the step from word to word. After the FIRST round
-    all chunks are one.
+    """(offset of a chunk's words in [words, chunks, positions], stride of a word). After the FIRST pass the chunks are
+    merged into one.
     """
     if FIRST:
         at, step = chunk * positions + place, chunks * positions
@@ -203,7 +207,7 @@ def _forward(
     if LAST:
         if KL:
             _store_kl(kl, stats, entropy, classes, positions, place, exists & (place * 0 + chunk == 0))
-        if HARD:  # NaN in place of 0 and 1 where there is no largest
+        if HARD:  # NaN instead of 0 and 1 if the row has no finite maximum
             zero = words[0] - words[0]
             result = tl.where(of_class == words[1].to(tl.int32, bitcast=True), zero + 1.0, zero)
         else:
@@ -212,12 +216,12 @@ def _forward(
 
 
 @triton.jit
-def _store_kl(kl, stats, entropy, classes, positions, place, there):
-    """sum p (log p + log classes), p = softmax(logits); stats [2, positions]: maximum, and sum of exp(x - maximum)."""
+def _store_kl(kl, stats, entropy, classes, positions, place, mask):
+    """kl: sum p (log p + log classes), p = softmax(logits). stats [2, positions]: maximum, sum of exp(x - maximum)."""
     maximum, total, weighted = entropy
-    tl.store(stats + place, maximum, there)
-    tl.store(stats + positions + place, total, there)
-    tl.store(kl + place, tl.div_rn(weighted, total) + _log_ratio(classes, total), there)
+    tl.store(stats + place, maximum, mask)
+    tl.store(stats + positions + place, total, mask)
+    tl.store(kl + place, tl.div_rn(weighted, total) + _log_ratio(classes, total), mask)
 
 
 @triton.jit
@@ -270,7 +274,7 @@ CHUNKS, POSITIONS, MERGE_WARPS = 32, 32, 4  # of _merge_chunks
 
 
 class _Problem:
-    """How the tiles of a contiguous tensor are cut, and the kernels started on them."""
+    """The tiling of a contiguous tensor, and the launch of kernels on it."""
 
     def __init__(self, x, dim, tau):
         self.x, self.tau = x, tau
@@ -279,7 +283,7 @@ class _Problem:
         name = "gumbel_softmax.last" if self.axis else "gumbel_softmax"
         self.line = launch.lookup(name, x.device, 0, x.dtype)
         size = self.line.rows * self.line.columns
-        # nothing here depends on `outer`, so that the bits do not
+        # nothing here depends on `outer`: results are batch-invariant
         if self.axis:
             columns = min(max(triton.next_power_of_2(self.classes), 4), self.line.columns)
             self.shape = max(size // 2 // columns, 1), columns  # several rows need more registers, for their addresses
@@ -292,8 +296,8 @@ class _Problem:
             self.chunks, self.strips = triton.cdiv(self.classes, rows), self.outer * triton.cdiv(self.inner, columns)
 
     def run(self, kernel, arguments, kinds, hard, kl):
-        """Starts a kernel, in two rounds where positions have several chunks. kinds: of the statistics that it takes,
-        None of those that it could.
+        """Launches a kernel, in two passes if positions have several chunks. kinds: the statistics that it computes;
+        None for an optional one that is not needed.
         """
         rows, columns = self.shape
         sizes = self.outer, self.classes, self.inner, self.chunks
@@ -316,7 +320,7 @@ class _Problem:
         return kind and self.x.new_empty(WORDS[kind], chunks, self.outer * self.inner, dtype=torch.float32)
 
     def merged(self, kind, words):
-        """Of statistics [words, chunks, positions] one chunk."""
+        """Merges statistics [words, chunks, positions] into [words, 1, positions]."""
         if kind is None or words.shape[1] == 1:
             return words
         count, chunks, positions = words.shape
@@ -338,7 +342,7 @@ def _gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
     return y, kl, stats
 
 
-# y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
+# y is required unless hard; logits if hard or with grad_kl, which also requires kl and stats
 def _gumbel_softmax_backward(grad_y, grad_kl, y, logits, kl, stats, seed, tau, hard, dim):
     grad_y, grad_kl, y, logits = (x if x is None else x.contiguous() for x in (grad_y, grad_kl, y, logits))
     grad_logits = grad_y.new_empty(grad_y.shape)

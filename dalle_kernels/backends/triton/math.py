@@ -1,4 +1,4 @@
-"""Exponential and logarithm whose error is bounded on every device."""
+"""Exponential and logarithm with error bounds that hold on every device."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ INFINITY = tl.constexpr(float("inf"))
 
 @triton.jit
 def exp2(x, PRECISE: tl.constexpr):
-    """2^x for x <= 127; 0 for -inf. PRECISE: with a relative error below 1.2e-7 on every device, for x float32; else as
-    the device has it, which suits results of 16 bits.
+    """2^x for x <= 127; 0 for -inf. PRECISE: relative error below 1.2e-7 on every device, for float32 x; otherwise the
+    device's own 2^x, which is accurate enough for 16-bit results.
     """
     if not PRECISE:
         return tl.exp2(x)
     x = tl.where(x < -127.0, -127.0, x)  # (tl.maximum would lose NaN)
-    shifted = x + 12582912.0  # 1.5 * 2^23: rounds to the nearest integer, which then stands in the lowest bits
+    shifted = x + 12582912.0  # 1.5 * 2^23: rounds to the nearest integer, held in the lowest bits
     f = x - (shifted - 12582912.0)
     p = tl.full(x.shape, 1.535336191e-4, tl.float32)
     p = tl.fma(p, f, 1.339887441e-3)
@@ -31,15 +31,15 @@ def exp2(x, PRECISE: tl.constexpr):
 
 @triton.jit
 def natural_log(x):
-    """Of positive, normal float32 numbers, to a unit in the last place on every device."""
+    """log x for positive, normal float32 x, to within 1 ulp on every device."""
     e = _scaled_exponent(x)
     return _log_split(e, (x.to(tl.int32, bitcast=True) - e).to(tl.float32, bitcast=True) - 1.0)
 
 
 @triton.jit
 def log1p_negated(u):
-    """log(1 - u) of float32 u in (0, 1), to a unit in the last place: no digit of a small u is lost."""
-    # 1 - u = 2^e (1 + g) with g = 2^-e - 1 - 2^-e u, which is exact
+    """log(1 - u) for float32 u in (0, 1), to within 1 ulp even for small u."""
+    # 1 - u = 2^e (1 + g), where g = 2^-e - 1 - 2^-e u is exact
     e = _scaled_exponent(1.0 - u)
     scale = (0x3F800000 - e).to(tl.float32, bitcast=True)
     return _log_split(e, tl.fma(-scale, u, scale - 1.0))
@@ -47,7 +47,7 @@ def log1p_negated(u):
 
 @triton.jit
 def _scaled_exponent(x):
-    """Splits x = 2^e m, m in [0.75, 1.5): e * 2^23, which is what the bits of 2^e and of x / m differ by."""
+    """e * 2^23 for x = 2^e m, m in [0.75, 1.5): the exponent bits to subtract from x to get m."""
     return (x.to(tl.int32, bitcast=True) - 0x3F400000) & -0x00800000
 
 
@@ -63,7 +63,7 @@ def _log_split(scaled_e, f):
     p = tl.fma(p, f, -2.50000546e-1)
     p = tl.fma(p, f, 3.33334544e-1)
     p = tl.fma(p, f, -5.00000008e-1)
-    # e log 2 + f with what its rounding loses; e times the upper part of log 2 is exact
+    # e log 2 + f and its rounding error; e times the upper part of log 2 is exact
     e = scaled_e.to(tl.float32)
     high = e * 8.262941264547408e-08  # 0x1.62E4p-1 * 2^-23
     total = high + f

@@ -1,4 +1,4 @@
-"""The rows of a [batch, heads, tokens, head dim] tensor of any strides with a contiguous last dimension."""
+"""Loads and stores rows of a [batch, heads, tokens, head dim] tensor whose last dimension is contiguous."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import triton.language as tl
 
 
 class Matrices(NamedTuple):
-    """A tensor as kernels take it: its data, and three strides in elements."""
+    """A tensor as a kernel argument: its data and three strides in elements."""
 
     data: torch.Tensor
     batch: int
@@ -23,23 +23,23 @@ class Matrices(NamedTuple):
 
 
 @triton.jit
-def _places(matrices, heads, bh, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+def _pointers(matrices, heads, bh, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
+    """Pointers to the rows `tokens`, [len(tokens), D], and the mask of the elements that exist."""
     matrix = matrices.data + (bh // heads).to(tl.int64) * matrices.batch + (bh % heads).to(tl.int64) * matrices.head
     d = tl.arange(0, D)
-    places = matrix + tokens.to(tl.int64)[:, None] * matrices.token + d[None, :]
-    return places, (tokens >= 0)[:, None] & (d < HEAD_DIM)[None, :]
+    pointers = matrix + tokens.to(tl.int64)[:, None] * matrices.token + d[None, :]
+    return pointers, (tokens >= 0)[:, None] & (d < HEAD_DIM)[None, :]
 
 
 @triton.jit
 def load_rows(matrices, heads, bh, tokens, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    """The rows `tokens` of matrix number bh (of batch * heads), [len(tokens), D]; zeros for token -1 and from HEAD_DIM
-    on.
-    """
-    places, there = _places(matrices, heads, bh, tokens, HEAD_DIM, D)
-    return tl.load(places, there, 0.0)
+    """Rows `tokens` of matrix bh (of batch * heads), [len(tokens), D]; zeros for token -1 and beyond HEAD_DIM."""
+    pointers, mask = _pointers(matrices, heads, bh, tokens, HEAD_DIM, D)
+    return tl.load(pointers, mask, 0.0)
 
 
 @triton.jit
 def store_rows(matrices, heads, bh, tokens, x, HEAD_DIM: tl.constexpr, D: tl.constexpr):
-    places, there = _places(matrices, heads, bh, tokens, HEAD_DIM, D)
-    tl.store(places, x.to(places.dtype.element_ty), there)
+    """Stores x [len(tokens), D] as rows `tokens` of matrix bh; token -1 and columns beyond HEAD_DIM are skipped."""
+    pointers, mask = _pointers(matrices, heads, bh, tokens, HEAD_DIM, D)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask)

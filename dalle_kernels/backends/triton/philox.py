@@ -1,6 +1,4 @@
-"""Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
-index).
-"""
+"""Philox4x32-10 and Gumbel noise, a function of (seed, offset, index) specified in dalle_kernels/philox.py."""
 
 from __future__ import annotations
 
@@ -12,7 +10,7 @@ from .math import log1p_negated, natural_log
 
 @triton.jit
 def random_words(seed, offset, block):
-    """The random words (four of uint32) of the indices 4 * block to 4 * block + 3; all arguments int64."""
+    """Four uint32 random words, for the indices 4 * block to 4 * block + 3; all arguments are int64."""
     return tl.philox(
         seed,
         block.to(tl.uint32), (block >> 32).to(tl.uint32),
@@ -22,9 +20,7 @@ def random_words(seed, offset, block):
 
 @triton.jit
 def random_bits(seed, offset, index):
-    """The 32 random bits (uint32) of every index, a tensor of int64; where neighbours are wanted, `random_words` costs
-    a quarter.
-    """
+    """32 random bits (uint32) per index (int64 tensor). For consecutive indices `random_words` costs a quarter."""
     a, b, c, d = random_words(seed, offset, index >> 2)
     word = index & 3
     return tl.where(word < 2, tl.where(word == 0, a, b), tl.where(word == 2, c, d))
@@ -39,11 +35,11 @@ def gumbel(bits):
 
 @triton.jit
 def random_quads(seed, offset, first, ALIGNED: tl.constexpr):
-    """The random bits of the indices first to first + 3 of every element of `first`, a tensor of int64, side by side:
-    [..., 4 n] of [..., n]. ALIGNED: all are multiples of 4, which halves the work.
+    """The random bits of the indices first to first + 3 for every element of `first` (int64), side by side: [..., n] ->
+    [..., 4 n]. ALIGNED: all elements of `first` are multiples of 4, which halves the work.
     """
     a, b, c, d = random_words(seed, offset, first >> 2)
-    if not ALIGNED:  # they end in the next block
+    if not ALIGNED:  # the last indices may be in the next block
         e, f, g, _ = random_words(seed, offset, (first >> 2) + 1)
         by_two, by_one = (first & 2) != 0, (first & 1) != 0
         a, b, c = tl.where(by_two, c, a), tl.where(by_two, d, b), tl.where(by_two, e, c)

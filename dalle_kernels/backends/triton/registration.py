@@ -9,7 +9,7 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 
 
 def register(schema, implementation, fake):
-    """Defines the operation of `schema`, "name(arguments) -> results", and returns it."""
+    """Registers the operation of `schema`, "name(arguments) -> results", and returns it."""
     name = schema.partition("(")[0]
     _library.define(schema)
     _library.impl(name, implementation, "CompositeExplicitAutograd")

@@ -1,9 +1,9 @@
 """sample_tokens: one token per row, the argmax of logits / temperature + noise over the tokens that top_k and top_p
 keep.
 
-A program has a row. Its logits become keys, unsigned integers in the order of the floats. Both filters keep all keys
-from a threshold up, which is found bit by bit, a sweep over the row for each. A row of one block stays in registers;
-longer ones are read again.
+A program processes one row. It maps logits to sort keys, unsigned integers in the order of the floats. Both filters
+keep all keys from a threshold up; the threshold is found bit by bit, with one pass over the row per bit. A row that
+fits a block stays in registers; longer rows are read again.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ INF_KEY = tl.constexpr(0xFF800000)
 NAN_KEY = tl.constexpr(0xFFFFFFFF)
 SIGN = tl.constexpr(0x80000000)
 ALL = tl.constexpr(0xFFFFFFFF)
-BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # in which keys differ, the upper ones
+BITS = {torch.float32: 32, torch.float16: 19, torch.bfloat16: 16}  # number of upper bits in which keys differ
 
 
 @triton.jit
 def _key(x):
-    """NaN is above all, and the two zeros are equal."""
+    """The sort key of a float. NaN has the largest key, and the keys of the two zeros are equal."""
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     return tl.where(x != x, NAN_KEY, bits ^ tl.where(bits >= SIGN, ALL, SIGN))
 
@@ -42,13 +42,13 @@ def _value(key):
 
 @triton.jit
 def _ranked(key, token):
-    """A key and its token, such that the largest is the first token of the largest key."""
+    """Key and token in one integer; the maximum is the first token with the largest key."""
     return (key.to(tl.uint64) << 32) | (token.to(tl.uint32) ^ ALL).to(tl.uint64)
 
 
 @triton.jit
 def _keys(logits, begin, vocabulary, held, RESIDENT: tl.constexpr, BLOCK: tl.constexpr):
-    """Of the tokens from `begin` on; where the row is RESIDENT, `held`."""
+    """Sort keys of the block at `begin`; `held` if the whole row is in registers (RESIDENT)."""
     if RESIDENT:
         keys = held
     else:
@@ -60,7 +60,7 @@ def _keys(logits, begin, vocabulary, held, RESIDENT: tl.constexpr, BLOCK: tl.con
 
 @triton.jit
 def _weights(keys, least, top, scale_log2):
-    """In softmax(logits / temperature) over the keys from `least` up, but for a factor."""
+    """Unnormalised softmax(logits / temperature) over the keys >= `least`."""
     return tl.where(keys >= least, tl.exp2((_value(keys) - top) * scale_log2), 0.0)
 
 
@@ -69,7 +69,7 @@ def _mass(
     start, logits, vocabulary, held, held_weights, least, top, scale_log2,
     COUNT: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """What the keys from `start` up weigh together; COUNT: 1 each."""
+    """Total weight of the keys >= `start`; COUNT: every key has weight 1."""
     mass = tl.zeros([BLOCK // 4], tl.float64)
     for begin in range(0, vocabulary, BLOCK):
         keys = _keys(logits, begin, vocabulary, held, RESIDENT, BLOCK)
@@ -89,8 +89,8 @@ def _threshold(
     target, logits, vocabulary, held, held_weights, least, top, scale_log2,
     COUNT: tl.constexpr, BITS: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key such that all keys from it up weigh `target` or more (its lower bits, in which no keys differ,
-    are 0). That they weigh less the larger it is holds for the rounded sums too: what is left out is added as 0.
+    """The largest key such that the total weight of all keys >= it is at least `target`. Its lower bits, in which no
+    keys differ, are 0. Rounded sums are monotonic in the threshold too, because excluded keys are added as 0.
     """
     found = tl.full([], 0, tl.uint32)
     bit = tl.full([], SIGN, tl.uint32)
@@ -108,7 +108,7 @@ def _sample_row(
     logits, row_step, seed, offset, tokens, vocabulary, temperature, top_k, top_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, BITS: tl.constexpr, RESIDENT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """top_p: the bits of a float64, as a float would be rounded."""
+    """Samples the token of one row. top_p: the bits of a float64, because Triton would round a float to float32."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_step
     held = _keys(logits, 0, vocabulary, 0, False, BLOCK)
@@ -118,7 +118,7 @@ def _sample_row(
         best = tl.maximum(best, _ranked(keys, begin + tl.arange(0, BLOCK)))
     largest = tl.max(best, 0)
 
-    # A row whose largest logit is not finite takes it: the first NaN, or +inf, or the first token if all are -inf.
+    # If the largest logit is not finite, its token is the result: the first NaN, else +inf; token 0 if all are -inf.
     top_key = (largest >> 32).to(tl.uint32)
     if (top_key > MINUS_INF_KEY) & (top_key < INF_KEY):
         top = _value(top_key)

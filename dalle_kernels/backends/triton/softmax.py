@@ -1,7 +1,7 @@
-"""Online softmax: rows of scores come block by block, and a running maximum and sum of weights stand for what came.
+"""Online softmax over blocks of scores. The state of a row is a running maximum and a running sum of weights.
 
 Scores are scaled by a positive `scale_log2` after their maximum is taken, so that exp2 gives the weights. The caller
-keeps the weighted sum of the values: it multiplies it by `keep` and adds the new weights' products.
+accumulates the unnormalised output: it multiplies it by the rescale factor `alpha` and adds the new weighted values.
 """
 
 from __future__ import annotations
@@ -14,34 +14,36 @@ from .math import INFINITY, exp2
 
 @triton.jit
 def empty(ROWS: tl.constexpr):
-    """(maximum, total) [ROWS] of no scores."""
+    """(maximum, total) [ROWS] before the first score."""
     return tl.full([ROWS], -INFINITY, tl.float32), tl.zeros([ROWS], tl.float32)
 
 
 @triton.jit
 def update(maximum, total, scores, scale_log2, PRECISE: tl.constexpr):
-    """Takes scores [ROWS, COLUMNS]: (maximum, total, keep [ROWS], weights [ROWS, COLUMNS])."""
+    """Adds scores [ROWS, COLUMNS] to the state; returns (maximum, total, alpha [ROWS], weights [ROWS, COLUMNS])."""
     new = tl.maximum(maximum, tl.max(scores, 1))
-    less = _finite(new)
-    keep = exp2((maximum - less) * scale_log2, PRECISE)
+    safe = _finite(new)
+    alpha = exp2((maximum - safe) * scale_log2, PRECISE)
     if PRECISE:
-        weights = exp2((scores - less[:, None]) * scale_log2, PRECISE)
+        weights = exp2((scores - safe[:, None]) * scale_log2, PRECISE)
     else:  # one multiply-add
-        weights = exp2(scores * scale_log2 - (less * scale_log2)[:, None], PRECISE)
-    return new, total * keep + tl.sum(weights, 1), keep, weights
+        weights = exp2(scores * scale_log2 - (safe * scale_log2)[:, None], PRECISE)
+    return new, total * alpha + tl.sum(weights, 1), alpha, weights
 
 
 @triton.jit
 def merge(maximum, total, other_maximum, other_total, scale_log2, PRECISE: tl.constexpr):
-    """Of two parts of a row: (maximum, total, keep, weight), the factors of the first and of the other part."""
+    """Merges two states of a row; returns (maximum, total, alpha, beta), the rescale factors of the first and the other
+    unnormalised output.
+    """
     new = tl.maximum(maximum, other_maximum)
-    less = _finite(new)
-    keep = exp2((maximum - less) * scale_log2, PRECISE)
-    weight = exp2((other_maximum - less) * scale_log2, PRECISE)
-    return new, total * keep + other_total * weight, keep, weight
+    safe = _finite(new)
+    alpha = exp2((maximum - safe) * scale_log2, PRECISE)
+    beta = exp2((other_maximum - safe) * scale_log2, PRECISE)
+    return new, total * alpha + other_total * beta, alpha, beta
 
 
 @triton.jit
 def _finite(maximum):
-    """Something to subtract: where nothing was seen the maximum is -inf, and -inf - 0 serves as well."""
+    """The running maximum, or 0 while it is still -inf, so that inf - inf cannot arise."""
     return tl.where(maximum == -INFINITY, 0.0, maximum)

@@ -1,15 +1,15 @@
 """sparse_attention: softmax(q kᵀ · scale) v over the pairs of a plan, forward and backward. docs/triton.md explains it.
 
-Forward: a program takes one work item of the plan for one (batch, head), and runs softmax over its keys, online over
-groups of columns. Where several items share a tile, each leaves a partial result, and a second kernel adds these up in
-the plan's order.
+Forward: a program processes one work item of the plan for one (batch, head), with an online softmax over groups of
+columns. If a tile is split into several items, each stores a partial result, and a second kernel merges them in the
+plan's order.
 
 Backward, from lse, without atomics. With P = exp(S * scale - lse) and dP = dO Vᵀ:
     dQ = dS K * scale,  dK = dSᵀ Q * scale,  dV = Pᵀ dO,  where dS = P * (dP - delta),  delta = rowsum(dO * O).
-One kernel owns tiles of queries and gives dQ, another owns tiles of keys and gives dK and dV, on a plan seen from the
-keys. lse is rounded, by more the larger it is, and that error multiplies every weight of a query. In float32 it would
-show: there the first kernel also adds up the weights that it recomputes, and both divide by the sum; and it corrects
-delta, so that it has the rounding errors of dP.
+One kernel owns tiles of queries and computes dQ; another owns tiles of keys and computes dK and dV, from a plan with
+side="key". The rounding error of lse grows with lse and multiplies every weight of a query, which matters in float32.
+There the first kernel also sums the recomputed weights, and both kernels divide by the sum. It also corrects delta, so
+that delta has the same rounding error as dP.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..plans import PlanSizes
 from . import launch, softmax
 from .math import INFINITY, LOG2E, exp2
 from .matrices import Matrices, load_rows, store_rows
-from .plan import parts, read_entry, row_tokens, split_tile, where_allowed, work_item
+from .plan import read_entry, row_tokens, sections, split_tile, where_allowed, work_item
 from .registration import register
 
 # -- forward
@@ -34,7 +34,7 @@ def _forward(
     q, k, v, out, lse, partials, plan, scale, pairs, heads, n, NEGATE: tl.constexpr,
     HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """`scale` is positive, so that maxima can be of scores before they are scaled; NEGATE: it was negative."""
+    """`scale` is positive, so that the maximum can be taken before scaling. NEGATE: the given scale was negative."""
     PRECISE: tl.constexpr = q.data.dtype.element_ty == tl.float32
     item, bh = tl.program_id(0) // pairs, tl.program_id(0) % pairs
     tile, begin, end, partial = work_item(plan, item)
@@ -43,7 +43,7 @@ def _forward(
     if NEGATE:
         q_rows = -q_rows
 
-    entries, gathered, masks = parts(plan)
+    entries, gathered, masks = sections(plan)
     scale_log2 = scale * LOG2E
     maximum, total = softmax.empty(ROWS)
     acc = tl.zeros([ROWS, D], tl.float32)
@@ -53,9 +53,9 @@ def _forward(
         scores = tl.dot(q_rows, tl.trans(k_rows), input_precision="ieee")
         if mask >= 0:
             scores = where_allowed(scores, -INFINITY, masks, mask, ROWS, COLUMNS)
-        maximum, total, keep, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
+        maximum, total, alpha, weights = softmax.update(maximum, total, scores, scale_log2, PRECISE)
         v_rows = load_rows(v, heads, bh, tokens, HEAD_DIM, D)
-        acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * keep[:, None], input_precision="ieee")
+        acc = tl.dot(weights.to(v_rows.dtype), v_rows, acc * alpha[:, None], input_precision="ieee")
 
     if partial >= 0:
         _save(partials, partial.to(tl.int64) * pairs + bh, acc, maximum, total, ROWS, D)
@@ -71,7 +71,7 @@ def _finish(out, lse, rows, acc, maximum, total, scale, heads, bh, n, HEAD_DIM: 
 
 @triton.jit
 def _save(partials, number, acc, x, y, ROWS: tl.constexpr, D: tl.constexpr):
-    """A partial result in scratch memory: acc [ROWS, D], x [ROWS] and y [ROWS], float32."""
+    """Stores a partial result in scratch memory: acc [ROWS, D], x [ROWS] and y [ROWS], float32."""
     at, row = partials + number * (ROWS * (D + 2)), tl.arange(0, ROWS)
     tl.store(at + row[:, None] * D + tl.arange(0, D)[None, :], acc)
     tl.store(at + ROWS * D + row, x)
@@ -89,20 +89,20 @@ def _saved(partials, number, ROWS: tl.constexpr, D: tl.constexpr):
 def _combine(
     out, lse, partials, plan, scale, pairs, heads, n, HEAD_DIM: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Adds up the partial results of a split tile."""
+    """Merges the partial results of a split tile."""
     bh = tl.program_id(0) % pairs
     tile, first, count = split_tile(plan, tl.program_id(0) // pairs)
     maximum, total = softmax.empty(ROWS)
     acc = tl.zeros([ROWS, D], tl.float32)
     for i in range(count):
         part, part_maximum, part_total = _saved(partials, (first + i).to(tl.int64) * pairs + bh, ROWS, D)
-        maximum, total, keep, weight = softmax.merge(maximum, total, part_maximum, part_total, scale * LOG2E, True)
-        acc = acc * keep[:, None] + part * weight[:, None]
+        maximum, total, alpha, beta = softmax.merge(maximum, total, part_maximum, part_total, scale * LOG2E, True)
+        acc = acc * alpha[:, None] + part * beta[:, None]
     rows = row_tokens(plan, tile, ROWS)
     _finish(out, lse, rows, acc, maximum, total, scale, heads, bh, n, HEAD_DIM, D)
 
 
-# -- dQ, by tiles of queries; and what the other kernel must know of a query
+# -- dQ by tiles of queries, and the statistics of the queries for the other kernel
 
 
 @triton.jit
@@ -119,7 +119,7 @@ def _grad_q(
     delta = _diagonal(tl.dot(grad_rows, tl.trans(load_rows(out, heads, bh, rows, HEAD_DIM, D)), input_precision="ieee"))
     lse_log2 = tl.load(lse + bh.to(tl.int64) * n + rows, rows >= 0, 0.0) * LOG2E
 
-    entries, gathered, masks = parts(plan)
+    entries, gathered, masks = sections(plan)
     scale_log2 = scale * LOG2E
     total, excess = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     acc, mean = tl.zeros([ROWS, D], tl.float32), tl.zeros([ROWS, D], tl.float32)
@@ -154,14 +154,14 @@ def _grad_q(
 
 @triton.jit
 def _diagonal(x):
-    """Of a square product of rows like dO Vᵀ: so that dP - delta is exactly 0 where a query sees one key."""
+    """Diagonal of a [ROWS, ROWS] product; makes dP - delta exactly 0 for queries with a single key."""
     i = tl.arange(0, x.shape[0])
     return tl.sum(tl.where(i[:, None] == i[None, :], x, 0.0), 1)
 
 
 @triton.jit
 def _statistics_at(statistics, pairs, bh, n, tokens):
-    """Where lse (to base 2), delta, and the sum of the recomputed weights of the queries `tokens` stand."""
+    """Pointers to lse (to base 2), delta, and the sum of the recomputed weights of the queries `tokens`."""
     at = statistics + bh.to(tl.int64) * n + tokens
     step = tl.full([1], pairs, tl.int64) * n  # pairs may be the constant 1
     return at, at + step, at + 2 * step
@@ -172,8 +172,8 @@ def _finish_q(
     grad_q, lse, statistics, rows, acc, mean, total, excess, delta, scale, pairs, heads, bh, n,
     PRECISE: tl.constexpr, HEAD_DIM: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """`total`: the sum of the weights, `mean`: of the weighted keys, `excess`: of the gradients of the scores, which
-    would be 0 if delta had the rounding errors of dP.
+    """Stores dQ and the statistics of a tile. `total`: sum of the weights; `mean`: sum of the weighted keys; `excess`:
+    sum of the gradients of the scores, which would be 0 if delta had the same rounding error as dP.
     """
     if PRECISE:
         correction = excess / total
@@ -228,7 +228,7 @@ def _grad_kv(
     k_rows = load_rows(k, heads, bh, rows, HEAD_DIM, D)
     v_rows = load_rows(v, heads, bh, rows, HEAD_DIM, D)
 
-    entries, gathered, masks = parts(plan)
+    entries, gathered, masks = sections(plan)
     scale_log2 = scale * LOG2E
     acc_k = tl.zeros([ROWS, D], tl.float32)
     acc_v = tl.zeros([ROWS, D], tl.float32)
@@ -292,18 +292,18 @@ COMBINE_WARPS = 8
 
 
 class _Problem:
-    """What all kernels of a call share."""
+    """The arguments shared by all kernels of a call."""
 
     def __init__(self, q, scale):
         batch, self.heads, self.n, self.head_dim = q.shape
         self.q, self.scale, self.pairs, self.dim = q, scale, batch * self.heads, launch.padded(self.head_dim)
 
     def partials(self, sizes, vectors):
-        """Scratch memory for the partial results of a plan of `sizes`, each of so many float32 vectors [ROWS]."""
+        """Scratch memory for the partial results of a plan of `sizes`, each of `vectors` float32 vectors [ROWS]."""
         return self.q.new_empty(sizes.partials * self.pairs * sizes.rows * vectors, dtype=torch.float32)
 
     def start(self, kernel, name, sizes, *arguments, scale, **constants):
-        """Starts a kernel on the work items of a plan, as the table says under `name`."""
+        """Launches a kernel on the work items of a plan, with the parameters of `name` in the table."""
         line = launch.lookup(name, self.q.device, self.head_dim, self.q.dtype)
         numbers = scale, self.pairs, self.heads, self.n
         shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=sizes.rows, COLUMNS=sizes.columns)
@@ -311,7 +311,7 @@ class _Problem:
         launch.start(kernel, blocks, line.warps, line.stages, *arguments, *numbers, **shape, **constants)
 
     def combine(self, kernel, sizes, *arguments, scale):
-        """Starts a kernel on the split tiles of a plan."""
+        """Launches a kernel on the split tiles of a plan."""
         numbers = scale, self.pairs, self.heads, self.n
         shape = dict(HEAD_DIM=self.head_dim, D=self.dim, ROWS=sizes.rows)
         launch.start(kernel, self.pairs * sizes.split_tiles, COMBINE_WARPS, 1, *arguments, *numbers, **shape)
@@ -326,7 +326,7 @@ def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale):
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     problem, (sizes, _) = _Problem(q, scale), _of_plans(sizes)
     partials = problem.partials(sizes, problem.dim + 2)
-    positive = max(abs(scale), 4 * torch.finfo(torch.float32).tiny)  # never 0, because -inf is multiplied by it
+    positive = max(abs(scale), 4 * torch.finfo(torch.float32).tiny)  # never 0: -inf * 0 is NaN
     results = Matrices.of(out), lse, partials, plan
     tensors = (Matrices.of(x) for x in (q, k, v))
     problem.start(_forward, "sparse_attention", sizes, *tensors, *results, scale=positive, NEGATE=scale < 0)
