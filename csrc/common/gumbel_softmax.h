@@ -5,12 +5,12 @@
 
 namespace dk {
 
-// Tensors of logits' shape are seen as [outer, classes, inner] and lie so in memory, without gaps, or where
-// `classes_last` (the CPU only) as [outer, inner, classes]; statistics are contiguous float32 [outer, inner].
+// Tensors of the logits' shape are viewed as [outer, classes, inner]. They are contiguous in this order or, if
+// `classes_last` (CPU only), as [outer, inner, classes]. Statistics are contiguous float32 [outer, inner].
 struct GumbelSoftmaxArgs {
   const void* logits;      // backward: null if neither hard nor with KL
   void* y;                 // backward: read unless hard
-  float *kl, *max, *sum;   // null without KL. max and sum of exp(logits - max) are kept for the backward pass
+  float *kl, *max, *sum;   // null without KL. max and sum of exp(logits - max) are saved for the backward pass
   int64_t outer, classes, inner;
   const int64_t* seed;
   const float* tau;

@@ -43,8 +43,8 @@ struct Plan {
   // first entry of a tile
   int32_t begin(int64_t tile) const { return p[p[plan_header::begin_at] + tile]; }
 
-  // A run of key groups: `keys` >= 0 is the first token of contiguous groups; otherwise ~keys is the first group in the
-  // gather list. mask -1: all pairs allowed.
+  // A run of key groups. `keys` >= 0 is the first token of consecutive groups; otherwise ~keys is the first gathered
+  // group. mask -1: all pairs are allowed.
   struct Entry {
     int32_t keys, groups, mask;
   };
@@ -55,13 +55,13 @@ struct Plan {
   const int32_t* gather(int64_t group) const {
     return p + p[plan_header::gathered_at] + group * p[plan_header::columns];
   }
-  const uint32_t* mask(int64_t index) const {   // per 32 tile rows and key of the group, one bit per row
+  const uint32_t* mask(int64_t index) const {   // a word per 32 tile rows and key of the group, one bit per row
     return reinterpret_cast<const uint32_t*>(p) + p[plan_header::masks_at] +
            index * p[plan_header::columns] * (p[plan_header::rows] / 32);
   }
 
-  // A work item: entries [begin, end) of a tile; partial -1: these are all, else the number of the item's partial
-  // result.
+  // A work item: entries [begin, end) of a tile. partial is -1 if the item is the whole tile, else the index of its
+  // partial result.
   struct Item {
     int32_t tile, begin, end, partial;
   };
@@ -70,7 +70,7 @@ struct Plan {
     return {w[0], w[1], w[2], w[3]};
   }
 
-  // The partial results [first, first + count) make up a tile.
+  // The partial results [first, first + count) are merged into a tile.
   struct SplitTile {
     int32_t tile, first, count;
   };

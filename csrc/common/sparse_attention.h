@@ -22,7 +22,7 @@ struct SparseAttentionArgs {
 
 struct SparseAttentionBackwardArgs {
   SparseAttentionArgs forward;    // out and lse are read
-  const int32_t* backward_plan;   // the CPU has no use for it
+  const int32_t* backward_plan;   // not used on the CPU
   const void* grad_out;
   void *grad_q, *grad_k, *grad_v;
   Strides grad_out_strides, grad_q_strides, grad_k_strides, grad_v_strides;

@@ -1,4 +1,4 @@
-// Running argmax, per lane; the first of equal values wins.
+// Running argmax per lane; ties go to the first.
 #pragma once
 #include "cpu/vec.h"
 

@@ -1,5 +1,5 @@
-// Building blocks of attention over one tile of 32 queries: lanes are queries, keys and values are read by broadcast
-// from their rows, so gathering costs nothing and only Q and O are transposed.
+// Building blocks of attention over one tile of 32 queries. Lanes are queries; keys and values are broadcast from their
+// rows, so that gathering is free and only Q and O are transposed.
 #pragma once
 #include "common/plan.h"
 #include "cpu/softmax.h"
@@ -14,7 +14,7 @@ constexpr int PAIR = 2 * LANES;   // queries per register block
 constexpr int BLOCK = LANES == 16 ? 8 : 4;
 constexpr int CHUNK_KEYS = 128;   // keys per update of the softmax
 
-// Row `token` of a [N, D] matrix of T, as floats padded with zeros to DP.
+// Row `token` of a [N, D] matrix of T, as floats zero-padded to DP.
 template <class T, int DP>
 DK_INLINE void fetch_row(const T* base, int64_t stride, int32_t token, int head_dim, float* out) {
   load_row(base + token * stride, out, head_dim);
@@ -60,7 +60,8 @@ DK_INLINE void unpack_transposed(const float* in, const int32_t* rows, int head_
     if (rows[r] >= 0) store_row(unpacked + r * DP, base + rows[r] * stride, head_dim);
 }
 
-// Products over the head dim are summed over even and odd d apart, and SPAN at a time: shorter chains err less.
+// Products over the head dim are summed separately over even and odd d, and SPAN at a time: shorter chains have smaller
+// rounding errors.
 template <int DP> constexpr int SPAN = DP < 64 ? DP : 64;
 
 // out[j][32] = factor * sum_d a[d][32] * keys[j][d] for the GROUP_COLUMNS rows `keys`
@@ -91,7 +92,7 @@ template <int DP> DK_INLINE void products(const float* a, const float* const* ke
       }
 }
 
-// s[j][32] = fill where the mask of key j has no bit for the query
+// s[j][32] = fill for queries without a bit in the mask of key j
 DK_INLINE void apply_mask(const uint32_t* mask, float fill, float* s) {
   for (int j = 0; j < GROUP_COLUMNS; ++j)
     for (int r = 0; r < ROWS; r += LANES)
@@ -137,8 +138,8 @@ template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t hea
   return static_cast<T*>(p) + bh / heads * s.batch + bh % heads * s.head;
 }
 
-// K and V of one (batch, head) as rows of DP floats: the tensors themselves where they are float and need no padding,
-// else a converted copy of `floats` floats, filled by `prepare` in parts.
+// K and V of one (batch, head) as rows of DP floats: the tensors themselves if they are float and need no padding, else
+// a converted copy of `floats` floats, which `prepare` fills in parts.
 template <class T, int DP> struct FloatHead {
   static bool in_place(const SparseAttentionArgs& a) { return sizeof(T) == sizeof(float) && a.head_dim == DP; }
   static int64_t floats(const SparseAttentionArgs& a) { return in_place(a) ? 0 : 2 * a.n * DP; }
@@ -160,8 +161,8 @@ template <class T, int DP> struct FloatHead {
   FloatRows k, v;
 };
 
-// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding slots
-// repeat the group's first key.
+// Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding repeats
+// the group's first key.
 template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t begin, int64_t end, const Visit& visit) {
   int32_t tokens[GROUP_COLUMNS];
   for (int64_t e = begin; e < end; ++e) {
@@ -178,17 +179,17 @@ template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t b
   }
 }
 
-// ... of a tile
+// The same for all entries of a tile.
 template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t tile, const Visit& visit) {
   for_each_group(plan, plan.begin(tile), plan.begin(tile + 1), visit);
 }
 
-// Online-softmax state of a tile's queries over some of their keys. The unnormalised output lies in the kernel's own
-// layout.
+// Online-softmax state of a tile's queries over some of their keys. The layout of the unnormalised output is the
+// kernel's own.
 template <int DP> struct TileState {
   alignas(64) float out[DP * ROWS], maximum[ROWS], sum[ROWS];
 
-  // of the LANES queries from r on
+  // The state of queries [r, r + LANES)
   DK_INLINE SoftmaxState<> at(int r) const { return {load(maximum + r), load(sum + r)}; }
   DK_INLINE void put(int r, const SoftmaxState<>& state) {
     store(maximum + r, state.maximum);
@@ -197,7 +198,7 @@ template <int DP> struct TileState {
   DK_INLINE void clear_softmax() {
     for (int r = 0; r < ROWS; r += LANES) put(r, {});
   }
-  // The outputs are to be merged as out * alpha + other.out * beta. Scores are in units of `unit`.
+  // Merges the statistics; the caller merges outputs as out * alpha + other.out * beta. Scores are in units of `unit`.
   DK_INLINE void merge_softmax(const TileState& other, float unit, float* alpha, float* beta) {
     for (int r = 0; r < ROWS; r += LANES) {
       SoftmaxState<> state = at(r);
@@ -210,7 +211,7 @@ template <int DP> struct TileState {
   float log_sum_exp(int r, float unit) const { return static_cast<float>(maximum[r] * unit + __builtin_log(sum[r])); }
 };
 
-// Picks the kernel instance for an element type and the smallest padded head dim.
+// Selects the kernel instance for an element type and the smallest padded head dim.
 template <template <class, int> class Instance, class... A>
 DK_INLINE auto dispatch(DType dtype, int64_t head_dim, A&&... a) {
   auto by_dim = [&](auto element) {

@@ -6,14 +6,14 @@
 
 namespace dk::DK_ISA {
 
-constexpr int BLOCK_KEYS = 32;   // of one product; a chunk's keys are filled up to a multiple of it
+constexpr int BLOCK_KEYS = 32;   // keys per product; a chunk is padded to a multiple of it
 
 // A [N, D] matrix of one head.
 struct BFloat16Rows {
   const BFloat16* base;
   int64_t stride;
   const BFloat16* row(int32_t token) const { return base + token * stride; }
-  // of columns, from column d on; zeros beyond the head dim, and for padding rows
+  // pairs of columns, from column d on; zeros beyond the head dim and for padding rows
   Vec pairs(int32_t token, int d, int head_dim) const {
     return token >= 0 ? load_pairs(row(token) + d, head_dim - d) : Vec{};
   }
@@ -30,7 +30,7 @@ template <int DP> DK_INLINE void pack_columns(BFloat16Rows x, const int32_t* row
     }
 }
 
-// Rows of `count` tokens, two by two as pairs, [count / 2][DP]: the right operand of sums over tokens. Padding rows are
+// Rows of `count` tokens as pairs of rows, [count / 2][DP]: the right operand of sums over tokens. Padding rows are
 // zero.
 template <int DP>
 DK_INLINE void pack_rows(BFloat16Rows x, const int32_t* tokens, int count, int head_dim, uint32_t* out) {
@@ -40,8 +40,7 @@ DK_INLINE void pack_rows(BFloat16Rows x, const int32_t* tokens, int count, int h
     }
 }
 
-// The rows of BLOCK_KEYS tokens as a left operand: as they lie where they are evenly spaced and need no padding, else
-// copied.
+// The rows of BLOCK_KEYS tokens as a left operand: in place if they are evenly spaced and need no padding, else a copy.
 template <int DP>
 DK_INLINE BFloat16Rows left_operand(BFloat16Rows x, const int32_t* tokens, int head_dim, BFloat16* copy) {
   const int32_t step = tokens[1] - tokens[0];
@@ -60,7 +59,7 @@ template <int DP> DK_INLINE void round_row(const float* in, float factor, int he
     store_rounded(load(in + d) * factor, load(in + d + LANES) * factor, out + d, head_dim - d);
 }
 
-// Picks the kernel instance for the smallest padded head dim.
+// Selects the kernel instance for the smallest padded head dim.
 template <template <int> class Instance, class... A> DK_INLINE auto dispatch_dim(int64_t head_dim, A&&... a) {
   if (head_dim <= 32) return Instance<32>::call(a...);
   if (head_dim <= 64) return Instance<64>::call(a...);

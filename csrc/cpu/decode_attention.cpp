@@ -1,7 +1,7 @@
 // One decode step: a prompt's text keys, which its candidates share, then the image keys of each candidate.
-// The text is read for all candidates at once (a panel: lanes are candidates) or, where they are few, for each alone
-// (lanes are keys, then head dims). Both do the same operations on every number in the same order, so that a result
-// does not depend on how many candidates there are.
+// The text is processed for all candidates at once (a panel: lanes are candidates) or, if they are few, one by one
+// (lanes are keys, then head dims). Batch-invariant: both paths perform the same operations in the same order, so a
+// result does not depend on the number of candidates.
 #include "cpu/decode_attention.h"
 
 #include "common/decode_schedule.h"
@@ -10,8 +10,8 @@
 namespace dk::DK_ISA {
 namespace {
 
-constexpr int FEWEST_OF_PANEL = 5;   // candidates; fewer are faster one by one
-// per update of the softmax, and added up in one chain: longer chains err more
+constexpr int FEWEST_OF_PANEL = 5;   // minimum candidates of a panel; fewer are faster one by one
+// keys per update of the softmax, summed in one chain: longer chains have larger rounding errors
 constexpr int DECODE_CHUNK_KEYS = 64;
 // keys are read in blocks of LANES or GROUP_COLUMNS
 constexpr int PADDED = LANES > GROUP_COLUMNS ? LANES : GROUP_COLUMNS;
@@ -29,18 +29,17 @@ template <int DP> struct DecodeSpace {
   SequenceState<DP> states[ROWS];
 };
 
-// `count` keys and values of a head, and behind the last key as many more as make whole blocks.
+// `count` keys and values of a head; keys are padded to whole blocks.
 template <class T> struct KeyChunk {
   const T *keys[DECODE_CHUNK_KEYS], *values[DECODE_CHUNK_KEYS];
   int count;
-  int64_t ahead;   // in elements: when a row is read, the one that far behind it is fetched into the cache
+  int64_t ahead;   // prefetch distance in elements
 };
 
-// Into the second cache: a core can wait for more lines there than in the first, which has no room for two sequences
-// anyway.
+// Prefetches into the L2 cache: it allows more outstanding misses than L1, which is too small for two sequences anyway.
 DK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Calls visit(places, count <= DECODE_CHUNK_KEYS) until all places of the runs have been seen.
+// Calls visit(places, count <= DECODE_CHUNK_KEYS) for successive chunks of the positions in `runs`.
 template <class Visit> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, const Visit& visit) {
   int32_t places[DECODE_CHUNK_KEYS];
   int count = 0;
@@ -57,14 +56,14 @@ template <class Visit> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, 
   if (count) visit(places, count);
 }
 
-// What was stored is what is loaded, rounded: keeps the compiler from fusing a product and a later sum in one of the
-// two ways only.
+// Compiler barrier: forces stored values to be rounded, so that a product and a later sum are not fused in only one of
+// the two paths.
 DK_INLINE void settle() { asm volatile("" ::: "memory"); }
 
 // -- one sequence
 
-// s[j] = scale * sum_d q[d] * keys[j][d], added up in the order of products(), as a panel's are; -inf up to the next
-// whole vector
+// s[j] = scale * sum_d q[d] * keys[j][d], summed in the order of products(), as in a panel; padded with -inf to whole
+// vectors
 template <class T, int DP>
 DK_INLINE void products_of_one(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
   for (int j = 0; j < chunk.count; j += LANES) {
@@ -90,7 +89,7 @@ DK_INLINE void products_of_one(const float* q, const KeyChunk<T>& chunk, float s
   for (int j = chunk.count; j % LANES; ++j) s[j] = -INF;
 }
 
-// The same, added up along the head dim, which takes fewer instructions and reads row after row.
+// The same, summed along the head dim: fewer instructions, and rows are read one after the other.
 template <class T, int DP>
 DK_INLINE void products_by_row(const float* q, const KeyChunk<T>& chunk, float scale, float* s) {
   for (int j = 0; j < chunk.count; j += LANES) {
@@ -121,7 +120,7 @@ template <class T, int DP> DK_INLINE void accumulate_of_one(const float* w, cons
   }
 }
 
-// Adds a chunk, whose scores are in w.s, to the state of a sequence.
+// Adds a chunk with scores w.s to the state of a sequence.
 template <class T, int DP>
 DK_INLINE void update_sequence(DecodeSpace<DP>& w, const KeyChunk<T>& chunk, SequenceState<DP>& state) {
   settle();
@@ -139,7 +138,7 @@ DK_INLINE void update_sequence(DecodeSpace<DP>& w, const KeyChunk<T>& chunk, Seq
   for (int d = 0; d < DP; d += LANES) store(state.out + d, load(state.out + d) + load(w.added + d));
 }
 
-// -- a panel: all candidates of the call see the same keys
+// -- a panel: all candidates of the call attend to the same keys
 
 template <int DP> DK_INLINE void update_panel(DecodeSpace<DP>& w, const KeyChunk<float>& chunk, float scale) {
   const int count = chunk.count;
@@ -148,7 +147,7 @@ template <int DP> DK_INLINE void update_panel(DecodeSpace<DP>& w, const KeyChunk
     SoftmaxState<> state = w.panel.at(r);
     const Vec maximum = running_maximum(state.maximum, w.s + r, ROWS, count);
     weigh(w.s + r, ROWS, count, maximum, Exp{});
-    Vec sums[LANES] = {};   // sums[i] is what lane i holds in update_sequence
+    Vec sums[LANES] = {};   // sums[i] corresponds to lane i in update_sequence
     for (int j = 0; j < count; j += LANES)
       DK_UNROLL_FOR (int i = 0; i < LANES; ++i) sums[i] += j + i < count ? load(w.s + (j + i) * ROWS + r) : Vec{};
     const Vec alpha = exp(state.maximum - maximum);
@@ -165,7 +164,7 @@ template <int DP> DK_INLINE void update_panel(DecodeSpace<DP>& w, const KeyChunk
 template <class T, int DP> struct Decode {
   using Space = DecodeSpace<DP>;
 
-  // A row of T as a row of DP elements of E: itself where it is one, else a copy.
+  // A row of T as a row of DP elements of E: the row itself if possible, else a copy.
   template <class E> static const E* row(const T* in, int64_t dim, int64_t ahead, E* copy) {
     if constexpr (sizeof(E) == sizeof(T)) {
       if (dim == DP) return in;
@@ -178,7 +177,7 @@ template <class T, int DP> struct Decode {
     return copy;
   }
 
-  // Calls visit(KeyChunk<E>) for all keys of the runs; `ahead` elements behind them are those that are read next.
+  // Calls visit(KeyChunk<E>) for all keys of the runs. `ahead`: prefetch distance in elements.
   template <class E, class Visit>
   static void for_each_key_chunk(DecodeSchedule::Runs runs, const T* k, const T* v, int64_t dim, int64_t ahead,
                                  Space& w, const Visit& visit) {
@@ -189,7 +188,7 @@ template <class T, int DP> struct Decode {
         chunk.keys[j] = row<E>(k + places[j] * dim, dim, ahead, key_copies + j * DP);
         chunk.values[j] = row<E>(v + places[j] * dim, dim, ahead, value_copies + j * DP);
       }
-      // so that the last block can be read whole
+      // the last block is read whole
       for (int j = count; j % PADDED; ++j) chunk.keys[j] = chunk.keys[0];
       chunk.count = count;
       chunk.ahead = dim == DP ? ahead : 0;
@@ -197,7 +196,7 @@ template <class T, int DP> struct Decode {
     });
   }
 
-  // Text keys for `count` candidates, panel or one by one; leaves their states in w.states.
+  // Processes the text keys for `count` candidates, as a panel or one by one; stores their states in w.states.
   static void text(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, const T* q, int count, const T* k,
                    const T* v, Space& w) {
     const int64_t dim = a.head_dim;

@@ -30,7 +30,8 @@ static bool has_avx512_bf16() {
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
 }
 
-// Tiles hold 8 KB that Linux saves with a thread only for processes that ask; it refuses where the processor has none.
+// AMX tiles are 8 KB of thread state, which Linux saves only for processes that request it. The request fails on
+// processors without AMX.
 static bool tiles_permitted() {
   constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XTILEDATA = 18;
   static const bool permitted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) == 0;

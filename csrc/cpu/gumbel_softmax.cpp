@@ -1,5 +1,5 @@
-// Forward: one sweep over the logits leaves weights relative to the maximum so far; a second pass over those weights,
-// still in the cache, normalises them. The hard variant needs the argmax only.
+// Forward: one sweep over the logits computes weights relative to the running maximum; a second pass normalises them
+// while they are in the cache. The hard variant needs the argmax only.
 #include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
@@ -8,7 +8,7 @@ namespace {
 Cut forward_cut(const GumbelSoftmaxArgs& a) { return a.hard ? Cut(a, MAX_WIDTH) : cut_to_cache(a); }
 
 template <class T> struct GumbelForward {
-  // One-hot of the argmax; NaN where softmax would be.
+  // One-hot of the argmax; NaN for rows whose softmax is NaN.
   static void put_one_hot(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, const SweepSpace& w) {
     T* y = static_cast<T*>(a.y) + s.memory;
     if (s.lane_step > 1) {

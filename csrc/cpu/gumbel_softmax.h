@@ -3,7 +3,7 @@
 
 namespace dk {
 
-// Work is cut into strips of neighbouring positions; a strip computes the same bits whichever thread runs it.
+// Work is split into strips of adjacent positions. The result of a strip does not depend on the thread that runs it.
 template <class Args> struct StripKernel {
   int64_t (*strips)(const Args&);
   int64_t (*workspace)(const Args&);   // floats

@@ -1,12 +1,12 @@
 // Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). Two
-// passes over y and grad; the hard variant first sweeps the logits again for its y, for nothing random was stored.
+// passes over y and grad. The hard variant first recomputes the soft y from the logits, because noise is not stored.
 #include "cpu/gumbel_sweep.h"
 
 namespace dk::DK_ISA {
 namespace {
 
-constexpr int STREAM_WIDTH = 256;   // lanes of a strip that is read twice from memory: longer runs than the sweep's
-constexpr int ACROSS_WIDTH = 16;    // where runs follow the classes, few lanes: they may stay in the cache
+constexpr int STREAM_WIDTH = 256;   // lanes of a strip that is streamed twice from memory: longer runs than the sweep's
+constexpr int ACROSS_WIDTH = 16;    // with classes_last: few lanes, so that a strip may stay in the cache
 
 Cut backward_cut(const GumbelSoftmaxBackwardArgs& a) {
   if (a.forward.hard) return cut_to_cache(a.forward);

@@ -1,7 +1,7 @@
-// What the forward and the backward pass of gumbel_softmax share: strips of positions with the classes as rows, and the
-// sweep that draws the noise and takes the softmax. Where the classes are the last dimension (inner = 1), one position
-// is laid out as rows of `width` classes and its lanes are merged at the end, so the same code serves both. Where they
-// are last in memory alone, rows are transposed as they are read and written.
+// Shared by the forward and backward pass of gumbel_softmax: strips of positions with the classes as rows, and the
+// sweep that generates the noise and computes the softmax. If the classes are the last dimension (inner = 1), one
+// position is laid out as rows of `width` classes and its lanes are merged at the end. If they are last in memory only,
+// rows are transposed as they are read and written.
 #pragma once
 #include "cpu/arena.h"
 #include "cpu/argmax.h"
@@ -13,21 +13,21 @@ namespace dk::DK_ISA {
 
 constexpr int CHUNK_ROWS = 32;               // rows per update of the softmax
 constexpr int MAX_WIDTH = 64;                // lanes of a strip
-constexpr int64_t WEIGHT_FLOATS = 1 << 19;   // of a strip: they should stay in the cache
+constexpr int64_t WEIGHT_FLOATS = 1 << 19;   // maximum weights of a strip, so that they stay in the cache
 constexpr float FAR = -1e4f;                 // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
 // -- geometry
 
 struct Strip {
-  int64_t begin, stride;   // index of lane 0 in row 0; from row to row
-  int64_t stat;            // of lane 0 in [outer, inner]
+  int64_t begin, stride;   // element index of lane 0 in row 0; stride of rows
+  int64_t stat;            // index of lane 0 in [outer, inner]
   int64_t rows;
-  int lanes, last_lanes;                 // in every row but the last; in the last row
-  int64_t memory, row_step, lane_step;   // as begin and stride, but of places in memory; from lane to lane
+  int lanes, last_lanes;                 // lanes in every row but the last; in the last row
+  int64_t memory, row_step, lane_step;   // memory offset of lane 0 in row 0; strides of rows and lanes in memory
   int lanes_in(int64_t row) const { return row == rows - 1 ? last_lanes : lanes; }
 };
 
-// How [outer, classes, inner] is cut into strips of at most `max_width` lanes.
+// The split of [outer, classes, inner] into strips of at most `max_width` lanes.
 struct Cut {
   Cut(const GumbelSoftmaxArgs& a, int max_width)
       : classes(a.classes), inner(a.inner), merge(a.inner == 1), classes_last(a.classes_last) {
@@ -55,7 +55,7 @@ struct Cut {
   bool classes_last;
 };
 
-// The strips of a sweep that keeps weights are as narrow as the cache asks.
+// Strips narrow enough that a sweep's weights stay in the cache.
 inline Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
   int width = MAX_WIDTH;
   while (a.inner > 1 && width > LANES && width * a.classes > WEIGHT_FLOATS) width /= 2;
@@ -64,14 +64,14 @@ inline Cut cut_to_cache(const GumbelSoftmaxArgs& a) {
 
 // -- rows of a strip
 
-// Calls block(row, lane, rows, lanes) for every block of LANES x LANES, or what there is of it, in `count` rows.
+// Calls block(row, lane, rows, lanes) for every block of at most LANES x LANES in `count` rows.
 template <class Block> DK_INLINE void for_each_block(const Strip& s, int count, int width, const Block& block) {
   for (int j = 0; j < width; j += LANES)
     for (int r = 0; r < count; r += LANES)
       block(r, j, count - r < LANES ? count - r : LANES, s.lanes - j < LANES ? s.lanes - j : LANES);
 }
 
-// fetch and put of rows that are neighbours in memory, while lanes are not
+// fetch and put if rows, not lanes, are adjacent in memory
 template <class T> void fetch_across(const T* in, const Strip& s, int count, int width, float fill, float* out) {
   for_each_block(s, count, width, [&](int row, int lane, int rows, int lanes) {
     const T* from = in + lane * s.lane_step + row;
@@ -120,8 +120,8 @@ template <class T> DK_INLINE void put(const float* in, const Strip& s, int64_t r
   for (int r = 0; r < count; ++r, in += width, out += s.row_step) store_row(in, out, s.lanes_in(row + r));
 }
 
-// The noise of a chunk of rows: an element's index is its place in the tensor. Rows without gaps between them are drawn
-// in one go.
+// The noise of a chunk of rows. The noise index of an element is its index in the tensor. Adjacent rows are generated
+// together.
 struct Noise {
   Noise(Arena& arena, int width) : buffer(arena.take(CHUNK_ROWS * noise_capacity(width))) {}
   void draw(PhiloxKey key, const Strip& s, int64_t row, int count, int width) {
@@ -140,7 +140,7 @@ struct Noise {
 
 // -- running statistics, one per lane
 
-// A sum whose error does not grow with its length (Kahan).
+// Kahan summation: the error does not grow with the number of terms.
 struct KahanSum {
   static KahanSum at(const float* p, int width) { return {load(p), load(p + width)}; }
   DK_INLINE void to(float* p, int width) const {
@@ -179,7 +179,7 @@ struct StripSoftmax {
     state.sum.to(sum + j, width);
   }
 
-  // Turns x [count][width] at lane j into weights and adds them.
+  // Replaces x [count][width] at lane j with weights, and adds them to the sum.
   DK_INLINE void update(float* x, int count, int j, float scale) {
     SoftmaxState<KahanSum> state = at(j);
     state.update(x + j, width, count, Exp2{scale});
@@ -206,7 +206,7 @@ struct StripSoftmax {
     put(j, state);
   }
 
-  // Merges all lanes into one position; then every lane holds it.
+  // Merges all lanes into one position, and broadcasts its state to every lane.
   void merge_lanes(double scale) {
     float top = EMPTY_MAXIMUM;
     for (int i = 0; i < width; ++i) top = maximum[i] > top ? maximum[i] : top;
@@ -239,13 +239,13 @@ struct SweepSpace {
   }
   float* x;   // [CHUNK_ROWS][width]
   Noise noise;
-  StripSoftmax noisy, plain;                      // of (logits + noise) / tau, of logits
+  StripSoftmax noisy, plain;                      // statistics of (logits + noise) / tau, and of logits
   float *weights = nullptr, *factors = nullptr;   // [rows][width], [chunks][width]: y = weight * factor
   ArgMax best[MAX_WIDTH / LANES];
 };
 
 template <class T> struct Sweep {
-  // One sweep over a strip: soft leaves weights and factors, hard the argmax; with KL also the statistics of the
+  // One sweep over a strip. Soft: computes weights and factors; hard: the argmax; with KL: the statistics of the
   // logits.
   static void run(const GumbelSoftmaxArgs& a, const Cut& cut, const Strip& s, bool soft, SweepSpace& w) {
     const int width = cut.width;

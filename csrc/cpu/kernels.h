@@ -1,5 +1,5 @@
-// What the launchers (csrc/ops) may call: one table of kernels per instruction set, on raw pointers and strides.
-// Nothing here knows torch. Kernels run independent work items; the launcher spreads the items over threads and lends
+// The interface of the launchers (csrc/ops): one table of kernels per instruction set, on raw pointers and strides,
+// independent of torch. Kernels run independent work items; the launcher distributes the items over threads and gives
 // each thread a workspace.
 #pragma once
 #include "cpu/decode_attention.h"

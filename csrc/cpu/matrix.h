@@ -1,15 +1,15 @@
-// The matrix primitive of the bfloat16 kernels, on operands that lie in the first-level cache:
+// The matrix primitive of the bfloat16 kernels, on operands in the L1 cache:
 //   C [16 M][16 N] floats  (+)=  A [16 M] rows of 2 * pairs bfloat16  x  B [pairs][16 N] dwords,
-// where a dword of B holds two consecutive rows of the right operand. AMX takes tiles of it; AVX512-BF16 broadcasts a
+// where a dword of B holds two consecutive rows of the right operand. AMX multiplies tiles; AVX512-BF16 broadcasts a
 // dword of A, so that lanes are columns.
 #pragma once
 #include "cpu/vec.h"
 
 namespace dk::DK_ISA {
 
-// -- vectors of pairs: two bfloat16 in a lane, the first in its lower half
+// -- vectors of pairs: two bfloat16 per lane, the first in the lower half
 
-// 32 elements, those from n on as zeros
+// 32 elements; zeros from element n on
 DK_INLINE Vec load_pairs(const BFloat16* p, int n) {
   const __mmask32 mask = n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1;
   return _mm512_castsi512_ps(_mm512_maskz_loadu_epi16(mask, p));
@@ -38,7 +38,7 @@ DK_INLINE void interleave(Vec first, Vec second, uint32_t* out) {
 // 32 floats, rounded
 DK_INLINE Vec rounded(Vec low, Vec high) { return reinterpret_cast<Vec>(_mm512_cvtne2ps_pbh(high, low)); }
 
-// ... of which the first n are stored
+// Stores the first n of 32 rounded floats.
 DK_INLINE void store_rounded(Vec low, Vec high, BFloat16* out, int n) {
   const __m512i x = reinterpret_cast<__m512i>(rounded(low, high));
   if (n >= 32) _mm512_storeu_si512(out, x);
@@ -69,12 +69,12 @@ struct MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-// C of 2 x 2 tiles, so that a tile that was loaded is used twice.
+// Computes C in blocks of 2 x 2 tiles, so that every loaded tile is used twice.
 template <int M, int N>
 void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs,
               bool add) {
   static_assert(M % 2 == 0 && N % 2 == 0, "2 x 2 tiles");
-  asm volatile("" ::: "memory");   // GCC does not know that a tile load reads memory
+  asm volatile("" ::: "memory");   // GCC does not model tile loads as memory reads
   for (int m = 0; m < M; m += 2)
     for (int n = 0; n < N; n += 2) {
       float *c0 = c + 16 * (m * ldc + n), *c1 = c0 + 16 * ldc;
@@ -116,7 +116,7 @@ struct MatrixUnit {
   MatrixUnit(const MatrixUnit&) = delete;
 };
 
-// Blocks of 4 rows x 4 (or 2) vectors: enough sums to hide the latency, and few loads for each product.
+// Blocks of 4 rows x 4 (or 2) vectors: enough accumulators to hide the latency, and few loads per product.
 template <int M, int N>
 void multiply(const BFloat16* a, int64_t lda, const uint32_t* b, int64_t ldb, float* c, int64_t ldc, int pairs,
               bool add) {

@@ -1,5 +1,4 @@
-// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
-// index).
+// Philox4x32-10 and Gumbel noise, a function of (seed, offset, index) specified in dalle_kernels/philox.py.
 #pragma once
 #include <cstdint>
 
@@ -11,8 +10,8 @@ struct PhiloxKey {
 
 constexpr uint32_t PHILOX_M0 = 0xD2511F53, PHILOX_M1 = 0xCD9E8D57, PHILOX_W0 = 0x9E3779B9, PHILOX_W1 = 0xBB67AE85;
 
-// The four words of one block, in plain C++ (host routines; static, for this file is compiled once per instruction
-// set).
+// The four words of one block, in plain C++ for host code. Static, because this file is compiled once per instruction
+// set.
 [[maybe_unused]] static inline void philox_block(PhiloxKey key, uint64_t block, uint32_t out[4]) {
   uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32);
   uint32_t c2 = static_cast<uint32_t>(key.offset), c3 = static_cast<uint32_t>(key.offset >> 32);
@@ -76,20 +75,19 @@ DK_INLINE Vec to_floats(UVec x) {
 #if defined(__AVX512F__)
   return _mm512_cvtepu32_ps(reinterpret_cast<__m512i>(x));
 #else
-  // both halves and high * 65536 are exact, so only the sum rounds
+  // both halves and high * 65536 are exact; only the sum rounds
   const Vec high = __builtin_convertvector(reinterpret_cast<IVec>(x >> 16), Vec),
             low = __builtin_convertvector(reinterpret_cast<IVec>(x & 0xFFFFu), Vec);
   return high * 65536.0f + low;
 #endif
 }
 
-// The functions below compute N vectors side by side: the steps of one depend on each other, and alone they would leave
-// the processor waiting.
+// The functions below compute N independent vectors at a time, to hide the latency of their dependent steps.
 
 // The random bits of N * LANES / 2 consecutive blocks, in the order of their indices.
 template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out)[2 * N]) {
   WVec first;
-  for (int i = 0; i < LANES / 4; ++i) {   // the order in which unpacking leaves the blocks sorted
+  for (int i = 0; i < LANES / 4; ++i) {   // an order in which unpacking sorts the blocks
     first[2 * i] = i;
     first[2 * i + 1] = LANES / 4 + i;
   }
@@ -115,12 +113,10 @@ template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out
   }
 }
 
-// Splits x = 2^k * m, m in [0.75, 1.5): returns k * 2^23 as an integer, which is what the bits of 2^k and of x / m
-// differ by.
+// Returns k * 2^23 for x = 2^k * m, m in [0.75, 1.5): the exponent bits to subtract from x to get m.
 DK_INLINE UVec scaled_exponent(Vec x) { return (bits(x) - 0x3F400000u) & 0xFF800000u; }
 
-// x = -log2(2^k * (1 + f)) for f in [-0.25, 0.5], from k * 2^23; to two units in the last place, near f = 0 too where k
-// is 0.
+// x = -log2(2^k * (1 + f)) for f in [-0.25, 0.5], from k * 2^23. Error: 2 ulp, also near f = 0 for k = 0.
 template <int N> DK_INLINE void minus_log2(const UVec (&k)[N], const Vec (&f)[N], Vec (&x)[N]) {
   constexpr float C[] = {
       7.806674006e-2f,  -1.742302321e-1f, 2.163248654e-1f,  -2.427235177e-1f, 2.881915044e-1f,
@@ -141,7 +137,7 @@ template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out
   DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) {
     const Vec minus_u = max(splat(-0x1.FFFFFEp-1f), to_floats(random[i]) * -0x1p-32f - 0x1p-33f);
     k[i] = scaled_exponent(1.0f + minus_u);
-    // 1 - u = 2^k (1 + f) with f = 2^-k - 1 - 2^-k u, which is exact: no digit of a small u is lost
+    // 1 - u = 2^k (1 + f), where f = 2^-k - 1 - 2^-k u is exact even for small u
     const Vec scale = floats(0x3F800000u - k[i]);
     f[i] = (scale - 1.0f) + scale * minus_u;
   }
@@ -154,8 +150,8 @@ template <int N> DK_INLINE void gumbel(PhiloxKey key, uint64_t block, float* out
   DK_UNROLL_FOR (int i = 0; i < 2 * N; ++i) store(out + i * LANES, x[i]);
 }
 
-// The noise of indices [first, first + count) as -log2(-log2(1 - u)); times log 2 it is the noise of philox.py less a
-// constant, which neither a softmax nor an argmax sees. Returns where it begins in `buffer`, which must hold
+// The noise of indices [first, first + count) as -log2(-log2(1 - u)). Times log 2 it is the noise of philox.py minus a
+// constant, which changes neither a softmax nor an argmax. Returns a pointer into `buffer`, which must hold
 // noise_capacity(count) floats.
 constexpr float LN2 = 6.93147181e-1f;
 constexpr int64_t noise_capacity(int64_t count) { return count + 3 + 2 * LANES; }

@@ -1,6 +1,5 @@
-// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. Both keep all
-// logits from a threshold up, which is found digit by digit (a radix selection over the ordered bits of the floats),
-// without sorting.
+// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. Both filters
+// keep all logits from a threshold up; a radix selection over the ordered bits of the floats finds it without sorting.
 #include "cpu/sample_tokens.h"
 
 #include "cpu/arena.h"
@@ -10,7 +9,7 @@
 namespace dk::DK_ISA {
 namespace {
 
-constexpr int64_t BLOCK_TOKENS = 16 * LANES;   // tokens drawn at a time
+constexpr int64_t BLOCK_TOKENS = 16 * LANES;   // tokens per block of noise
 constexpr int DIGIT_SIZE = 1 << 11;
 
 struct Digit {
@@ -30,7 +29,7 @@ struct SampleSpace {
   float *noise, *x, *weight;   // weight: exp((x - max) / temperature), for top_p
 };
 
-// Unsigned integers in the order of the floats.
+// Sort keys: unsigned integers in the order of the floats.
 DK_INLINE uint32_t key_of(float x) {
   uint32_t u;
   std::memcpy(&u, &x, 4);
@@ -43,8 +42,8 @@ DK_INLINE float value_of(uint32_t key) {
   return x;
 }
 
-// The largest x[i] such that all values >= x[i] weigh `target` or more; the smallest that weighs anything if rounding
-// leaves the target out of reach.
+// The largest x[i] such that the total weight of all values >= x[i] is at least `target`; the smallest with nonzero
+// weight if rounding puts the target out of reach.
 template <class Weight> float threshold(const float* x, int64_t n, double target, double* mass, const Weight& weight) {
   uint32_t found = 0, known = 0;
   for (const Digit& digit : DIGITS) {
@@ -68,7 +67,7 @@ template <class Weight> float threshold(const float* x, int64_t n, double target
   return value_of(found);
 }
 
-// -inf for all values below the threshold
+// Replaces all values below the threshold with -inf.
 void keep_from(float* x, int64_t n, float threshold) {
   for (int64_t i = 0; i < n; ++i) x[i] = x[i] < threshold ? -INF : x[i];
 }

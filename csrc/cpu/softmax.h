@@ -1,6 +1,6 @@
-// Online softmax, lane by lane: a running maximum and a running sum of weights exp(score - maximum), which chunks of
-// scores update and which merge. What was weighted relative to an earlier maximum is rescaled by alpha = exp(earlier
-// maximum - maximum).
+// Online softmax per lane. The state is a running maximum and a running sum of weights exp(score - maximum). Chunks of
+// scores update it, and states merge. Sums relative to an earlier maximum are rescaled by alpha = exp(earlier maximum -
+// maximum).
 #pragma once
 #include "cpu/vec.h"
 
@@ -10,7 +10,7 @@ namespace dk::DK_ISA {
 // are 0.
 constexpr float EMPTY_MAXIMUM = -3.40282347e38f;
 
-// From score - maximum to the weight
+// score - maximum -> weight
 struct Exp {
   float scale = 1.0f;
   DK_INLINE Vec operator()(Vec x) const { return exp(x * scale); }
@@ -20,13 +20,13 @@ struct Exp2 {
   DK_INLINE Vec operator()(Vec x) const { return exp2(x * scale); }
 };
 
-// `count` scores of each lane are `stride` floats apart.
+// The maximum over `count` more scores per lane, `stride` floats apart.
 DK_INLINE Vec running_maximum(Vec maximum, const float* scores, int64_t stride, int count) {
   for (int j = 0; j < count; ++j) maximum = max(maximum, load(scores + j * stride));
   return maximum;
 }
 
-// Turns scores into weights; returns their sum.
+// Replaces scores with weights; returns their sum.
 template <class Weight>
 DK_INLINE Vec weigh(float* scores, int64_t stride, int count, Vec maximum, const Weight& weight) {
   Vec sum{};
@@ -44,12 +44,12 @@ template <class Sum = Vec> struct SoftmaxState {
   Vec maximum = splat(EMPTY_MAXIMUM);
   Sum sum = {};
 
-  // Turns a chunk of scores into weights and adds them; returns alpha.
+  // Replaces a chunk of scores with weights and adds them; returns alpha.
   template <class Weight> DK_INLINE Vec update(float* scores, int64_t stride, int count, const Weight& weight) {
     const Vec now = running_maximum(maximum, scores, stride, count);
     return update(now, weigh(scores, stride, count, now, weight), weight);
   }
-  // The same for weights relative to the maximum `now`, of which `weights` is the sum.
+  // The same, given `weights`, the sum of the chunk's weights relative to the new maximum `now`.
   template <class Weight> DK_INLINE Vec update(Vec now, Vec weights, const Weight& weight) {
     const Vec alpha = weight(maximum - now);
     maximum = now;
@@ -57,7 +57,7 @@ template <class Sum = Vec> struct SoftmaxState {
     return alpha;
   }
 
-  // The factors of both states' unnormalised outputs in the output of the merged one.
+  // Rescale factors of the two unnormalised outputs when states merge.
   struct Factors {
     Vec own, other;
   };

@@ -1,4 +1,4 @@
-// Forward: for every work item, softmax of 32 queries over the keys that the plan lists, online over chunks of keys.
+// Forward: for every work item, an online softmax of 32 queries over chunks of the keys that the plan lists.
 #include "cpu/attention_tile.h"
 
 namespace dk::DK_ISA {
@@ -9,7 +9,7 @@ template <int DP> struct ForwardSpace {
   const float* values[CHUNK_KEYS];
 };
 
-// Turns the chunk's scores into weights, rescales the output so far, and adds the chunk's values.
+// Replaces the chunk's scores with weights, rescales the unnormalised output, and adds the chunk's weighted values.
 template <int DP> DK_INLINE void add_chunk(ForwardSpace<DP>& w, int count, TileState<DP>& tile) {
   for (int r = 0; r < ROWS; r += LANES) {
     SoftmaxState<> state = tile.at(r);

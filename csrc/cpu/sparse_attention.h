@@ -1,23 +1,23 @@
-// The kernels of sparse_attention. A (batch, head) is done by one thread, or by many: `prepare` writes what its tiles
-// read, in parts; then the plan's work items are independent: `attend` does one and leaves a partial result, and
-// `finish` merges those of a tile, in order. A backward pass goes over the tiles twice: `queries` gives dQ of a tile
-// and leaves its weights and their gradients, in a form of the kernel's own; from them `keys` adds to dK and dV, in the
-// order of the tiles, in parts that each own what they write. However a head is cut, the arithmetic of every element is
-// the same.
+// The kernels of sparse_attention. A (batch, head) is processed by one thread or by several. `prepare` converts its
+// keys and values, in parts. Then work items are independent: `attend` computes one and stores a partial result, and
+// `finish` merges those of a tile in order. The backward pass has two phases per tile: `queries` computes dQ and passes
+// on the weights and their gradients, in a layout of the kernel's own; `keys` accumulates dK and dV from them in the
+// order of the tiles, in parts that each own their rows. The arithmetic of an element does not depend on the split of a
+// head.
 #pragma once
 #include "common/plan.h"
 #include "common/sparse_attention.h"
 
 namespace dk {
 
-constexpr int TILE_ROWS = 32, GROUP_COLUMNS = 8;   // the tile shape the CPU kernels read plans of
+constexpr int TILE_ROWS = 32, GROUP_COLUMNS = 8;   // tile shape of the CPU kernels' plans
 
-// Floats, in multiples of 16, of buffers that begin at a cache line and are not cleared.
+// Buffer sizes in floats, multiples of 16. Buffers are aligned to cache lines and uninitialised.
 struct SparseAttentionSpace {
-  int64_t head;   // of a (batch, head)
-  // state passed between two phases: of a work item, from `attend` to `finish`; of a tile, from `queries` to `keys`
+  int64_t head;   // per (batch, head)
+  // state passed between two phases: per work item from `attend` to `finish`, per tile from `queries` to `keys`
   int64_t carry;
-  int64_t thread;   // of a thread, during a call
+  int64_t thread;   // per thread, during a call
 };
 
 struct SparseAttentionKernel {
@@ -25,7 +25,7 @@ struct SparseAttentionKernel {
   void (*prepare)(const SparseAttentionArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
   void (*attend)(const SparseAttentionArgs&, int64_t bh, const Plan::Item& item, const float* head, float* carry,
                  float* thread);
-  // `carry`: of its items, one after the other
+  // `carry`: that of the tile's items, one after the other
   void (*finish)(const SparseAttentionArgs&, int64_t bh, int64_t tile, float* carry, int64_t items);
 };
 
@@ -34,7 +34,7 @@ struct SparseAttentionBackwardKernel {
   void (*prepare)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
   void (*queries)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile, const float* head, float* carry,
                   float* thread);
-  // `carry`: of tiles [tile_begin, tile_end), one after the other. Successive calls cover all tiles; the last one
+  // `carry`: that of tiles [tile_begin, tile_end), one after the other. Successive calls cover all tiles; the last one
   // writes grad_k and grad_v.
   void (*keys)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
                int64_t parts, float* head, const float* carry);

@@ -1,6 +1,6 @@
-// Backward of one (batch, head), tile by tile in plan order; dK and dV are accumulated in that order: no atomics, the
-// same bits however the work is cut. A tile keeps the weights of all its keys, so they are normalised exactly as in a
-// plain softmax and neither out nor lse is read:
+// Backward of one (batch, head), tile by tile in plan order. dK and dV are accumulated in that order: no atomics, and
+// the same bits for every split of the work. A tile stores the weights of all its keys, so they are normalised as in a
+// plain softmax, and neither out nor lse is read:
 //   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q *
 //   scale.
 #include "cpu/attention_tile.h"
@@ -8,25 +8,25 @@
 namespace dk::DK_ISA {
 namespace {
 
-// What a thread needs for a tile, transposed, and where the rows of its keys lie.
+// A thread's buffers for a tile: transposed rows, and pointers to the rows of its keys.
 template <int DP> struct QueriesSpace {
   alignas(64) float qt[DP * ROWS], gt[DP * ROWS], dqt[DP * ROWS];   // Q, dO, dQ
   const float* keys[];
 };
 
-// Passed from `queries` to `keys`, of a tile: rows of Q * scale and of dO, and for each of its keys, in plan order, S
-// then P and dP then dS.
+// The state of a tile, passed from `queries` to `keys`: rows of Q * scale and of dO, and for each key in plan order S,
+// later P, and dP, later dS.
 template <int DP> struct TileCarry {
   static int64_t floats(int64_t most_keys) { return 2 * ROWS * (DP + most_keys); }
   TileCarry(float* carry, int64_t most_keys) : q(carry), g(q + ROWS * DP), p(g + ROWS * DP), ds(p + most_keys * ROWS) {}
   float *q, *g, *p, *ds;
 };
 
-// From scores and dP to P and dS, for all keys of the tile.
+// Computes P and dS from scores and dP, for all keys of the tile.
 DK_INLINE void softmax_backward(float* p, float* ds, int count) {
   for (int r = 0; r < ROWS; r += LANES) {
     const Vec maximum = running_maximum(splat(EMPTY_MAXIMUM), p + r, ROWS, count);
-    // at least 1 or NaN already, but for padding rows that see nothing
+    // already at least 1 or NaN, except for padding rows, which have no keys
     const Vec sum = max(splat(1.0f), weigh(p + r, ROWS, count, maximum, Exp{}));
     Vec delta{};
     for (int j = 0; j < count; ++j) {
@@ -41,7 +41,7 @@ DK_INLINE void softmax_backward(float* p, float* ds, int count) {
   }
 }
 
-// What one key of a tile adds to dV and dK, and where.
+// The contribution of one key of a tile to dV and dK, and its destination.
 struct KeyUpdate {
   const float *p, *ds;
   float *grad_v, *grad_k;
@@ -71,14 +71,14 @@ template <int DP, int COUNT> DK_INLINE void add_outer(const KeyUpdate* keys, con
   outer<DP, COUNT>(keys, &KeyUpdate::ds, tile.q, &KeyUpdate::grad_k);
 }
 
-// Which of `parts` owns a key: blocks of 16 keys are dealt out such that the blocks of any range of keys are spread
-// evenly (Fibonacci hashing).
+// Which of `parts` owns a key. Fibonacci hashing of blocks of 16 keys distributes the blocks of any range of keys
+// evenly.
 DK_INLINE int64_t owner(int32_t token, int64_t parts) {
   return (static_cast<uint32_t>(token / 16) * 2654435769u * static_cast<uint64_t>(parts)) >> 32;
 }
 
 template <class T, int DP> struct AttentionBackward {
-  // of a head: dK and dV, then copies of K and V
+  // the head buffer: dK and dV, then copies of K and V
   static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
     const int64_t most_keys = Plan(a.forward.plan)[plan_header::most_columns], pointers = most_keys * sizeof(float*);
     return {2 * a.forward.n * DP + FloatHead<T, DP>::floats(a.forward), TileCarry<DP>::floats(most_keys),

@@ -1,6 +1,5 @@
-// Backward in bfloat16: the steps of sparse_attention_backward.cpp, with products by the matrix primitive. P and dS are
-// rounded to bfloat16 where they are operands; all else between inputs and results is float. Other types go to avx512's
-// kernel.
+// Backward in bfloat16: the steps of sparse_attention_backward.cpp on the matrix primitive. P and dS are rounded to
+// bfloat16 as operands; all other intermediate results are float. Other types use avx512's kernel.
 #include "cpu/arena.h"
 #include "cpu/attention_tile_bf16.h"
 
@@ -11,7 +10,7 @@ SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBac
 namespace dk::DK_ISA {
 namespace {
 
-// Passed from `queries` to `keys`, of a tile: its rows of dO and Q as pairs, and for each of its keys, in plan order, P
+// The state of a tile, passed from `queries` to `keys`: its rows of dO and Q as pairs, and for each key in plan order P
 // and dS of the 32 queries.
 template <int DP> struct TileCarry {
   TileCarry(float* base, int64_t most_keys) {
@@ -27,9 +26,9 @@ template <int DP> struct TileCarry {
   int64_t floats;
 };
 
-// What a thread needs for a tile.
+// A thread's buffers for a tile.
 template <int DP> struct QueriesSpace {
-  // an odd number of cache lines: rows lie in different sets
+  // an odd number of cache lines, so that rows map to different cache sets
   QueriesSpace(float* base, int64_t most_keys) : ds_stride(most_keys | BLOCK_KEYS) {
     Arena arena{base};
     q = reinterpret_cast<uint32_t*>(arena.take(ROWS * DP / 2));
@@ -50,19 +49,19 @@ template <int DP> struct QueriesSpace {
   BFloat16* ds;         // [32][ds_stride]
 };
 
-// 32 keys that are multiplied at once.
+// A block of 32 keys for one product.
 struct KeyBlock {
   int32_t tokens[BLOCK_KEYS];
   const uint32_t* masks[BLOCK_KEYS / GROUP_COLUMNS];
   int count = 0;
 
-  bool add(const int32_t* group, const uint32_t* mask) {   // whether it is full now
+  bool add(const int32_t* group, const uint32_t* mask) {   // returns whether the block is full
     masks[count / GROUP_COLUMNS] = mask;
     std::memcpy(tokens + count, group, sizeof(int32_t) * GROUP_COLUMNS);
     count += GROUP_COLUMNS;
     return count == BLOCK_KEYS;
   }
-  void fill() {   // up, with keys that are hidden
+  void fill() {   // pads the block with masked keys
     static constexpr uint32_t hidden[GROUP_COLUMNS] = {};
     int32_t last[GROUP_COLUMNS];
     for (int j = 0; j < GROUP_COLUMNS; ++j) last[j] = tokens[count - 1];
@@ -71,7 +70,7 @@ struct KeyBlock {
   }
 };
 
-// Scales and masks the scores of a block and masks dP; finds the largest scores.
+// Scales and masks the scores of a block, masks dP, and updates the running maximum.
 DK_INLINE void finish_scores(const KeyBlock& block, float factor, float* s, float* dp, Vec (&maximum)[2]) {
   for (int j = 0; j < BLOCK_KEYS; ++j) {
     const uint32_t* mask = block.masks[j / GROUP_COLUMNS];
@@ -86,7 +85,7 @@ DK_INLINE void finish_scores(const KeyBlock& block, float factor, float* s, floa
   }
 }
 
-// P and dS of 32 keys from their weights and dP, a row for each key; dS also with a row for each query.
+// P and dS of 32 keys from their weights and dP, one row per key; dS also with one row per query.
 DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&norm)[2], const Vec (&delta)[2],
                             BFloat16* p, BFloat16* ds, BFloat16* ds_rows, int64_t ds_stride) {
   alignas(64) uint32_t pairs[BLOCK_KEYS / 2][ROWS];
@@ -109,7 +108,7 @@ DK_INLINE void finish_block(const float* weights, const float* dp, const Vec (&n
   }
 }
 
-// From scores, the largest of each query, and dP to P and dS, for all keys of the tile.
+// Computes P and dS from scores, their maximum per query, and dP, for all keys of the tile.
 template <int DP>
 DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec (&maximum)[2],
                                 const TileCarry<DP>& tile) {
@@ -123,7 +122,7 @@ DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec 
       delta[half] += weight * load(w.dp + at);
     }
   DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
-    // it is at least 1 already, or NaN, but for padding rows that see nothing
+    // already at least 1 or NaN, except for padding rows, which have no keys
     norm[half] = 1.0f / max(splat(1.0f), sum[half]);
     delta[half] *= norm[half];
   }
@@ -132,12 +131,12 @@ DK_INLINE void softmax_backward(const QueriesSpace<DP>& w, int count, const Vec 
                  w.ds_stride);
 }
 
-// Up to 32 keys of a tile: their places in the tile and their tokens.
+// Up to 32 keys of a tile: their indices in the tile and their tokens.
 struct KeyList {
   int64_t places[BLOCK_KEYS], tokens[BLOCK_KEYS];
   int count = 0;
 
-  bool add(int64_t place, int64_t token) {   // whether it is full now
+  bool add(int64_t place, int64_t token) {   // returns whether the list is full
     places[count] = place;
     tokens[count++] = token;
     return count == BLOCK_KEYS;
@@ -149,8 +148,8 @@ struct KeyList {
   }
 };
 
-// out[token][DP] += sum_r w[place][r] * x[r][DP], x in pairs. Keys that do not lie together are copied together; the
-// bits are the same.
+// out[token][DP] += sum_r w[place][r] * x[r][DP], x in pairs. Keys that are not consecutive are gathered first, with
+// the same bits.
 template <int DP> DK_INLINE void outer(const KeyList& keys, const BFloat16* w, const uint32_t* x, float* out) {
   if (keys.consecutive())
     return multiply<BLOCK_KEYS / 16, DP / 16>(w + keys.places[0] * ROWS, ROWS, x, DP, out + keys.tokens[0] * DP, DP,
@@ -165,8 +164,8 @@ template <int DP> DK_INLINE void outer(const KeyList& keys, const BFloat16* w, c
   for (int j = 0; j < keys.count; ++j) std::memcpy(out + keys.tokens[j] * DP, sums + j * DP, DP * sizeof(float));
 }
 
-// Which of `parts` owns a key: blocks of 32 keys are dealt out such that the blocks of any range of keys are spread
-// evenly (Fibonacci hashing).
+// Which of `parts` owns a key. Fibonacci hashing of blocks of 32 keys distributes the blocks of any range of keys
+// evenly.
 DK_INLINE int64_t owner(int32_t token, int64_t parts) {
   return (static_cast<uint32_t>(token / BLOCK_KEYS) * 2654435769u * static_cast<uint64_t>(parts)) >> 32;
 }
@@ -176,7 +175,7 @@ template <int DP> struct AttentionBackward {
     return (Plan(a.forward.plan)[plan_header::most_columns] + BLOCK_KEYS - 1) / BLOCK_KEYS * BLOCK_KEYS;
   }
 
-  // of a head: dK and dV
+  // the head buffer: dK and dV
   static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
     return {2 * a.forward.n * DP, TileCarry<DP>(nullptr, most_keys(a)).floats,
             QueriesSpace<DP>(nullptr, most_keys(a)).floats};
@@ -229,7 +228,7 @@ template <int DP> struct AttentionBackward {
     }
     softmax_backward(w, count, maximum, tile);
 
-    constexpr int SLAB = 128;   // keys whose pairs stay in the first-level cache
+    constexpr int SLAB = 128;   // keys whose pairs stay in the L1 cache
     for (int j = 0; j < count; j += SLAB)
       multiply<ROWS / 16, DP / 16>(w.ds + j, w.ds_stride, w.k + j / 2 * DP, DP, w.dq, DP,
                                    (count - j < SLAB ? count - j : SLAB) / 2, j > 0);
@@ -250,7 +249,7 @@ template <int DP> struct AttentionBackward {
     int64_t place = 0;
     for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
       for (int j = 0; j < GROUP_COLUMNS; ++j, ++place) {
-        const bool hidden = mask && mask[j] == 0;   // so is padding, which must not stand in the list twice
+        const bool hidden = mask && mask[j] == 0;   // also true for padding, which must not be listed twice
         if (!hidden && owner(tokens[j], parts) == part && list.add(place, tokens[j])) add_outer();
       }
     });

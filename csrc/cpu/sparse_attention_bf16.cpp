@@ -1,5 +1,5 @@
-// AttentionForward in bfloat16: for every work item, softmax of 32 queries over the keys that the plan lists, online
-// over chunks of keys. Other types go to avx512's kernel.
+// Forward in bfloat16: for every work item, an online softmax of 32 queries over chunks of the keys that the plan
+// lists. Other types use avx512's kernel.
 #include "cpu/attention_tile_bf16.h"
 
 namespace dk::avx512 {
@@ -9,8 +9,8 @@ SparseAttentionKernel sparse_attention(const SparseAttentionArgs&);
 namespace dk::DK_ISA {
 namespace {
 
-// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of neighbouring
-// rows, [n / 2][DP].
+// Keys and values of one (batch, head), prepared for all its tiles: K padded to DP, and V as pairs of adjacent rows,
+// [n / 2][DP].
 template <int DP> struct PackedHead {
   static int64_t floats(int64_t n) { return (n + 1) / 2 * 2 * DP; }
 
@@ -33,7 +33,7 @@ template <int DP> struct PackedHead {
     }
   }
 
-  // BFloat16Rows of values as pairs: as they lie where `tokens` are neighbours, else packed into `copy`.
+  // Rows of values as pairs: in place if `tokens` are consecutive, else packed into `copy`.
   const uint32_t* values(BFloat16Rows rows, const int32_t* tokens, int count, int head_dim, uint32_t* copy) const {
     int32_t off = tokens[0] % 2;
     for (int j = 0; j < count; ++j) off |= tokens[0] + j - tokens[j];
@@ -60,7 +60,7 @@ struct Exp2Coarse {
   DK_INLINE Vec operator()(Vec x) const { return exp2_coarse(x * scale); }
 };
 
-// From the chunk's scores to weights p[query][key]; updates the softmax.
+// Computes weights p[query][key] from the chunk's scores, and updates the softmax.
 template <int DP>
 DK_INLINE void weigh_chunk(ForwardSpace<DP>& w, TileState<DP>& tile, int count, const Exp2Coarse& weight) {
   for (int r = 0; r < ROWS; r += LANES) {
@@ -92,7 +92,7 @@ template <int DP> struct AttentionForward {
   ForwardSpace<DP>& w;
   TileState<DP>& tile;
 
-  // Fills the chunk up with hidden keys, so that products are whole.
+  // Pads the chunk with masked keys to whole products.
   int fill(int count) const {
     for (; count % BLOCK_KEYS; count += GROUP_COLUMNS) {
       for (int j = 0; j < GROUP_COLUMNS; ++j) w.tokens[count + j] = w.tokens[count - 1];
@@ -108,7 +108,7 @@ template <int DP> struct AttentionForward {
       multiply<BLOCK_KEYS / 16, ROWS / 16>(keys.base, keys.stride, w.q, ROWS, w.s + j * ROWS, ROWS, DP / 2, false);
     }
     float unit = a.scale;
-    if (!(unit > 0.0f)) {   // so that the largest score has the largest weight
+    if (!(unit > 0.0f)) {   // makes the unit positive, so that the largest score has the largest weight
       for (int i = 0; i < count * ROWS; i += LANES) store(w.s + i, load(w.s + i) * a.scale);
       unit = 1.0f;
     }

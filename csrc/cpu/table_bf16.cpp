@@ -1,4 +1,4 @@
-// The table of an instruction set that multiplies bfloat16 matrices: avx512's, but for attention.
+// The table of an instruction set with bfloat16 matrix products: avx512's table, except for attention.
 #include "cpu/kernels.h"
 
 namespace dk::avx512 {

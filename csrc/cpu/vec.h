@@ -1,6 +1,6 @@
-// The one place that knows the width of a vector. Kernels are written on GCC/Clang vector extensions, so the same
-// source compiles for every instruction set (and for aarch64); intrinsics stand here only where the extensions have no
-// word for it.
+// Vectors of LANES floats. Kernels use GCC/Clang vector extensions, so that the same source compiles for every
+// instruction set and for aarch64. Only this file depends on the vector width; it uses intrinsics only where the
+// extensions have no equivalent.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -60,7 +60,7 @@ DK_INLINE Vec select(uint32_t mask, Vec a, Vec b) {
 #endif
 }
 
-DK_INLINE float reduce_add(Vec v) {   // pairwise, so the order is fixed and the error small
+DK_INLINE float reduce_add(Vec v) {   // pairwise: fixed order and small error
   float x[LANES];
   store(x, v);
   for (int w = LANES / 2; w; w /= 2)
@@ -73,14 +73,14 @@ DK_INLINE float reduce_max(Vec v) {
   return m;
 }
 
-// The sum of LANES vectors, added up in the order of the other reduce_add.
+// The sum of LANES vectors, in the order of the other reduce_add.
 DK_INLINE Vec reduce_add(Vec (&v)[LANES]) {
   for (int w = LANES / 2; w; w /= 2)
     for (int i = 0; i < w; ++i) v[i] += v[i + w];
   return v[0];
 }
 
-// a0 b0 a1 b1 ... of the lower, or upper, halves of a and b
+// Interleaves (a0 b0 a1 b1 ...) the lower or upper halves of a and b.
 DK_INLINE Vec zip_low(Vec a, Vec b) {
 #if defined(__AVX512F__)
   return _mm512_permutex2var_ps(a, _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0), b);
@@ -99,8 +99,7 @@ DK_INLINE Vec zip_high(Vec a, Vec b) {
   return Vec{a[2], b[2], a[3], b[3]};
 #endif
 }
-// v[i] lane j <-> v[j] lane i: zipping row i with row i + LANES / 2 moves one bit of the row number into the lane
-// number
+// v[i] lane j <-> v[j] lane i. Zipping row i with row i + LANES / 2 moves one bit of the row index into the lane index.
 DK_INLINE void transpose(Vec (&v)[LANES]) {
   for (int stage = 1; stage < LANES; stage *= 2) {
     Vec zipped[LANES];
@@ -119,7 +118,7 @@ DK_INLINE Vec reduce_add_each(Vec (&v)[LANES]) {
   return v[0];
 }
 
-// 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7.
+// 2^x for x <= 127; 0 for x < -126, including -inf. Relative error < 1.2e-7.
 DK_INLINE Vec exp2(Vec x) {
   x = max(splat(-127.0f), x);        // in this order NaN stays NaN
   const float magic = 12582912.0f;   // 1.5 * 2^23: adding it rounds to the nearest integer
@@ -135,8 +134,7 @@ DK_INLINE Vec exp2(Vec x) {
   return p * floats(reinterpret_cast<UVec>(e) << 23);
 }
 
-// e^x for x <= 88; below -88 the result is 0, -inf included. Relative error < 1e-7, as the argument is reduced without
-// loss.
+// e^x for x <= 88; 0 for x < -88, including -inf. Relative error < 1e-7, because argument reduction is exact.
 DK_INLINE Vec exp(Vec x) {
   x = max(splat(-88.0f), x);   // in this order NaN stays NaN
   const float magic = 12582912.0f;
@@ -152,8 +150,7 @@ DK_INLINE Vec exp(Vec x) {
   return (p + 1.0f) * floats(reinterpret_cast<UVec>(e) << 23);
 }
 
-// Denormals cost a hundred times a normal operation; this flushes them in the calling thread and restores what was set
-// before.
+// Flushes denormals, which are a hundred times slower, in the calling thread, and restores the previous mode.
 class FlushDenormals {
  public:
 #if defined(__SSE2__)
@@ -167,7 +164,7 @@ class FlushDenormals {
 #endif
 };
 
-// -- element types: float, and 16-bit floats held as their bits
+// -- element types: float, and 16-bit floats stored as their bits
 struct BFloat16 {
   uint16_t x;
 };
@@ -175,7 +172,7 @@ struct Float16 {
   uint16_t x;
 };
 #if defined(__aarch64__)
-typedef __fp16 Half;   // GCC 12 knows _Float16 in C++ on x86 alone
+typedef __fp16 Half;   // GCC 12 supports _Float16 in C++ on x86 only
 #else
 typedef _Float16 Half;
 #endif

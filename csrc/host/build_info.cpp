@@ -1,4 +1,4 @@
-// What was built and what this processor has, for dalle_kernels/build_info.py, which reads it through ctypes.
+// Build information and supported instruction sets, which dalle_kernels/build_info.py reads through ctypes.
 #include <string>
 
 #include "cpu/features.h"
@@ -35,7 +35,7 @@ std::string instruction_sets() {
 }   // namespace
 
 // JSON: version, compilers, the GPU architectures or why there are none, and for each compiled instruction set whether
-// this processor has it.
+// this processor supports it.
 DK_EXPORT const char* dalle_kernels_build_info() {
   static const std::string info = "{\"version\": " + quoted(DK_VERSION) + ", \"compiler\": " + quoted(DK_COMPILER) +
                                   ", \"built\": " + quoted(__DATE__) + ", \"cpu_isas\": " + instruction_sets() +

@@ -1,5 +1,5 @@
-// dalle_kernels._host: C++ functions that the tests compare with Python's. In-place builds only; the package does not
-// use it.
+// dalle_kernels._host: C++ functions that tests compare with their Python counterparts. In-place builds only; the
+// package does not use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 

@@ -1,4 +1,4 @@
-// Tensors as the arguments that the kernels of every device take. What a tensor must be was checked before.
+// Conversion of tensors to kernel arguments, for every device. Tensors have been checked before.
 #pragma once
 #include "common/decode_attention.h"
 #include "common/gumbel_softmax.h"

@@ -1,5 +1,5 @@
-// The schema of every operation, once; libdalle_cpu.so and libdalle_cuda.so implement them. (The tests' emulated
-// library takes them under its own name.)
+// The schemas of all operations, defined once; libdalle_cpu.so and libdalle_cuda.so implement them. The tests' emulated
+// library registers them under its own namespace.
 #include "ops/common.h"
 
 #if defined(DK_EMULATED)

@@ -1,5 +1,5 @@
-// decode_attention: checks the schedule and the step, allocates, spreads (prompt, head, candidates) over threads.
-// Arguments were checked in Python.
+// decode_attention: checks the schedule and the step, allocates, and distributes (prompt, head, candidates) over
+// threads. Arguments are checked in Python.
 #include "common/decode_schedule.h"
 #include "ops/arguments.h"
 #include "ops/cpu/common.h"
@@ -28,8 +28,7 @@ static Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Te
   const DecodeAttentionArgs a =
       decode_attention_args(q, k, v, prefix_k, prefix_v, image_k, image_v, out, schedule, step, scale);
 
-  // As many candidates per piece as keep every thread busy twice: the more share a piece, the less often the text is
-  // read.
+  // Two work items per thread: more candidates per item read the text less often, more items balance the load.
   const int64_t pieces_wanted = 2 * torch::stable::get_num_threads(), sequences = a.prompts * a.heads * a.candidates;
   const int64_t together = std::clamp<int64_t>(sequences / pieces_wanted, 1, MOST_CANDIDATES);
   const int64_t pieces = (a.candidates + together - 1) / together;

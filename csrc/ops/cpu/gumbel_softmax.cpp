@@ -1,5 +1,5 @@
-// gumbel_softmax, forward and backward: sees the logits as [outer, classes, inner], allocates, spreads strips over
-// threads. Arguments were checked in Python.
+// gumbel_softmax, forward and backward: views the logits as [outer, classes, inner], allocates, and distributes strips
+// over threads. Arguments are checked in Python.
 #include <optional>
 #include <utility>
 #include <vector>
@@ -12,14 +12,14 @@ namespace dk {
 template <class Args> static void run_strips(const StripKernel<Args>& kernel, const Args& a, int64_t elements) {
   if (elements == 0) return;
   const int64_t strips = kernel.strips(a);
-  const int64_t piece = std::max<int64_t>(1, 16384 * strips / elements);   // short strips are taken by the dozen
+  const int64_t piece =
+      std::max<int64_t>(1, 16384 * strips / elements);   // batches short strips into tasks of about 16K elements
   for_each_item((strips + piece - 1) / piece, kernel.workspace(a), [&](int64_t item, float* workspace) {
     kernel.run(a, workspace, item * piece, std::min(strips, (item + 1) * piece));
   });
 }
 
-// Is `t` laid out as a contiguous tensor whose last dimension is `dim`? So are channels_last pictures with their
-// channels.
+// Whether `t` has the memory layout of a contiguous tensor with `dim` last, such as channels_last images with dim 1.
 static bool is_last_in_memory(const Tensor& t, int64_t dim) {
   int64_t stride = 1;
   const auto follows = [&](int64_t i) {
@@ -30,11 +30,11 @@ static bool is_last_in_memory(const Tensor& t, int64_t dim) {
   return last;
 }
 
-// Where the classes lie last they stay so; tensors of all other layouts become contiguous.
+// Classes that are last in memory stay last; tensors of all other layouts become contiguous.
 static bool keeps_classes_last(const Tensor& t, int64_t dim) { return !t.is_contiguous() && is_last_in_memory(t, dim); }
 
-// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked
-// for
+// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum). stats and kl are empty without
+// return_kl.
 static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim,
                                                          bool return_kl) {
   const bool classes_last = keeps_classes_last(logits, dim);
@@ -58,7 +58,7 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
   return {y, kl, stats};
 }
 
-// y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
+// y is required unless hard; logits if hard or with grad_kl, which also requires kl and stats
 static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y,
                                       std::optional<Tensor> logits, std::optional<Tensor> kl,
                                       std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {

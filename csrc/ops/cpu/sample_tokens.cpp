@@ -1,4 +1,4 @@
-// sample_tokens: one work item per row. Arguments were checked in Python.
+// sample_tokens: one work item per row. Arguments are checked in Python.
 #include "ops/arguments.h"
 #include "ops/cpu/common.h"
 

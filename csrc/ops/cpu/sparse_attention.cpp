@@ -1,5 +1,5 @@
-// sparse_attention, forward and backward: checks the plan, allocates, spreads (batch, head, work items or tiles) over
-// threads. Arguments were checked in Python.
+// sparse_attention, forward and backward: checks the plan, allocates, and distributes (batch, head, work items or
+// tiles) over threads. Arguments are checked in Python.
 #include <vector>
 
 #include "common/plan.h"
@@ -18,11 +18,11 @@ static void check_plan(const Tensor& plan, int64_t n) {
       "the plan was compiled for another length or tile shape");
 }
 
-// Most heads run whole, one per thread; the last heads % threads (all, where there are fewer than threads) are split
+// Most heads run one per thread; the last `heads % threads` (all, if there are fewer heads than threads) are split
 // across all threads.
 struct HeadSplit {
   explicit HeadSplit(const SparseAttentionArgs& a) {
-    // minimum multiply-adds per thread: about 10 us. + 16 models the overhead of a row.
+    // Minimum multiply-adds per thread (about 10 us). + 16 models the per-row overhead.
     constexpr int64_t PRODUCTS = 1 << 18;
     const Plan plan(a.plan);
     const int64_t heads = a.batch * a.heads, products = heads * plan.tiles() * TILE_ROWS *
@@ -31,13 +31,12 @@ struct HeadSplit {
     split = heads % threads;
     whole = heads - split;
   }
-  // of a split head, so that each thread has some
+  // number of parts of a split head
   int64_t parts(int64_t per_thread) const { return (per_thread * threads + split - 1) / split; }
   int64_t threads, whole, split;
 };
 
-// The tiles from begin to end, the longest processing time first, so that no thread begins a long one when the others
-// are done
+// The tiles [begin, end), longest processing time first, so that no thread starts a long tile when the others are done.
 static std::vector<int64_t> longest_first(const Plan& plan, int64_t begin, int64_t end) {
   std::vector<int64_t> tiles, groups(plan.tiles());
   for (int64_t t = begin; t < std::min<int64_t>(end, plan.tiles()); ++t) {
@@ -69,7 +68,7 @@ static void forward_whole_heads(const SparseAttentionArgs& a, const SparseAttent
   std::vector<Plan::Item> items;
   for (int64_t i = 0; i < plan[plan_header::items]; ++i) items.push_back(plan.item(i));
   std::sort(items.begin(), items.end(), [](const Plan::Item& x, const Plan::Item& y) { return x.begin < y.begin; });
-  // more than a tile carries; what is not touched takes no memory
+  // an upper bound per tile; untouched pages take no memory
   const int64_t carry_floats = std::max(1, plan[plan_header::partials]) * space.carry;
   for_each_item(
       heads.whole, space.head + carry_floats + space.thread,
@@ -87,7 +86,7 @@ static void forward_whole_heads(const SparseAttentionArgs& a, const SparseAttent
       heads.threads);
 }
 
-// The split heads: all work items, the longest processing time first, then the tiles that several items share
+// The split heads: all work items, longest processing time first, then the tiles that several items share
 static void forward_split_heads(const SparseAttentionArgs& a, const SparseAttentionKernel& kernel,
                                 const HeadSplit& heads) {
   const SparseAttentionSpace space = kernel.space(a);
@@ -129,11 +128,11 @@ static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v,
   return {out, lse};
 }
 
-// The split heads: rounds of tiles, of which `queries` and then `keys` run in parallel. What a round carries should
-// stay in the threads' caches.
+// The split heads: rounds of tiles, with `queries` and then `keys` in parallel. The carry of a round should stay in the
+// threads' caches.
 static void backward_split_heads(const SparseAttentionBackwardArgs& a, const SparseAttentionBackwardKernel& kernel,
                                  const HeadSplit& heads) {
-  constexpr int64_t CARRY_FLOATS = 1 << 18;   // of a thread: 1 MB
+  constexpr int64_t CARRY_FLOATS = 1 << 18;   // per thread: 1 MB
   const SparseAttentionSpace space = kernel.space(a);
   const Plan plan(a.forward.plan);
   const int64_t fitting = heads.threads * CARRY_FLOATS / (heads.split * space.carry), parts = heads.parts(2);
