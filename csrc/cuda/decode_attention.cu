@@ -1,9 +1,8 @@
-// One decode step: a block is one head of up to 16 candidates of a prompt. First the prompt's text keys, which they
-// share: for 16-bit types candidates are the rows of mma, and the warps take tiles of 16 keys in turn. Then the image
-// keys of each candidate, by one warp, in float32 arithmetic. Between the two, the online-softmax states of the
-// candidates lie in shared memory. Batch-invariant: the reduction order of a candidate does not depend on the other
-// rows, so its bits do not depend on how many candidates there are. For the same reason the text is not split over more
-// blocks where there are few candidates.
+// One decode step. A block processes one head of up to 16 candidates of a prompt. First come the prompt's text keys,
+// which the candidates share: for 16-bit types candidates are the rows of mma, and warps take tiles of 16 keys in turn.
+// Then one warp per candidate processes its image keys in float32 arithmetic. The online-softmax states are passed
+// through shared memory. Batch-invariant: the reduction order of a candidate does not depend on the other rows. For the
+// same reason the text is not split over more blocks if there are few candidates.
 #include "cuda/decode_attention.h"
 
 #include "cuda/decode_schedule.h"
@@ -15,31 +14,31 @@ namespace dk::cuda {
 namespace {
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS, CANDIDATES = 16;
-constexpr int TILE_KEYS = 16;       // text keys that a warp takes at a time
-constexpr int LIST_PLACES = 1024;   // places listed at a time
+constexpr int TILE_KEYS = 16;       // text keys per warp and iteration
+constexpr int LIST_PLACES = 1024;   // maximum positions per list
 
 struct DecodeAttentionParams {
   DecodeAttentionArgs args;
-  int64_t text_len, groups;   // groups of up to CANDIDATES that a prompt has
+  int64_t text_len, groups;   // groups of up to CANDIDATES per prompt
 };
 
 template <class T, int D> struct Shape {
   static constexpr bool MMA = sizeof(Stored<T>) == 2;
-  // elements that a lane holds of a row: 16 bytes
+  // elements of a row per lane: 16 bytes
   static constexpr int CHUNK_ELEMENTS = 16 / sizeof(Stored<T>);
-  // lanes that share a row, rows that a warp reads at a time
+  // lanes per row, rows per warp
   static constexpr int LANES = D / CHUNK_ELEMENTS, GROUPS = 32 / LANES;
-  static constexpr int PARTIALS = MMA ? WARPS : 1;   // states of a candidate after the text
-  // bytes: D sums of values, their maximum score, sum of weights; 8 for alignment
+  static constexpr int PARTIALS = MMA ? WARPS : 1;   // states per candidate after the text
+  // bytes of a state: unnormalised output, running maximum, running sum, 8 for alignment
   static constexpr uint32_t STATE = (D + 4) * 4;
   static constexpr uint32_t SMEM = LIST_PLACES * 4 + PARTIALS * CANDIDATES * STATE;
   static_assert(LANES >= 8 && LANES <= 32, "a warp reads whole rows");
 };
 
-// -- rows, 16 bytes a lane. ALIGNED: rows begin at multiples of 16 bytes and fill whole chunks; otherwise elements are
-// moved one by one.
+// -- rows, 16 bytes per lane. ALIGNED: rows begin at multiples of 16 bytes and consist of whole chunks; otherwise
+// elements are moved one by one.
 
-// Chunk number `chunk` of a row; zeros beyond head_dim and where not `valid`.
+// Chunk number `chunk` of a row; zeros beyond head_dim, and all zeros if not `valid`.
 template <class T, bool ALIGNED> DK_DEVICE dev::u32x4 fetch(const Stored<T>* row, int chunk, int head_dim, bool valid) {
   constexpr int CHUNK_ELEMENTS = 16 / sizeof(Stored<T>);
   if (!valid || chunk * CHUNK_ELEMENTS >= head_dim) return {0, 0, 0, 0};
@@ -96,10 +95,10 @@ template <int N> DK_DEVICE void store_floats(uint32_t a, const float (&x)[N]) {
     dev::sts16(a + i * 4, {dev::as_bits(x[i]), dev::as_bits(x[i + 1]), dev::as_bits(x[i + 2]), dev::as_bits(x[i + 3])});
 }
 
-// -- which keys
+// -- lists of keys
 
-// Lists the places of `runs` in shared memory, LIST_PLACES of them at a time, and calls body(count). All threads of the
-// block together.
+// Lists the positions of `runs` in shared memory, at most LIST_PLACES at a time, and calls body(count). Collective over
+// the block.
 template <class Body> DK_DEVICE void for_each_list(DecodeSchedule::Runs runs, uint32_t list, const Body& body) {
   for (int run = 0, used = 0; run < runs.count;) {
     int count = 0;
@@ -117,12 +116,12 @@ template <class Body> DK_DEVICE void for_each_list(DecodeSchedule::Runs runs, ui
     dev::syncthreads();
   }
 }
-// Place number i; the last one again beyond it.
+// Position number i; the last one for i >= count.
 DK_DEVICE int64_t place(uint32_t list, int i, int count) {
   return dev::lds_u32(list + (i < count ? i : count - 1) * 4);
 }
 
-// -- online-softmax states. Scores are products not yet scaled, so that they are rounded once; `scale` takes their
+// -- online-softmax states. Scores are unscaled products, so that they are rounded once; `scale` converts their
 // differences to exponents of 2. `out` is unnormalised.
 
 template <class T, int D> struct State {
@@ -139,7 +138,7 @@ template <class T, int D> struct State {
     load_floats(a + chunk() * N * 4, out);
     softmax = {dev::lds_f32(a + D * 4), dev::lds_f32(a + D * 4 + 4)};
   }
-  // by the first lanes of a warp
+  // Stored by the first lanes of a warp.
   DK_DEVICE void save(uint32_t a) const {
     dev::syncwarp();
     if (dev::tid() % 32 < Shape<T, D>::LANES) store_floats(a + chunk() * N * 4, out);
@@ -152,7 +151,7 @@ template <class T, int D> struct State {
     const float alpha = softmax.update(now, other.softmax.sum * beta, scale);
     DK_UNROLL_FOR (int i = 0; i < N; ++i) out[i] = dev::fma(out[i], alpha, other.out[i] * beta);
   }
-  // of all groups of the warp, in the first lanes
+  // Merges the groups of the warp; the result is in the first lanes.
   DK_DEVICE void merge_groups(float scale) {
     DK_UNROLL_FOR (int lanes = Shape<T, D>::LANES; lanes < 32; lanes *= 2) {
       State other;
@@ -163,19 +162,19 @@ template <class T, int D> struct State {
   }
 };
 
-// Rows of keys and values by place; those of place `own` lie elsewhere.
+// Rows of keys and values by position; those of position `own` are not in the cache.
 template <class T> struct CachedRows {
   const Stored<T>*keys, *values;
   int64_t own;
   const Stored<T>*own_key, *own_value;
 };
 
-// Updates the state at `state` with the listed keys. A warp together: each group of lanes reads rows of its own.
+// Updates the state at `state` with the listed keys. Collective over a warp; each group of lanes reads its own rows.
 template <class T, int D, bool ALIGNED>
 DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& rows, int head_dim, uint32_t list,
                       int count, float scale) {
   using S = Shape<T, D>;
-  // rows of a group, all of which are under way before the first is needed
+  // rows per group and iteration, all in flight before the first is used
   constexpr int ROWS = 8, N = S::CHUNK_ELEMENTS;
   const int chunk = State<T, D>::chunk(), group = dev::tid() % 32 / S::LANES;
   float q[N];
@@ -202,7 +201,7 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& row
       s[r] = first + r * S::GROUPS + group < count ? s[r] : -dev::inf();
       maximum = dev::max(maximum, s[r]);
     }
-    float added[N] = {}, sum = 0.0f;   // chains are short: longer ones err more
+    float added[N] = {}, sum = 0.0f;   // short chains: longer ones have larger rounding errors
     DK_UNROLL_FOR (int r = 0; r < ROWS; ++r) {
       float v[N];
       widen(T{}, value[r], v);
@@ -218,14 +217,14 @@ DK_DEVICE void attend(uint32_t state, dev::u32x4 query, const CachedRows<T>& row
 }
 
 // -- the text for all candidates of a block, by mma
-// Fragments come straight from global memory, 16 bytes a lane. To that end elements are permuted, within products over
-// them (the same way in queries and keys) and in the columns of the result: lane 4 g + c holds elements 32 b + 8 c to +
-// 7 of query and key g, and elements 64 b + 8 g to + 7 of values.
+// Fragments are loaded directly from global memory, 16 bytes per lane. This permutes elements, in the same way in
+// queries and keys, whose products are summed over them, and in the columns of the result: lane 4 g + c holds elements
+// 32 b + 8 c to + 7 of query and key g, and elements 64 b + 8 g to + 7 of values.
 template <class T, int D, bool ALIGNED> struct TextByMma {
   static constexpr int STEPS = D / 16, COLUMNS = D / 8;
   uint32_t q[STEPS][4];
   float out[COLUMNS][4];
-  SoftmaxState softmax[2];   // of candidates g and g + 8; the sums are of this lane's keys
+  SoftmaxState softmax[2];   // of candidates g and g + 8; the sums are over this lane's keys
   int head_dim;
 
   DK_DEVICE TextByMma(const Stored<T>* query, int64_t stride, int candidates, int head_dim) : head_dim(head_dim) {
@@ -282,7 +281,7 @@ template <class T, int D, bool ALIGNED> struct TextByMma {
     }
   }
 
-  // Stores the states of all candidates, at `states` for the first.
+  // Stores the states of all candidates, the first at `states`.
   DK_DEVICE void save(uint32_t states) {
     const int g = dev::tid() % 32 / 4, c = dev::tid() % 4;
     DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
@@ -315,7 +314,7 @@ decode(DK_PARAM DecodeAttentionParams p) {
   const float scale = a.scale * LOG2E;
   const uint32_t list = dev::smem_base(), states = list + LIST_PLACES * 4;
 
-  // Nothing can be raised here: a step beyond the image sees no key, writes none, and its result is NaN.
+  // A kernel cannot raise: a step beyond the image reads and writes no key, and its result is NaN.
   const DeviceDecodeSchedule schedule{a.schedule};
   const int64_t step = dev::ldg(a.step);
   const bool inside = 0 <= step && step < schedule.steps();
@@ -366,7 +365,7 @@ decode(DK_PARAM DecodeAttentionParams p) {
 
   for_each_list(image, list, [&](int keys) {
     for (int candidate = warp; candidate < count; candidate += WARPS) {
-      // The new key and value are read where they came from; others of the sequence are in the cache.
+      // The new key and value are read from the inputs, all others from the cache.
       const CachedRows<T> rows{row(a.image_k, a.image_strides, candidate), row(a.image_v, a.image_strides, candidate),
                                own, row(a.k, a.k_strides, candidate), row(a.v, a.v_strides, candidate)};
       attend<T, D, ALIGNED>(state(candidate), query(candidate), rows, head_dim, list, keys, scale);
@@ -407,7 +406,7 @@ template <class T> bool aligned(const DecodeAttentionArgs& a) {
 
 template <class T> const char* launch(const DecodeAttentionArgs& a, int64_t text_len, void* stream) {
   return with_head_dim(a.head_dim, [&](auto padded) {
-    // 8 lanes share a row, or more
+    // at least 8 lanes per row
     constexpr int SMALLEST = 8 * 16 / sizeof(Stored<T>), D = padded < SMALLEST ? SMALLEST : padded;
     const int64_t groups = (a.candidates + CANDIDATES - 1) / CANDIDATES;
     return dev::launch("decode_attention", aligned<T>(a) ? decode<T, D, true> : decode<T, D, false>,

@@ -3,7 +3,7 @@
 
 namespace dk::cuda {
 
-// `text_len` and `slots` of the cache are what the schedule was made for. nullptr, or the error.
+// The schedule must match the cache's `text_len` and slots. Returns nullptr or the error.
 const char* decode_attention(const DecodeAttentionArgs& a, int64_t text_len, void* stream);
 
 }   // namespace dk::cuda

@@ -1,11 +1,10 @@
-// The only file that knows the machine: everything a kernel may do beyond plain arithmetic. Two implementations of the
-// same names: PTX here, and for tests on a CPU an emulation that checks every access
-// (tests/cuda_emulation/cuda_emulation.h).
+// The device primitives: everything that a kernel does beyond plain arithmetic. There are two implementations: PTX
+// here, and for tests on a CPU an emulation that checks every access (tests/cuda_emulation/cuda_emulation.h).
 //
-// Rules for kernels. Shared memory is addressed in bytes by uint32_t and touched only through these functions; so is
-// global memory, whose rows must be as aligned as the access is wide. Collectives (mma, ldmatrix, shfl, vote, syncwarp)
-// stand under conditions that are equal in a warp, barriers under conditions that are equal in a block (or cluster),
-// and nobody returns before the last one. Register arrays are indexed by constants: loops over them are DK_UNROLLed.
+// Rules for kernels. Shared memory is addressed in bytes by uint32_t, and accessed only through these functions; so is
+// global memory, whose rows must be aligned to the width of the access. Conditions around collectives (mma, ldmatrix,
+// shfl, vote, syncwarp) must be uniform in a warp, those around barriers uniform in a block (or cluster), and no thread
+// returns before the last of them. Register arrays are indexed by constants: loops over them are DK_UNROLLed.
 #pragma once
 #include <cstdint>
 
@@ -34,15 +33,15 @@ struct Grid {
 #define DK_KERNEL(threads, min_blocks) __global__ void __launch_bounds__(threads, min_blocks)
 #define DK_PARAM const __grid_constant__
 #define DK_UNROLL_FOR _Pragma("unroll") for
-#define DK_ROLLED_FOR _Pragma("unroll 1") for   // where unrolling would cost registers
+#define DK_ROLLED_FOR _Pragma("unroll 1") for   // if unrolling would cost registers
 
 namespace dk::dev {
 
-// -- where am I
+// -- indices
 DK_DEVICE int tid() { return threadIdx.x; }
 DK_DEVICE int64_t bid_x() { return blockIdx.x; }
 DK_DEVICE int bid_y() { return blockIdx.y; }
-DK_DEVICE uint32_t cluster_rank() {   // before sm_90 a block is alone
+DK_DEVICE uint32_t cluster_rank() {   // 0 before sm_90, which has no clusters
 #if __CUDA_ARCH__ >= 900
   uint32_t r;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -105,7 +104,7 @@ DK_DEVICE void sts8(uint32_t a, u32x2 v) {
 DK_DEVICE void sts16(uint32_t a, u32x4 v) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(a), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
 }
-// of the block `rank` of this cluster; `a` is an address of one's own
+// Reads the shared memory of block `rank` of this cluster; `a` is an address in the calling block
 DK_DEVICE float lds_f32_of([[maybe_unused]] uint32_t rank, uint32_t a) {
 #if __CUDA_ARCH__ >= 900
   uint32_t there;
@@ -118,7 +117,7 @@ DK_DEVICE float lds_f32_of([[maybe_unused]] uint32_t rank, uint32_t a) {
 #endif
 }
 
-// Copies from global to shared memory that land later; `valid` false writes zeros and does not touch the source.
+// Asynchronous copies from global to shared memory. valid == false writes zeros and does not read the source.
 DK_DEVICE void cp_async16(uint32_t to, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid ? 16 : 0) : "memory");
 }
@@ -126,10 +125,10 @@ DK_DEVICE void cp_async4(uint32_t to, const void* from, bool valid = true) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(valid ? 4 : 0) : "memory");
 }
 DK_DEVICE void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// all but the N youngest groups have landed, this thread's
+// Waits for all but the N most recent groups of this thread.
 template <int N> DK_DEVICE void cp_async_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
-// -- a warp together
+// -- collective over a warp
 DK_DEVICE void syncwarp() { __syncwarp(); }
 DK_DEVICE float shfl_xor(float v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
 DK_DEVICE uint32_t shfl_xor(uint32_t v, int lanes) { return __shfl_xor_sync(0xffffffffu, v, lanes); }
@@ -150,10 +149,10 @@ DK_DEVICE void ldmatrix_x4_trans(uint32_t a, uint32_t (&r)[4]) {
                : "memory");
 }
 
-// -- 16-bit types, held in pairs, the lower one first
+// -- 16-bit types, packed in pairs, the lower one first
 struct BFloat16 {};
 struct Float16 {};
-// c [16, 8] += a [16, 16] b [16, 8], fragments as PTX lays them out for mma.m16n8k16
+// c [16, 8] += a [16, 16] b [16, 8], with the fragment layout of PTX's mma.m16n8k16
 DK_DEVICE void mma(BFloat16, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
@@ -196,7 +195,7 @@ DK_DEVICE float log2_approx(float x) {
   asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
-DK_DEVICE float max(float a, float b) { return fmaxf(a, b); }   // of a number and NaN the number
+DK_DEVICE float max(float a, float b) { return fmaxf(a, b); }   // ignores NaN
 DK_DEVICE float min(float a, float b) { return fminf(a, b); }
 DK_DEVICE float fma(float a, float b, float c) { return fmaf(a, b, c); }
 DK_DEVICE float mul_rn(float a, float b) { return __fmul_rn(a, b); }   // never fused with a sum
@@ -210,7 +209,7 @@ DK_DEVICE uint32_t mul_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 DK_DEVICE int popcount(uint32_t v) { return __popc(v); }
 DK_DEVICE float inf() { return __uint_as_float(0x7f800000u); }
 
-// -- a block, a cluster together
+// -- collective over a block or a cluster
 DK_DEVICE void syncthreads() { __syncthreads(); }
 DK_DEVICE void cluster_sync() {
 #if __CUDA_ARCH__ >= 900
@@ -220,7 +219,7 @@ DK_DEVICE void cluster_sync() {
 #endif
 }
 
-// -- launching, on the host: nullptr, or what went wrong
+// -- launching, on the host; functions return nullptr or the error
 inline const char* failure(const char* kernel, const char* what) {
   static thread_local char text[256];
   snprintf(text, sizeof text, "CUDA kernel %s: %s", kernel, what);
@@ -253,7 +252,7 @@ const char* launch(const char* name, void (*kernel)(P), Grid grid, int threads, 
   return error == cudaSuccess ? nullptr : failure(name, cudaGetErrorString(error));
 }
 
-// What the current device offers.
+// Properties of the current device.
 inline int compute_capability() {   // 90 for sm_90; 0 if there is no device
   int device = 0, major = 0, minor = 0;
   if (cudaGetDevice(&device) != cudaSuccess ||

@@ -1,4 +1,4 @@
-// Elements of tensors as float32, whatever their dtype: T is float, dev::BFloat16 or dev::Float16.
+// Conversion of tensor elements to and from float32. T is float, dev::BFloat16 or dev::Float16.
 #pragma once
 #include "cuda/device.h"
 

@@ -1,6 +1,6 @@
-// Forward: a first sweep draws the noise and takes the statistics, a second one writes y = exp((x - max) / tau) / sum
-// from the noisy logits that were kept. They are computed again where shared memory is too small for them. The hard
-// variant needs no more than the argmax for its second sweep.
+// Forward: a first sweep generates the noise and computes the statistics; a second one writes y = exp((x - max) / tau)
+// / sum from the noisy logits in shared memory. If they do not fit, they are recomputed. The hard variant needs only
+// the argmax in its second sweep.
 #include "cuda/gumbel_softmax.h"
 
 #include "cuda/gumbel_sweep.h"
@@ -15,7 +15,7 @@ struct Params {
   Cut cut;
 };
 
-// The largest element, the first of equals. NaN counts as inf: y is NaN either way.
+// The first largest element. NaN counts as inf: y is NaN either way.
 struct Best {
   static constexpr int WORDS = 2;
   float best = -dev::inf();
@@ -87,7 +87,7 @@ template <class T, bool HARD, bool KL, bool RESIDENT> DK_KERNEL(32 * MAX_WARPS, 
     if constexpr (KL)
       if (s.chunk == 0 && 4 * dev::tid() + i < 1 << s.log_width && s.place(p.cut, i) >= 0)
         put_kl(a, s.place(p.cut, i), v[i] + PLAIN);
-    // the factor of y in place of the sum; NaN in place of 1 where there is no largest
+    // replaces the sum with the factor of y; NaN instead of 1 if the row has no finite maximum
     if constexpr (HARD) v[i][0] = 1.0f + (v[i][0] - v[i][0]);
     else v[i][1] = 1.0f / v[i][1];
   }

@@ -3,7 +3,7 @@
 
 namespace dk::cuda {
 
-const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream);   // nullptr, or the error
+const char* gumbel_softmax(const GumbelSoftmaxArgs& a, void* stream);   // returns nullptr or the error
 const char* gumbel_softmax_backward(const GumbelSoftmaxBackwardArgs& a, void* stream);
 
 }   // namespace dk::cuda

@@ -1,7 +1,7 @@
 // Backward: y * (grad - sum y grad) / tau, plus grad_kl * p * (log p + log classes - kl) with p = softmax(logits). A
-// first sweep takes the sum and keeps y and grad for the second, or they are read twice. The hard variant keeps the
-// noisy logits in place of y, which was not stored: its first sweep draws the noise again and takes the softmax's
-// statistics along with the sum.
+// first sweep computes the sum and keeps y and grad in shared memory for the second; if they do not fit, they are read
+// twice. The hard variant has no stored soft y: its first sweep regenerates the noise, computes the softmax statistics
+// along with the sum, and keeps the noisy logits instead.
 #include "cuda/gumbel_softmax.h"
 #include "cuda/gumbel_sweep.h"
 
@@ -45,7 +45,7 @@ struct KLGradient {
   }
 };
 
-// What is kept in place of y: y itself, or noisy logits.
+// What is kept for y: y itself, or the noisy logits.
 template <class T, bool HARD> struct Kinds {
   using First = T;
   using Statistics = Dot;

@@ -1,13 +1,12 @@
-// What the forward and the backward pass of gumbel_softmax share: how [outer, classes, inner] is cut, which elements a
-// lane holds, running statistics and their reduction.
+// Shared by the forward and backward pass of gumbel_softmax: the tiling of [outer, classes, inner], the elements of a
+// lane, running statistics and their reduction.
 //
-// A strip is up to 32 neighbouring positions with all their classes. A warp reads it 128 elements at a time, a lane a
-// quad: 4 elements that follow each other in memory, which is also what one Philox block serves. Where there are 3
-// positions or more, a quad is 4 positions of a class; with 1 or 2 it spans classes. Strips are cut into chunks of
-// classes, a chunk into rounds of up to 8 warps. All of this follows from the shape of one strip, and statistics are
-// merged lanes first, then warps, then chunks, each in a fixed order. So the bits do not depend on who works on the
-// chunks, one block in turn or the blocks of a cluster, each of which keeps its own in shared memory; nor on whether a
-// block keeps what it has read or reads it twice.
+// A strip is up to 32 adjacent positions with all their classes. A warp reads 128 elements at a time, one quad per
+// lane: 4 elements that are contiguous in memory and share a Philox block. With 3 positions or more, a quad is 4
+// positions of a class; with 1 or 2 it spans classes. Strips are split into chunks of classes, and chunks into rounds
+// of up to 8 warps. All sizes depend on the shape of one strip only, and statistics are merged in a fixed order: lanes,
+// then warps, then chunks. Results therefore do not depend on whether one block processes all chunks or the blocks of a
+// cluster one each, nor on whether a block keeps its elements in shared memory or reads them twice.
 #pragma once
 #include "common/gumbel_softmax.h"
 #include "cuda/element.h"
@@ -16,25 +15,25 @@
 
 namespace dk::sweep {
 
-constexpr int MAX_WARPS = 8;       // of a block
-constexpr int MIN_BLOCKS = 2;      // of a multiprocessor: one reads while the other writes
-constexpr int BATCH = 4;           // rounds whose loads are under way together
-constexpr int MAX_LOG_WIDTH = 5;   // of a strip, in positions
-constexpr int SECTOR = 32;         // bytes that memory moves at least
-constexpr int MAX_CHUNKS = 8;      // the blocks of a portable cluster
-// to keep of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
+constexpr int MAX_WARPS = 8;       // per block
+constexpr int MIN_BLOCKS = 2;      // per multiprocessor: one reads while the other writes
+constexpr int BATCH = 4;           // rounds with loads in flight
+constexpr int MAX_LOG_WIDTH = 5;   // log2 of the positions of a strip
+constexpr int SECTOR = 32;         // smallest memory transaction in bytes
+constexpr int MAX_CHUNKS = 8;      // blocks of a portable cluster
+// shared memory of a chunk: two blocks fit a multiprocessor of sm_80, three one of sm_90
 constexpr int64_t CHUNK_BYTES = 64 * 1024;
 constexpr float FAR = -1e4f;   // exp(FAR) is 0 and so is 0 * FAR, unlike 0 * -inf
 
-// -- how the work is cut
+// -- tiling
 
 struct Cut {
   int64_t classes, inner, strips_per_outer, strips;
-  int log_width;        // positions of a strip
-  int warps;            // of a block
-  int chunks, rounds;   // of a strip; of a chunk
+  int log_width;        // log2 of the positions of a strip
+  int warps;            // per block
+  int chunks, rounds;   // per strip; per chunk
   int cluster;          // blocks per strip
-  bool aligned;         // all tensors may be accessed by quads
+  bool aligned;         // all tensors can be accessed by quads
 
   int width() const { return 1 << log_width; }
   int threads() const { return 32 * warps; }
@@ -44,7 +43,7 @@ struct Cut {
   }
 };
 
-// `kept`: bytes per element that a second sweep can take from shared memory.
+// `kept`: bytes per element to keep in shared memory for a second sweep.
 inline Cut cut(const GumbelSoftmaxArgs& a, int element_bytes, int kept) {
   Cut c{};
   c.classes = a.classes, c.inner = a.inner;
@@ -66,15 +65,15 @@ inline bool aligned(const void* p, int element_bytes) {
   return reinterpret_cast<uintptr_t>(p) % (4 * element_bytes) == 0;
 }
 
-// -- what a lane holds
+// -- elements of a lane
 
 struct Strip {
-  int64_t first;   // element that the quad of chunk 0, round 0 begins with
+  int64_t first;   // first element of the quad in chunk 0, round 0
   int64_t inner;
   uint32_t first_class, classes;
-  int quad;   // elements of a quad that are positions of the strip
+  int quad;   // elements of a quad that belong to the strip
   int log_width, threads, chunks_per_block, rounds;
-  uint32_t chunk;   // the first of this block
+  uint32_t chunk;   // first chunk of this block
   bool aligned;
 
   DK_DEVICE explicit Strip(const Cut& c)
@@ -93,14 +92,14 @@ struct Strip {
   }
   static DK_DEVICE int64_t index(const Cut& c) { return dev::bid_x() / c.cluster; }
   static DK_DEVICE int64_t outer(const Cut& c) { return index(c) / c.strips_per_outer; }
-  // of a quad's first element
+  // Position of a quad's first element
   static DK_DEVICE int64_t position(const Cut& c) {
     return ((index(c) % c.strips_per_outer) << c.log_width) + (4 * dev::tid() & ((1 << c.log_width) - 1));
   }
 
-  // in the strip, of a quad's elements
+  // Position in the strip of element i of a quad
   DK_DEVICE int column(int i) const { return (4 * dev::tid() + i) & ((1 << log_width) - 1); }
-  // Their place in [outer, inner], or -1 if they have none.
+  // Its index in [outer, inner], or -1 if it does not exist.
   DK_DEVICE int64_t place(const Cut& c, int i) const {
     const int64_t at = position(c) + (i & ((1 << c.log_width) - 1));
     return at < inner ? outer(c) * inner + at : -1;
@@ -109,10 +108,10 @@ struct Strip {
 
 // A lane's quads in BATCH rounds.
 template <class T> struct Batch {
-  int64_t at, stride;   // element that the first begins with; from round to round
+  int64_t at, stride;   // index of the first element; stride of rounds
   uint32_t first_class, classes, classes_per_round;
   int quad, log_width;
-  bool full;   // all elements exist, and may be accessed by quads
+  bool full;   // all elements exist and can be accessed by quads
 
   DK_DEVICE Batch(const Strip& s, int chunk, int round)
       : classes(s.classes), classes_per_round(4 * s.threads >> s.log_width), quad(s.quad), log_width(s.log_width) {
@@ -122,7 +121,7 @@ template <class T> struct Batch {
     full = s.aligned && at % 4 == 0 && count(BATCH - 1) == 4;
   }
   DK_DEVICE uint32_t class_of(int r) const { return first_class + r * classes_per_round; }
-  // Elements that exist; they come first. (Beyond 2^31 classes there are only some that do not exist.)
+  // Number of elements of the quad that exist; they come first. (None exist beyond 2^31 classes.)
   DK_DEVICE int count(int r) const {
     const int remaining = static_cast<int>(classes - class_of(r)), elements = (remaining < 0   ? 0
                                                                                : remaining < 4 ? remaining
@@ -153,7 +152,7 @@ template <class T> struct Batch {
       }
     }
   }
-  // An element's noise index is its place in the tensor, in 64 bits.
+  // The noise index of an element is its index in the tensor, in 64 bits.
   DK_DEVICE void add_noise(PhiloxKey key, float (&x)[BATCH][4]) const {
     const int skip = static_cast<int>(at % 4);
     DK_UNROLL_FOR (int r = 0; r < BATCH; ++r) {
@@ -171,7 +170,7 @@ template <class T> struct Batch {
   }
 };
 
-// Quads of a block's chunks in shared memory, every one written and read by the same thread.
+// Quads of a block's chunks in shared memory. Each is written and read by the same thread.
 template <class T> struct Kept {
   static constexpr int QUAD = 4 * sizeof(Stored<T>);
   uint32_t base;
@@ -190,7 +189,7 @@ template <class T> struct Kept {
   }
 };
 
-// -- online-softmax states of one element of a lane's quads, a short chain of the long sums. `scale` is log2(e) / tau.
+// -- online-softmax states per element of a lane's quads, so that summation chains are short. `scale` is log2(e) / tau.
 
 DK_DEVICE float not_below_far(float d) { return d < FAR ? FAR : d; }   // NaN stays
 
@@ -218,7 +217,7 @@ struct Softmax {
   }
 };
 
-// The same with the sum of exp(scale * (x - maximum)) * v.
+// The same, plus the sum of exp(scale * (x - maximum)) * v.
 struct WeightedSoftmax {
   static constexpr int WORDS = 3;
   Softmax softmax;
@@ -268,8 +267,8 @@ struct Entropy {
   }
 };
 
-// -- the reduction of N numbers per element; merge(a, b) is symmetric, for lanes find the same results by different
-// ways
+// -- reduction of N numbers per element. merge(a, b) must be symmetric: lanes compute the same result with swapped
+// arguments
 
 template <int N> struct Reduction {
   uint32_t warps, chunks, whole;   // [warps of the block][width][N], [chunks per block][width][N], [width][N]
@@ -292,13 +291,13 @@ template <int N> struct Reduction {
     DK_UNROLL_FOR (int k = 0; k < N; ++k) v[k] = dev::lds_f32(at + 4 * k);
   }
 
-  // Elements `i` and `j` of a quad that belong to one position.
+  // Merges elements `i` and `j` of a quad that belong to one position.
   template <class Merge> static DK_DEVICE void merge_pair(float* i, float* j, const Merge& merge) {
     merge(i, j);
     DK_UNROLL_FOR (int k = 0; k < N; ++k) j[k] = i[k];
   }
 
-  // The lanes of every warp, then the warps.
+  // Merges the lanes of every warp, then the warps.
   template <class Merge> DK_DEVICE void chunk(int index, float (&v)[4][N], const Merge& merge) const {
     if (log_width < 2) merge_pair(v[0], v[2], merge), merge_pair(v[1], v[3], merge);
     if (log_width < 1) merge_pair(v[0], v[1], merge);
@@ -327,7 +326,7 @@ template <int N> struct Reduction {
     dev::syncthreads();
   }
 
-  // The chunks of all blocks; every lane gets what its elements' positions have.
+  // Merges the chunks of all blocks; every lane gets the results of its elements' positions.
   template <class Merge> DK_DEVICE void strip(const Strip& s, int count, float (&v)[4][N], const Merge& merge) const {
     const int tid = dev::tid();
     dev::cluster_sync();

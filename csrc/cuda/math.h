@@ -1,5 +1,5 @@
-// Exponential and logarithm whose error is bounded on every device; dev::exp2_approx and dev::log2_approx are for where
-// 16 bits are kept.
+// Exponential and logarithm with error bounds that hold on every device. dev::exp2_approx and dev::log2_approx are for
+// 16-bit results.
 #pragma once
 #include "cuda/device.h"
 
@@ -7,7 +7,7 @@ namespace dk {
 
 constexpr float LOG2E = 1.44269504f;
 
-// 2^x for x <= 127; below -126 the result is 0, -inf included. Relative error < 1.2e-7 on every device; NaN stays NaN.
+// 2^x for x <= 127; 0 for x < -126, including -inf. Relative error < 1.2e-7 on every device; NaN stays NaN.
 DK_DEVICE float exp2(float x) {
   x = x < -127.0f ? -127.0f : x;
   // 1.5 * 2^23: rounds to the nearest integer
@@ -19,17 +19,16 @@ DK_DEVICE float exp2(float x) {
   p = dev::fma(p, f, 2.402264791e-1f);
   p = dev::fma(p, f, 6.931472029e-1f);
   p = dev::fma(p, f, 1.0f);
-  return p * dev::as_float((dev::as_bits(shifted) + 127) << 23);   // the integer stands in the lowest bits
+  return p * dev::as_float((dev::as_bits(shifted) + 127) << 23);   // the integer is in the lowest bits
 }
 
-// Splits x = 2^e * m, m in [0.75, 1.5): returns e * 2^23 as an integer, which is what the bits of 2^e and of x / m
-// differ by.
+// Returns e * 2^23 for x = 2^e * m, m in [0.75, 1.5): the exponent bits to subtract from x to get m.
 DK_DEVICE int32_t scaled_exponent(float x) {
   return static_cast<int32_t>((dev::as_bits(x) - 0x3F400000u) & 0xFF800000u);
 }
 
-// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23; to a unit in the last place, near f = 0 too where e is 0.
-// Whatever the compiler fuses, the bits stay: products that are not fused by hand are exact.
+// log(2^e * (1 + f)) for f in [-0.25, 0.5], from e * 2^23. Error: 1 ulp, also near f = 0 for e = 0. Fusing by the
+// compiler does not change the bits: products that are not explicitly fused are exact.
 DK_DEVICE float log_split(int32_t scaled_e, float f) {
   float p = -4.49095816e-2f;
   p = dev::fma(p, f, 1.04483288e-1f);
@@ -40,13 +39,13 @@ DK_DEVICE float log_split(int32_t scaled_e, float f) {
   p = dev::fma(p, f, -2.50000546e-1f);
   p = dev::fma(p, f, 3.33334544e-1f);
   p = dev::fma(p, f, -5.00000008e-1f);
-  // e log 2 + f with what its rounding loses; e times the upper part of log 2 is exact
+  // e log 2 + f and its rounding error; e times the upper part of log 2 is exact
   const float e = dev::to_float_rn(scaled_e), high = e * (0x1.62E4p-1f * 0x1p-23f), sum = high + f;
   const float lost = dev::fma(e, 1.42860677e-6f * 0x1p-23f, f - (sum - high));
   return sum + dev::fma(dev::mul_rn(f, f), p, lost);
 }
 
-// of a positive, normal number
+// log x for positive, normal x
 DK_DEVICE float natural_log(float x) {
   const int32_t e = scaled_exponent(x);
   return log_split(e, dev::as_float(dev::as_bits(x) - static_cast<uint32_t>(e)) - 1.0f);

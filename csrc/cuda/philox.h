@@ -1,5 +1,4 @@
-// Philox4x32-10 and the Gumbel noise made of it, as dalle_kernels/philox.py specifies: a function of (seed, offset,
-// index).
+// Philox4x32-10 and Gumbel noise, a function of (seed, offset, index) specified in dalle_kernels/philox.py.
 #pragma once
 #include "cuda/device.h"
 #include "cuda/math.h"
@@ -27,7 +26,7 @@ DK_DEVICE dev::u32x4 philox(PhiloxKey key, uint64_t block) {
 // Random bits -> u -> -log(-log1p(-u)).
 DK_DEVICE float gumbel(uint32_t bits) {
   const float u = dev::min((dev::to_float_rn(bits) + 0.5f) * 0x1p-32f, 0x1.FFFFFEp-1f);
-  // 1 - u = 2^e (1 + g) with g = 2^-e - 1 - 2^-e u, which is exact: no digit of a small u is lost
+  // 1 - u = 2^e (1 + g), where g = 2^-e - 1 - 2^-e u is exact even for small u
   const int32_t e = scaled_exponent(1.0f - u);
   const float scale = dev::as_float(0x3F800000u - static_cast<uint32_t>(e));
   return -natural_log(-log_split(e, dev::fma(-scale, u, scale - 1.0f)));

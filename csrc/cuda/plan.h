@@ -9,7 +9,7 @@ namespace dk {
 constexpr int TILE_ROWS = 64;
 
 template <int COLUMNS> struct DevicePlan {
-  static constexpr int PARTS = COLUMNS / 16;   // parts of 16 x 16 across a group
+  static constexpr int PARTS = COLUMNS / 16;   // 16 x 16 blocks across a group
 
   explicit DK_DEVICE DevicePlan(const int32_t* packed)
       : p(packed),
@@ -30,7 +30,7 @@ template <int COLUMNS> struct DevicePlan {
     return {dev::ldg(words), dev::ldg(words + 1), dev::ldg(words + 2)};
   }
 
-  // token, -1 = padding
+  // The token of row r; -1: padding
   DK_DEVICE int32_t row(int64_t tile, int r) const { return dev::ldg(p + rows_at + tile * TILE_ROWS + r); }
 
   struct Entry {
@@ -43,15 +43,15 @@ template <int COLUMNS> struct DevicePlan {
     const dev::u32x4 w = dev::ldg16(p + entries_at + i * Plan::ENTRY_WORDS);
     return {static_cast<int32_t>(w.x), static_cast<int32_t>(w.z), w.w};
   }
-  // of an entry
+  // `keys` of an entry
   DK_DEVICE int32_t keys(int64_t i) const { return dev::ldg(p + entries_at + i * Plan::ENTRY_WORDS); }
 
-  // Token of column `column` of the entry with these `keys`, -1 = padding.
+  // Token of column `column` of the entry with these `keys`; -1: padding
   DK_DEVICE int32_t column(int32_t keys, int column) const {
     return keys >= 0 ? keys + column : dev::ldg(p + gather_at + static_cast<int64_t>(~keys) * COLUMNS + column);
   }
 
-  // Per half of the rows and column one word, a bit for each row; begins at a multiple of 16 bytes.
+  // One word per half of the rows and column, with one bit per row; aligned to 16 bytes.
   DK_DEVICE const uint32_t* mask(int32_t mask) const {
     return reinterpret_cast<const uint32_t*>(p) + masks_at + static_cast<int64_t>(mask) * (TILE_ROWS / 32 * COLUMNS);
   }

@@ -1,6 +1,6 @@
-// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. A row is one
-// block. Its logits become keys, unsigned integers in the order of the floats, which stay in shared memory where they
-// fit. Both filters keep all keys from a threshold up, which is found bit by bit.
+// One token per row: argmax of logits / temperature + noise over the tokens that top_k and top_p keep. One block per
+// row. Logits are mapped to sort keys, unsigned integers in the order of the floats, which stay in shared memory if
+// they fit. Both filters keep all keys from a threshold up; the threshold is found bit by bit.
 #include "cuda/sample_tokens.h"
 
 #include "cuda/element.h"
@@ -14,22 +14,22 @@ constexpr uint32_t PADDING = 0, NAN_KEY = 0xFFFFFFFFu, INF_KEY = 0xFF800000u, MI
 
 struct SampleTokensParams {
   SampleTokensArgs args;
-  bool aligned;   // rows may be read four elements at a time
+  bool aligned;   // rows can be read four elements at a time
 };
 
-// NaN is above all, and the two zeros are equal.
+// The sort key of a float. NaN has the largest key, and the keys of the two zeros are equal.
 DK_DEVICE uint32_t key_of(float x) {
   const uint32_t u = dev::as_bits(x + 0.0f);
   return x != x ? NAN_KEY : u ^ (u >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 DK_DEVICE float value_of(uint32_t key) { return dev::as_float(key ^ (key >> 31 ? 0x80000000u : 0xFFFFFFFFu)); }
 
-// In which the keys of the dtype's values differ.
+// The lowest bit in which keys of the dtype's values differ.
 template <class T> constexpr uint32_t LOWEST_BIT = 1;
 template <> constexpr uint32_t LOWEST_BIT<dev::BFloat16> = 1u << 16;
 template <> constexpr uint32_t LOWEST_BIT<dev::Float16> = 1u << 13;
 
-// A key and its token, such that the largest is the first token of the largest key.
+// Key and token in one integer; the maximum is the first token with the largest key.
 DK_DEVICE uint64_t ranked(uint32_t key, uint32_t token) {
   return static_cast<uint64_t>(key) << 32 | (0xFFFFFFFFu - token);
 }
@@ -43,8 +43,7 @@ struct Sum {
   DK_DEVICE double operator()(double a, double b) const { return a + b; }
 };
 
-// Reductions over the block, each in the same order every time. Two areas of shared memory take turns, so that one
-// barrier is enough.
+// Block reductions in a fixed order. Two areas of shared memory alternate, so that one barrier per reduction suffices.
 struct Reduce {
   static constexpr uint32_t BYTES = 2 * WARPS * 8;
   uint32_t smem;
@@ -76,7 +75,7 @@ struct Reduce {
   }
 };
 
-// A thread sees every THREADS-th quad of tokens, and only what it stored itself.
+// A thread reads every THREADS-th quad of tokens, and from shared memory only its own.
 template <class T, bool CACHED> struct Row {
   const SampleTokensParams& p;
   const Stored<T>* logits;
@@ -113,7 +112,7 @@ template <class T, bool CACHED> struct Row {
   }
 };
 
-// What the keys >= least weigh together; weigh(quad, keys, weights).
+// Total weight of the keys >= least; weigh(quad, keys, weights) computes the weights of a quad.
 template <class Row, class Weigh>
 DK_DEVICE double mass_from(uint32_t least, const Row& row, Reduce& reduce, const Weigh& weigh) {
   double mass = 0.0;
@@ -128,8 +127,8 @@ DK_DEVICE double mass_from(uint32_t least, const Row& row, Reduce& reduce, const
   return reduce.block(mass, Sum());
 }
 
-// The largest key such that all keys from it up weigh `target` or more (its lower bits, in which no keys differ, are
-// 0). That they weigh less the larger it is holds for the rounded sums too: what is left out is added as 0.
+// The largest key such that the total weight of all keys >= it is at least `target`. Its lower bits, in which no keys
+// differ, are 0. Rounded sums are monotonic in the threshold too, because excluded keys are added as 0.
 template <class T, class Mass> DK_DEVICE uint32_t threshold(double target, const Mass& mass) {
   uint32_t found = 0;
   for (uint32_t bit = 0x80000000u; bit >= LOWEST_BIT<T>; bit >>= 1)
@@ -198,7 +197,7 @@ template <class T, bool CACHED> DK_KERNEL(THREADS, 2) sample_row(DK_PARAM Sample
     DK_UNROLL_FOR (int i = 0; i < 4; ++i) best = Larger()(best, ranked(key[i], 4 * static_cast<uint32_t>(quad) + i));
   }
   best = reduce.block(best, Larger());
-  // A row whose largest logit is not finite takes it: the first NaN, or +inf, or the first token if all are -inf.
+  // If the largest logit is not finite, its token is the result: the first NaN, else +inf; token 0 if all are -inf.
   const uint32_t top_key = key_of_ranked(best);
   if (MINUS_INF_KEY < top_key && top_key < INF_KEY) {
     const float top = value_of(top_key);
@@ -212,7 +211,7 @@ template <class T, bool CACHED> DK_KERNEL(THREADS, 2) sample_row(DK_PARAM Sample
 template <class T> const char* launch(const SampleTokensArgs& a, void* stream) {
   const int64_t quad_bytes = 4 * sizeof(Stored<T>);
   const bool aligned = reinterpret_cast<uintptr_t>(a.logits) % quad_bytes == 0 && a.row_stride % 4 == 0;
-  // keys, and weights for top_p
+  // sort keys and, for top_p, weights
   const int64_t bytes = Reduce::BYTES + (a.vocabulary + 3) / 4 * (a.top_p < 1.0 ? 32 : 16);
   const bool cached = bytes <= dev::shared_memory_per_block();
   return dev::launch("sample_tokens", cached ? sample_row<T, true> : sample_row<T, false>, {a.rows}, THREADS,

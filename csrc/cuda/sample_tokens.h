@@ -3,6 +3,6 @@
 
 namespace dk::cuda {
 
-const char* sample_tokens(const SampleTokensArgs& a, void* stream);   // nullptr, or the error
+const char* sample_tokens(const SampleTokensArgs& a, void* stream);   // returns nullptr or the error
 
 }   // namespace dk::cuda

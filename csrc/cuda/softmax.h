@@ -1,6 +1,6 @@
-// Online softmax: a running maximum and a running sum of weights 2^(scale * (score - maximum)). What was weighted
-// relative to an earlier maximum is rescaled by alpha, the weight of that maximum. Roundings are written out where the
-// compiler could choose to fuse, and might not in all kernels.
+// Online softmax: a running maximum and a running sum of weights 2^(scale * (score - maximum)). Sums relative to an
+// earlier maximum are rescaled by alpha, the weight of that maximum. Roundings are explicit where the compiler might
+// fuse operations in some kernels only.
 #pragma once
 #include "cuda/device.h"
 
@@ -17,7 +17,7 @@ DK_DEVICE float weight(float score, float maximum, float scale) {
 struct SoftmaxState {
   float maximum = EMPTY_MAXIMUM, sum = 0.0f;
 
-  // Adds `weights`, the sum of weights relative to the maximum `now`; returns alpha.
+  // Adds `weights`, a sum of weights relative to the new maximum `now`; returns alpha.
   DK_DEVICE float update(float now, float weights, float scale) {
     const float alpha = weight(maximum, now, scale);
     sum = dev::fma(sum, alpha, weights);

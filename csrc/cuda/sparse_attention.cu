@@ -1,5 +1,5 @@
-// Forward: a block takes one work item of the plan for one (batch, head), and runs softmax over its keys, online over
-// groups of 64. Where several items share a tile, each leaves a partial result and a second kernel adds these up in the
+// Forward: a block processes one work item of the plan for one (batch, head), with an online softmax over groups of 64
+// keys. If a tile is split into several items, each stores a partial result, and a second kernel merges them in the
 // plan's order.
 #include "cuda/sparse_attention.h"
 
@@ -22,11 +22,11 @@ using ForwardPlan = DevicePlan<COLUMNS>;
 struct ForwardParams {
   SparseAttentionArgs a;
   float* scratch;
-  float scale, scale_log2;   // positive: maxima are of scores before they are scaled
-  uint32_t negate;           // the sign bits that a negative scale flips
+  float scale, scale_log2;   // positive, so that the maximum can be taken before scaling
+  uint32_t negate;           // sign bits to flip for a negative scale
 };
 
-// What a block works on. Blocks of one item run side by side.
+// The work of a block. Blocks of one item are consecutive.
 struct WorkByItem {
   int64_t item, bh, b, h;
   DK_DEVICE explicit WorkByItem(const SparseAttentionArgs& a) {
@@ -43,7 +43,7 @@ struct WorkByItem {
   }
 };
 
-// The partial result of an item: values [64, D] before the division by `sum`, and the maximum of the scores.
+// The online-softmax state of an item: unnormalised output [64, D], running sum, running maximum.
 template <int D> struct Partial {
   static constexpr int64_t FLOATS = TILE_ROWS * (D + 2);
   DK_DEVICE Partial(const ForwardParams& p, int64_t number, int64_t bh)
@@ -54,7 +54,7 @@ template <int D> struct Partial {
   float* values;
 };
 
-// (The logarithm takes any bits for a number: sum - sum is NaN where the sum is.)
+// natural_log does not propagate NaN; sum - sum does.
 DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) {
   return dev::fma(max, p.scale, natural_log(sum)) + dev::sub_rn(sum, sum);
 }
@@ -62,14 +62,14 @@ DK_DEVICE float log_sum(const ForwardParams& p, float max, float sum) {
 // The running maximum, or 0 while it is still -inf, so that inf - inf cannot arise.
 DK_DEVICE float finite(float max) { return max == -dev::inf() ? 0.0f : max; }
 
-// Copies the mask of a group along with its keys; -1 has none.
+// Copies the mask of a group along with its keys; -1: no mask.
 DK_DEVICE void copy_mask(uint32_t to, const ForwardPlan& plan, int32_t mask) {
   if (mask >= 0 && dev::tid() * 16 < static_cast<int>(MASK_BYTES))
     dev::cp_async16(to + dev::tid() * 16, plan.mask(mask) + dev::tid() * 4);
 }
 
-// -- bfloat16 and float16, on tensor cores: a warp has 16 rows of the tile
-// per multiprocessor, as registers allow
+// -- bfloat16 and float16, on tensor cores: a warp processes 16 rows of the tile
+// Blocks per multiprocessor, limited by registers
 constexpr int half_blocks(int d, bool aligned) { return (d == 128 ? 2 : 4) - !aligned; }
 template <int D> struct HalfForward {
   // a stage: keys, values, mask
@@ -88,11 +88,10 @@ half_forward(DK_PARAM ForwardParams p) {
   const ForwardPlan plan(p.a.plan);
   const ForwardPlan::Item item = plan.item(work.item);
   const uint16_t *k = work.head<uint16_t>(p.a.k, p.a.k_strides), *v = work.head<uint16_t>(p.a.v, p.a.v_strides);
-  // the queries lie in stage 1 until they are in registers
+  // stage 1 holds the queries until they are in registers
   const uint32_t stages = dev::smem_base(), q_tile = stages + C::STAGE;
 
-  // Three entries before its turn an entry's `keys` are read, two before the tokens, and one before the rows are
-  // copied.
+  // `keys` of an entry are read three iterations ahead, its tokens two, and its rows are copied one iteration ahead.
   int32_t tokens[Share::COUNT], keys_ahead = plan.keys(item.begin);
   const auto read_tokens = [&](int32_t e) {
     if (e >= item.end) return;
@@ -127,7 +126,7 @@ half_forward(DK_PARAM ForwardParams p) {
   for (int32_t e = item.begin; e < item.end; ++e) {
     const ForwardPlan::Entry entry = plan.entry(e);
     dev::cp_async_wait<0>();
-    dev::syncthreads();   // entry e is there, and nobody reads the other stage any more
+    dev::syncthreads();   // entry e has landed, and the other stage is free
     copy_entry(e + 1);
     dev::cp_async_commit();
     read_tokens(e + 2);
@@ -201,8 +200,8 @@ half_forward(DK_PARAM ForwardParams p) {
         dev::stg8(partial.at(row, n * 8 + 2 * t), {dev::as_bits(acc[n][2 * r]), dev::as_bits(acc[n][2 * r + 1])});
     }
   } else {
-    // Each warp passes its rows through shared memory, to write whole chunks.
-    dev::syncthreads();   // nobody reads a stage any more
+    // Rows go through shared memory, so that whole chunks are written.
+    dev::syncthreads();   // the stages are free
     DK_UNROLL_FOR (int r = 0; r < 2; ++r) {
       const int row = warp * 16 + r * 8 + g, token = plan.row(item.tile, row);
       if (t == 0 && token >= 0) dev::stg(p.a.lse + work.bh * p.a.n + token, log_sum(p, max[r], sum[r]));
@@ -223,11 +222,11 @@ half_forward(DK_PARAM ForwardParams p) {
   }
 }
 
-// -- float32, by multiply-adds: a thread has 4 rows, and of these 8 columns of scores (8 i + its place in the row) and
-// D / 8 of values
+// -- float32, by multiply-adds: a thread has 4 rows, with 8 columns of scores (8 i + its index in the row) and D / 8 of
+// values
 template <int D> struct FloatForward {
   static constexpr int BLOCKS = D == 128 ? 1 : 3;
-  // bytes; moved by a chunk, so that rows of one chunk lie in different banks
+  // bytes; padded by a chunk, so that equal chunks of different rows are in different banks
   static constexpr uint32_t ROW = (D + 4) * 4, WEIGHT_ROW = (COLUMNS + 4) * 4;
   static constexpr uint32_t KEYS_AT = TILE_ROWS * ROW, VALUES_AT = KEYS_AT + COLUMNS * ROW,
                             WEIGHTS_AT = VALUES_AT + COLUMNS * ROW, MASK_AT = WEIGHTS_AT + TILE_ROWS * WEIGHT_ROW,
@@ -236,7 +235,7 @@ template <int D> struct FloatForward {
 
 template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float_forward(DK_PARAM ForwardParams p) {
   using C = FloatForward<D>;
-  using Share = RowShare<2 * D, COLUMNS, THREADS>;                                      // (a chunk is four floats)
+  using Share = RowShare<2 * D, COLUMNS, THREADS>;                                      // a chunk is four floats
   const int warp = dev::tid() / 32, place = dev::tid() % 8, row = dev::tid() / 8 * 4;   // a warp has 16 rows
   const int head_dim = static_cast<int>(p.a.head_dim);
   const WorkByItem work(p.a);
@@ -270,10 +269,11 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
   for (int32_t e = item.begin; e < item.end; ++e) {
     const bool live = entry.live_parts(warp) != 0, more = e + 1 < item.end;
     dev::cp_async_wait<1>();
-    dev::syncthreads();   // the keys are there
+    dev::syncthreads();   // keys have landed
     float s[4][8] = {};
     if (live) {
-      float odd[4][8] = {};   // even and odd elements are summed apart: shorter chains err safe_maximum
+      float odd[4][8] =
+          {};   // even and odd elements are summed separately: shorter chains have smaller rounding errors
       DK_ROLLED_FOR (int d = 0; d < D; d += 4) {
         float a[4][4], b[4];
         DK_UNROLL_FOR (int r = 0; r < 4; ++r) load_shared_quad(float{}, queries + (row + r) * C::ROW + d * 4, a[r]);
@@ -316,7 +316,7 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
       }
     }
     dev::cp_async_wait<1>();
-    dev::syncthreads();   // the values are there, and the weights
+    dev::syncthreads();   // values have landed, weights are stored
     if (live) {
       DK_ROLLED_FOR (int j = 0; j < COLUMNS; j += 4) {
         float a[4][4], b[4];
@@ -356,7 +356,7 @@ template <int D, bool ALIGNED> DK_KERNEL(THREADS, FloatForward<D>::BLOCKS) float
   }
 }
 
-// -- the sum of the partial results of a split tile; a warp takes a row at a time
+// -- merging the partial results of a split tile; a warp processes one row at a time
 DK_DEVICE void store(float, float* to, float x) { dev::stg(to, x); }
 template <class T> DK_DEVICE void store(T, uint16_t* to, float x) {
   dev::stg(to, static_cast<uint16_t>(dev::pack(T{}, x, 0.0f)));
@@ -407,7 +407,7 @@ const char* launch(const SparseAttentionArgs& a, const PlanSizes& sizes, float* 
   const bool aligned =
       rows_aligned(a.q, a.q_strides, a.head_dim, size) && rows_aligned(a.k, a.k_strides, a.head_dim, size) &&
       rows_aligned(a.v, a.v_strides, a.head_dim, size) && rows_aligned(a.out, a.out_strides, a.head_dim, size);
-  // Never 0, because -inf is multiplied by it.
+  // Never 0: -inf * 0 is NaN.
   const float scale = std::max(std::abs(a.scale), 4 * std::numeric_limits<float>::min());
   const uint32_t negate = a.scale >= 0 ? 0 : a.dtype == DType::float32 ? 0x80000000u : 0x80008000u;
   const ForwardParams p{a, scratch, scale, scale * LOG2E, negate};

@@ -1,10 +1,10 @@
-// What the launchers of sparse_attention call.
+// The interface of the forward kernels.
 #pragma once
 #include "common/sparse_attention.h"
 
 namespace dk {
 
-// What a host must know of a plan (dalle_kernels/plan.py: plan_tensor) whose words are on the device.
+// The sizes that the host needs of a plan on the device (PlanSizes in dalle_kernels/backends/plans.py).
 struct PlanSizes {
   int64_t words, items, partials, split_tiles;
 };

@@ -1,12 +1,12 @@
 // Backward of sparse attention, from lse, without atomics. With P = exp(S * scale - lse) and dP = dO V^T:
 //   dQ = dS K * scale,  dK = dS^T Q * scale,  dV = P^T dO,  where dS = P * (dP - delta),  delta = rowsum(dO * O).
-// One kernel owns tiles of queries and gives dQ, another owns tiles of keys and gives dK and dV. Both walk the columns
-// of their plan in steps of 32, of which each warp, with its 16 rows, takes 16 at a time. A tile that is split between
-// blocks leaves accumulators in scratch, as the threads hold them, and a small kernel adds these up in the plan's
-// order.
+// One kernel owns tiles of queries and computes dQ; another owns tiles of keys and computes dK and dV. Both iterate
+// over the columns of their plan in steps of 32, and each warp processes its 16 rows with 16 columns at a time. The
+// blocks of a split tile store their accumulators in scratch, in the layout of the threads, and a small kernel sums
+// them in the plan's order.
 //
-// lse is rounded, by more the larger it is, and that error multiplies every weight of a query. In float32 it would
-// show: there the first kernel also adds up the weights that it recomputes, and both kernels divide by the sum.
+// The rounding error of lse grows with lse and multiplies every weight of a query, which matters in float32. There the
+// first kernel also sums the recomputed weights, and both kernels divide by the sum.
 #include "cuda/sparse_attention_backward.h"
 
 #include "cuda/element.h"
@@ -17,14 +17,14 @@ namespace dk::cuda {
 namespace {
 
 constexpr int THREADS = 128, COLUMNS = 32, STAGES = 2;   // COLUMNS of a step
-// columns of a plan's groups, seen from the queries and from the keys
+// columns per group of the query plan and the key plan
 constexpr int QUERY_GROUP = 64, KEY_GROUP = 32;
 
-// What the second kernel must know of a query; 16 bytes in scratch.
+// Statistics of a query for the second kernel; 16 bytes in scratch.
 struct Statistics {
   float lse;   // to base 2
   float delta;
-  float weights;   // the sum of them, recomputed
+  float weights;   // sum of the recomputed weights
 };
 constexpr int STATISTICS_FLOATS = 4;
 constexpr uint32_t MASK_BYTES = TILE_ROWS / 32 * COLUMNS * 4;
@@ -34,28 +34,28 @@ struct Params {
   PlanSizes plan, backward_plan;
   float *statistics, *partial_q, *partial_kv;
   float scale_log2;
-  bool aligned;   // all rows, for 16-byte copies
+  bool aligned;   // all rows allow 16-byte copies
 };
 
-// -- products of 16 x 16, spread over a warp as mma spreads accumulators: lane 4 g + t holds x[n][2 r + e], of row g +
-// 8 r and column 8 n + 2 t + e. Tiles are made of 16-bit words (tile.h); a float is two.
+// -- 16 x 16 products in the accumulator layout of mma: x[n][2 r + e] of lane 4 g + t is row g + 8 r, column 8 n + 2 t
+// + e. Tiles consist of 16-bit words (tile.h); a float is two.
 struct Lane {
   int warp = dev::tid() / 32, group = dev::tid() % 32 / 4, quad = dev::tid() % 4;
-  DK_DEVICE int row(int r) const { return 16 * warp + group + 8 * r; }   // of the block's tile
+  DK_DEVICE int row(int r) const { return 16 * warp + group + 8 * r; }   // in the block's tile
 };
 template <class T> constexpr bool NORMALISED = std::is_same_v<T, float>;
 template <class T> constexpr int WORDS = sizeof(Stored<T>) / 2;
 
-template <class T, int D> constexpr int MIN_BLOCKS = (D < 128 ? 4 : 3) - WORDS<T>;   // on a multiprocessor
+template <class T, int D> constexpr int MIN_BLOCKS = (D < 128 ? 4 : 3) - WORDS<T>;   // per multiprocessor
 
-// The left operand of products: the warp's 16 rows of a tile, kept in registers or read again for every product.
+// The left operand of products: the warp's 16 rows of a tile, KEPT in registers or read again for every product.
 template <class T, int D, bool KEPT> struct Operand {
   uint32_t own, kept[KEPT ? D / 16 : 1][4];
   DK_DEVICE Operand(uint32_t tile, const Lane& lane) : own(tile) {
     if constexpr (KEPT)
       DK_UNROLL_FOR (int k = 0; k < D / 16; ++k) Tile<D>::load_a(own, 16 * lane.warp, 2 * k, kept[k]);
   }
-  // s = these rows times rows `column` on of `tile`
+  // s = these rows times the rows of `tile` from `column` on
   DK_DEVICE void multiply(uint32_t tile, int column, const Lane& lane, float (&s)[2][4]) const {
     DK_UNROLL_FOR (int k = 0; k < D / 16; ++k) {
       uint32_t a[4], b[4];
@@ -72,7 +72,7 @@ template <int D> struct Operand<float, D, false> {
   uint32_t own;
   DK_DEVICE Operand(uint32_t tile, const Lane&) : own(tile) {}
   DK_DEVICE void multiply(uint32_t tile, int column, const Lane& lane, float (&s)[2][4]) const {
-    float chains[2][4][4] = {};   // short ones: rounding errors of dP and delta show where they nearly cancel
+    float chains[2][4][4] = {};   // short chains: dP and delta may nearly cancel, which amplifies rounding errors
     DK_ROLLED_FOR (int chunk = 0; chunk < D / 4; ++chunk) {
       float a[2][4], b[4];
       DK_UNROLL_FOR (int r = 0; r < 2; ++r) load(own, lane.row(r), chunk, a[r]);
@@ -93,7 +93,7 @@ template <int D> struct Operand<float, D, false> {
   }
 };
 
-// Sums of rows for the warp's 16 rows: x[n][2 r + e] is that of row r of the lane and column `column(n)` + e.
+// Weighted sums of rows for the warp's 16 rows: x[n][2 r + e] is row r of the lane, column `column(n)` + e.
 template <class T, int D> struct Accumulator {
   float x[D / 8][4] = {};
   static DK_DEVICE int column(int n, const Lane& lane) { return 8 * n + 2 * lane.quad; }
@@ -113,11 +113,11 @@ template <class T, int D> struct Accumulator {
                  dev::pack(T{}, x[n][2 * r] * factor, x[n][2 * r + 1] * factor));
   }
 };
-template <int D> struct Accumulator<float, D> {   // 16 columns of two n are spread in fours
+template <int D> struct Accumulator<float, D> {   // the 16 columns of two n are distributed in fours
   float x[D / 8][4] = {};
 
   DK_DEVICE void add(const float (&weights)[2][4], uint32_t tile, int row, const Lane& lane) {
-    DK_ROLLED_FOR (int i = 0; i < 8; ++i)   // columns i and 8 + i of the weights, which are the rows to add
+    DK_ROLLED_FOR (int i = 0; i < 8; ++i)   // columns i and 8 + i of the weights multiply rows i and 8 + i
       DK_UNROLL_FOR (int half = 0; half < 2; ++half) {
         float w[2], v[4];
         DK_UNROLL_FOR (int r = 0; r < 2; ++r)
@@ -136,13 +136,12 @@ template <int D> struct Accumulator<float, D> {   // 16 columns of two n are spr
   }
 };
 
-// -- a block
-// Shared memory: both operands of the tile's rows (Q and dO, or K and V); per stage both operands of the step's
-// columns, their mask [2 x 32 rows, COLUMNS] and, if they are queries, their statistics.
+// -- the shared memory of a block: both operands of the tile's rows (Q and dO, or K and V); per stage both operands of
+// the step's columns, their mask [2 x 32 rows, COLUMNS] and, for queries, their statistics
 template <class T, int D, bool BY_KEYS> struct Memory {
   static constexpr int W = D * WORDS<T>;
   static constexpr uint32_t ROWS = Tile<W>::bytes(TILE_ROWS), STEP = Tile<W>::bytes(COLUMNS);
-  static constexpr uint32_t MASK = 2 * STEP, STATISTICS = MASK + MASK_BYTES;   // in a stage
+  static constexpr uint32_t MASK = 2 * STEP, STATISTICS = MASK + MASK_BYTES;   // offsets in a stage
   static constexpr uint32_t STAGE = STATISTICS + (BY_KEYS ? COLUMNS * STATISTICS_FLOATS * 4 : 0);
   static constexpr uint32_t TOTAL = 2 * ROWS + STAGES * STAGE;
   uint32_t first = dev::smem_base(), second = first + ROWS;
@@ -151,8 +150,8 @@ template <class T, int D, bool BY_KEYS> struct Memory {
 static_assert(Memory<float, 128, true>::TOTAL <= 132608,
               "GPUs that have less are declined in dalle_kernels/backends/native/__init__.py");
 
-// Which (batch, head) a block works on, and which of its `count` items or split tiles. Blocks of one head run side by
-// side and share what they read.
+// The (batch, head) of a block, and its index among `count` items or split tiles. Blocks of one head are consecutive,
+// so that they share reads in the cache.
 struct WorkByHead {
   int64_t bh, index;
   DK_DEVICE explicit WorkByHead(int64_t count) {
@@ -181,13 +180,13 @@ DK_DEVICE void copy(const Params& p, uint32_t to, const Matrix& m, const int32_t
   else copy_rows<false, W, ROWS, THREADS>(to, m.base, m.stride, width, tokens);
 }
 
-// Writes the warp's rows of result tile `number`, through its own rows of the tile at `tile`.
+// Writes the warp's rows of result tile `number`, staged in its own rows of the tile at `tile`.
 template <class T, int D, int GROUP>
 DK_DEVICE void write_rows(const Params& p, const Accumulator<T, D>& sums, const float (&factor)[2], uint32_t tile,
                           const DevicePlan<GROUP>& plan, int32_t number, const Matrix& out, const Lane& lane) {
   using Chunks = Tile<D * WORDS<T>>;
   const int width = static_cast<int>(p.a.forward.head_dim) * WORDS<T>;
-  dev::syncwarp();   // the rows there have been read
+  dev::syncwarp();   // these rows of the tile have been read
   DK_UNROLL_FOR (int n = 0; n < D / 8; ++n)
     DK_UNROLL_FOR (int r = 0; r < 2; ++r) sums.store(tile, n, r, factor[r], lane);
   dev::syncwarp();
@@ -201,7 +200,7 @@ DK_DEVICE void write_rows(const Params& p, const Accumulator<T, D>& sums, const 
   }
 }
 
-// Accumulators of a split tile, as the threads hold them; all threads of a block together.
+// Accumulators of a split tile, in the layout of the threads. Collective over a block.
 template <class T, int D> constexpr int64_t PARTIAL = TILE_ROWS * D;   // floats
 template <class T, int D> DK_DEVICE void save(const Accumulator<T, D>& sums, float* partial) {
   DK_UNROLL_FOR (int n = 0; n < D / 8; ++n) {
@@ -243,7 +242,7 @@ template <int GROUP> struct Steps {
       dev::cp_async16(to + chunk * 16, plan.mask(mask) + chunk / row * GROUP + offset(step) + chunk % row * 4);
   }
 
-  // Once the copies of the rows are issued: issues those of the first step, and waits for the rows.
+  // Called after the copies of the rows are issued: issues those of the first step, and waits for the rows.
   template <class Fetch, class Copy> DK_DEVICE void start(const Fetch& fetch, const Copy& copy) const {
     dev::cp_async_commit();
     fetch(0);
@@ -253,12 +252,12 @@ template <int GROUP> struct Steps {
     dev::cp_async_wait<1>();
     dev::syncthreads();
   }
-  // Copies run one step ahead of the work, and the tokens that they need are read one step before.
+  // Rows are copied one step ahead, and their tokens are read one step before that.
   template <class Fetch, class Copy, class Body>
   DK_DEVICE void run(const Fetch& fetch, const Copy& copy, const Body& body) const {
     for (int step = 0; step < count; ++step) {
-      dev::cp_async_wait<0>();   // this step's columns are there ...
-      dev::syncthreads();        // ... everybody's, and nobody reads the other stage any more
+      dev::cp_async_wait<0>();   // this step's columns have landed ...
+      dev::syncthreads();        // ... those of all threads, and the other stage is free
       if (step + 1 < count) copy(step + 1);
       dev::cp_async_commit();
       if (step + 2 < count) fetch(step + 2);
@@ -267,12 +266,12 @@ template <int GROUP> struct Steps {
   }
 };
 
-// The weight of a pair, from the logarithm to base 2.
+// The weight of a pair from its base-2 logarithm.
 DK_DEVICE float weight_of(float, float log2, const Statistics& q) { return exp2(log2) / q.weights; }
 template <class T> DK_DEVICE float weight_of(T, float log2, const Statistics&) { return dev::exp2_approx(log2); }
 
-// From scores and dP to weights and dS, of 16 x 16 pairs, where `mask` (0: none) allows them. of_query(n, r, e): the
-// Statistics of the query of an element.
+// Computes weights and dS of 16 x 16 pairs from scores and dP; 0 for pairs that `mask` (0: none) excludes.
+// of_query(n, r, e): the Statistics of an element's query.
 template <class T, class OfQuery>
 DK_DEVICE void weigh(T, const Params& p, uint32_t mask, const Lane& lane, const OfQuery& of_query, float (&s)[2][4],
                      float (&d)[2][4]) {
@@ -288,7 +287,7 @@ DK_DEVICE void weigh(T, const Params& p, uint32_t mask, const Lane& lane, const 
   DK_UNROLL_FOR (int n = 0; n < 2; ++n) {
     const dev::u32x2 words = dev::lds8(mask + (lane.warp / 2 * COLUMNS + 8 * n + 2 * lane.quad) * 4);
     DK_UNROLL_FOR (int r = 0; r < 2; ++r)
-      DK_UNROLL_FOR (int e = 0; e < 2; ++e) {   // replaced, whatever hidden pairs came to
+      DK_UNROLL_FOR (int e = 0; e < 2; ++e) {   // replaces masked values, which may be NaN
         const bool allowed = (e ? words.y : words.x) >> lane.row(r) % 32 & 1;
         s[n][2 * r + e] = allowed ? s[n][2 * r + e] : 0.0f;
         d[n][2 * r + e] = allowed ? d[n][2 * r + e] : 0.0f;
@@ -299,7 +298,7 @@ DK_DEVICE void weigh(T, const Params& p, uint32_t mask, const Lane& lane, const 
 // -- dQ, by tiles of queries
 template <class T, int D> struct GradQ {
   Accumulator<T, D> sums;
-  float weights[2] = {}, delta[2] = {};   // of the lane's rows: the sum of the weights; delta
+  float weights[2] = {}, delta[2] = {};   // of the lane's rows: sum of the weights; delta
 
   static constexpr int64_t FLOATS = PARTIAL<T, D> + 2 * TILE_ROWS;   // of a partial result
   static DK_DEVICE float* partial(const Params& p, int64_t bh, int32_t number) {
@@ -337,8 +336,8 @@ template <class T, int D> struct GradQ {
   }
 };
 
-// delta of the lane's rows, from dO and the tile of O: the diagonal of a product like dP, so that dP - delta is exactly
-// 0 where a query sees one key.
+// delta of the lane's rows, as the diagonal of dO O^T, computed like dP; makes dP - delta exactly 0 for queries with a
+// single key.
 template <class T, int D>
 DK_DEVICE void diagonal(const Operand<T, D, WORDS<T> == 1>& grad_out, uint32_t out, const Lane& lane,
                         float (&delta)[2]) {
@@ -376,7 +375,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_q_kernel(D
     fetch_rows<M::W>(plan, item.tile, rows);
     copy<T, D, TILE_ROWS>(p, memory.first, matrix<T>(p, f.q, f.q_strides, bh), rows);
     copy<T, D, TILE_ROWS>(p, memory.second, matrix<T>(p, p.a.grad_out, p.a.grad_out_strides, bh), rows);
-    // fills both operands of the stage, free until the second step
+    // fills both operands of stage 1, which is free until the second step
     copy<T, D, TILE_ROWS>(p, memory.stage(1), matrix<T>(p, f.out, f.out_strides, bh), rows);
   }
   steps.start(fetch, copy_step);
@@ -452,7 +451,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_kv_kernel(
   const Matrix q = matrix<T>(p, f.q, f.q_strides, bh), grad_out = matrix<T>(p, p.a.grad_out, p.a.grad_out_strides, bh);
   const float* statistics = p.statistics + bh * f.n * STATISTICS_FLOATS;
   using Share = RowShare<M::W, COLUMNS, THREADS>;
-  int32_t tokens[Share::COUNT], statistics_token = -1;   // the statistics of column i are copied by thread i
+  int32_t tokens[Share::COUNT], statistics_token = -1;   // thread i copies the statistics of column i
   const auto fetch = [&](int step) {
     const int32_t keys = steps.keys(step);
     DK_UNROLL_FOR (int i = 0; i < Share::COUNT; ++i) tokens[i] = plan.column(keys, Share::row(i));
@@ -476,7 +475,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_kv_kernel(
   }
   steps.start(fetch, copy_step);
 
-  const Operand < T, D, WORDS<T> == 1 && D<128> k(memory.first, lane);   // as many registers as there are
+  const Operand < T, D, WORDS<T> == 1 && D<128> k(memory.first, lane);   // KEPT as far as registers allow
   const Operand < T, D, WORDS<T> == 1 && D<64> v(memory.second, lane);
   GradKV<T, D> grad;
   steps.run(fetch, copy_step, [&](int step) {
@@ -504,7 +503,7 @@ template <class T, int D> DK_KERNEL(THREADS, (MIN_BLOCKS<T, D>)) grad_kv_kernel(
   else grad.save(grad.partial(p, bh, item.partial), lane);
 }
 
-// -- adds up the partial results of a split tile
+// -- sums the partial results of a split tile
 template <template <class, int> class Grad, class T, int D, int GROUP>
 DK_DEVICE void add_partials(const Params& p, const int32_t* packed, int64_t split_tiles) {
   const Lane lane;
@@ -541,7 +540,7 @@ template <class T, int D> const char* run(const Params& p, void* stream) {
   return error;
 }
 
-// Floats of each part of the scratch memory.
+// Floats of each section of the scratch memory.
 struct Scratch {
   int64_t statistics, partial_q, partial_kv = 0;
   Scratch(const SparseAttentionArgs& f, const PlanSizes& plan, const PlanSizes& backward_plan) {

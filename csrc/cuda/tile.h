@@ -1,5 +1,5 @@
-// Tiles of rows in shared memory, and fragments of them for mma.m16n8k16. (On sm_90 and later, bulk copies and wgmma
-// would enter here and in the loops that use this; mma and cp.async run on every device since sm_80.)
+// Tiles of rows in shared memory, and their fragments for mma.m16n8k16. Uses mma and cp.async, which every device since
+// sm_80 supports; bulk copies and wgmma of sm_90 would be added here and in the loops that use this file.
 #pragma once
 #include <type_traits>
 
@@ -9,7 +9,7 @@
 
 namespace dk {
 
-// -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that 8 rows of one chunk lie in different
+// -- tiles of 16-bit elements: rows of D / 8 chunks of 16 bytes, swizzled so that one chunk of 8 rows is in different
 // banks
 template <int D> struct Tile {
   static constexpr int CHUNKS = D / 8;
@@ -21,8 +21,8 @@ template <int D> struct Tile {
     return static_cast<uint32_t>(row * CHUNKS + moved) * 16;
   }
 
-  // Fragments; `tile` is the address of a tile, all lanes of a warp together.
-  // a [16, 16] from rows `row` on and chunks `chunk`, `chunk` + 1
+  // Fragments; `tile` is the address of a tile. Collective over a warp.
+  // a [16, 16]: rows from `row` on, chunks `chunk` and `chunk` + 1
   static DK_DEVICE void load_a(uint32_t tile, int row, int chunk, uint32_t (&a)[4]) {
     const int lane = dev::tid() & 31;
     dev::ldmatrix_x4(tile + at(row + (lane & 15), chunk + (lane >> 4)), a);
@@ -40,16 +40,16 @@ template <int D> struct Tile {
   }
 };
 
-// A fragment a [16, 16] from two accumulators [16, 8] that lie side by side.
+// A fragment a [16, 16] from two adjacent accumulators [16, 8].
 template <class T> DK_DEVICE void pack_a(T, const float (&left)[4], const float (&right)[4], uint32_t (&a)[4]) {
   a[0] = dev::pack(T{}, left[0], left[1]), a[1] = dev::pack(T{}, left[2], left[3]);
   a[2] = dev::pack(T{}, right[0], right[1]), a[3] = dev::pack(T{}, right[2], right[3]);
 }
 
 // -- rows of global memory
-// Copies elements 8 chunk to 8 chunk + 7 of a row to `to`; zeros beyond head_dim and where not `valid`. ALIGNED: rows
-// begin at multiples of 16 bytes and head_dim is a multiple of 8; the copy lands when it is waited for. Otherwise the
-// elements are read one by one and are there at once (to other threads: after the same barrier).
+// Copies elements 8 chunk to 8 chunk + 7 of a row to `to`; zeros beyond head_dim, and all zeros if not `valid`.
+// ALIGNED: rows begin at multiples of 16 bytes, head_dim is a multiple of 8, and the copy is asynchronous. Otherwise
+// elements are copied one by one and synchronously (visible to other threads after the same barrier).
 template <bool ALIGNED>
 DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* row, int chunk, int head_dim, bool valid) {
   if constexpr (ALIGNED) {
@@ -63,8 +63,8 @@ DK_DEVICE void copy_chunk(uint32_t to, const uint16_t* row, int chunk, int head_
   }
 }
 
-// The same for floats: elements 4 chunk to 4 chunk + 3. Not ALIGNED, they are copied one by one; either way the copy
-// lands when it is waited for.
+// The same for floats: elements 4 chunk to 4 chunk + 3. If not ALIGNED, they are copied one by one; the copy is
+// asynchronous in both cases.
 template <bool ALIGNED> DK_DEVICE void copy_chunk(uint32_t to, const float* row, int chunk, int head_dim, bool valid) {
   if constexpr (ALIGNED) {
     dev::cp_async16(to, row + chunk * 4, valid && chunk * 4 < head_dim);
@@ -85,7 +85,7 @@ template <bool ALIGNED> DK_DEVICE void store_chunk(uint16_t* row, int chunk, int
   }
 }
 
-// How THREADS threads share ROWS rows of D elements: each copies one chunk of COUNT rows.
+// The distribution of ROWS rows of D elements over THREADS threads: each copies one chunk of COUNT rows.
 template <int D, int ROWS, int THREADS> struct RowShare {
   static constexpr int STEP = THREADS / Tile<D>::CHUNKS, COUNT = ROWS / STEP;
   static_assert(ROWS % STEP == 0, "threads share the rows evenly");
@@ -106,7 +106,7 @@ DK_DEVICE void copy_rows(uint32_t to, const uint16_t* base, int64_t stride, int 
   }
 }
 
-// -- choosing an instance, on the host
+// -- selecting an instance, on the host
 // choose(integral_constant<int, D>) for the smallest padded head dim
 template <class Choose> const char* with_head_dim(int64_t head_dim, const Choose& choose) {
   if (head_dim <= 32) return choose(std::integral_constant<int, 32>{});
@@ -117,7 +117,7 @@ template <class Choose> const char* with_head_dim(int64_t head_dim, const Choose
 template <class Choose> const char* with_element(DType dtype, const Choose& choose) {
   return dtype == DType::bfloat16 ? choose(dev::BFloat16{}) : choose(dev::Float16{});
 }
-// Whether 16-byte copies can be made of every row of a [B, H, N, head_dim] tensor of elements of `size` bytes.
+// Whether every row of a [B, H, N, head_dim] tensor of elements of `size` bytes allows 16-byte copies.
 template <class Strides> bool rows_aligned(const void* p, const Strides& s, int64_t head_dim, int64_t size) {
   return (reinterpret_cast<uintptr_t>(p) | s.batch * size | s.head * size | s.token * size | head_dim * size) % 16 == 0;
 }

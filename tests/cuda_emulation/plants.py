@@ -1,4 +1,4 @@
-"""Faults to plant in the CUDA kernels, and the one small case of each operation that must find them."""
+"""Faults to inject into the CUDA kernels, and one small case per operation that must detect them."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from dalle_kernels.backends import BACKENDS
 
 @dataclass(frozen=True)
 class Plant:
-    """A fault: in `file` of csrc, `old`, which stands there once, becomes `new`. Running the case of `operation` must
-    then say `caught`, a report of the emulation or a failed comparison with float64.
+    """A fault: in csrc/`file`, `old`, which occurs once, is replaced with `new`. The case of `operation` must then fail
+    with `caught`, a report of the emulation or a failed comparison with float64.
     """
 
     operation: str
@@ -87,7 +87,7 @@ PLANTS = [
         "sparse_attention",
         "missing barrier in the loop",
         FORWARD,
-        "    dev::syncthreads();   // entry e is there, and nobody reads the other stage any more\n",
+        "    dev::syncthreads();   // entry e has landed, and the other stage is free\n",
         "",
         "without a barrier",
     ),
@@ -183,7 +183,7 @@ PLANTS = [
         "sparse_attention",
         "missing barrier before a stage is used again",
         FORWARD,
-        "    dev::syncthreads();   // nobody reads a stage any more\n",
+        "    dev::syncthreads();   // the stages are free\n",
         "",
         "without a barrier",
     ),
@@ -199,7 +199,7 @@ PLANTS = [
         "sparse_attention",
         "float32: weights read before they are there",
         FORWARD,
-        "    dev::syncthreads();   // the values are there, and the weights\n",
+        "    dev::syncthreads();   // values have landed, weights are stored\n",
         "",
         "without a barrier",
     ),
@@ -223,7 +223,7 @@ PLANTS = [
         "sparse_attention_backward",
         "missing barrier in the loop",
         BACKWARD,
-        "      dev::syncthreads();        // ... everybody's, and nobody reads the other stage any more\n",
+        "      dev::syncthreads();        // ... those of all threads, and the other stage is free\n",
         "",
         "without a barrier",
     ),
@@ -263,7 +263,7 @@ PLANTS = [
         "sparse_attention_backward",
         "missing barrier of a warp",
         BACKWARD,
-        "  dev::syncwarp();   // the rows there have been read\n",
+        "  dev::syncwarp();   // these rows of the tile have been read\n",
         "",
         "without a barrier",
     ),

@@ -1,5 +1,5 @@
-// Shared by the launchers for CUDA: outputs, streams, errors, and where operations are registered. The tests compile
-// the same files against an emulation of the device (DK_EMULATED), where tensors are on the CPU.
+// Shared by the launchers for CUDA: outputs, streams, errors, and registration. Tests compile the same files against an
+// emulation of the device (DK_EMULATED), with tensors on the CPU.
 #pragma once
 #include <vector>
 
@@ -20,7 +20,7 @@ inline Tensor visible(Tensor t) {   // to kernels
   if (t.numel()) emulation::allow(t.data_ptr(), t.numel() * t.element_size());
   return t;
 }
-inline Tensor prepared(Tensor t) {   // poisoned, so that what a kernel leaves out shows
+inline Tensor prepared(Tensor t) {   // poisoned, so that unwritten elements are detected
   if (t.numel()) std::memset(t.data_ptr(), 0xff, t.numel() * t.element_size());
   return visible(t);
 }
@@ -35,14 +35,14 @@ inline Tensor prepared(Tensor t) {   // poisoned, so that what a kernel leaves o
 
 namespace dk {
 
-// Makes the tensor's device the current one as long as it lives.
+// Makes the tensor's device current for the lifetime of the guard.
 struct OnDevice {
   explicit OnDevice(const Tensor& t) : guard(t.get_device_index()) {}
   torch::stable::accelerator::DeviceGuard guard;
 };
 
-// The stream that torch works on. Its symbol is in libtorch_cuda, which a CPU build of torch does not have: looked up
-// when first needed, so that this library loads there too.
+// torch's current stream. The symbol is in libtorch_cuda, which a CPU build of torch lacks; it is looked up on first
+// use, so that this library loads with a CPU build too.
 inline void* current_stream(const Tensor& t) {
   using Lookup = int32_t (*)(int32_t, void**);
   static const Lookup lookup = [] {

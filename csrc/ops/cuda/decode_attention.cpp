@@ -1,5 +1,5 @@
-// decode_attention: one block per (prompt, head, 16 candidates). Arguments were checked in Python. The schedule and the
-// step are on the device, where nobody waits to look at them.
+// decode_attention: one block per (prompt, head, 16 candidates). Arguments are checked in Python. The schedule and the
+// step are on the device and are not checked here, which would synchronise.
 #include "cuda/decode_attention.h"
 
 #include "ops/arguments.h"

@@ -1,4 +1,4 @@
-// gumbel_softmax, forward and backward: sees the logits as [outer, classes, inner]. Arguments were checked in Python.
+// gumbel_softmax, forward and backward: views the logits as [outer, classes, inner]. Arguments are checked in Python.
 #include "cuda/gumbel_softmax.h"
 
 #include <cstdint>
@@ -13,8 +13,8 @@ static void check_classes(int64_t classes) {
   STD_TORCH_CHECK(classes <= INT32_MAX, "there may be 2^31 - 1 classes; got ", classes);
 }
 
-// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum); like kl it is empty unless asked
-// for
+// stats [2, ...]: maximum of the logits over dim, and sum of exp(logits - maximum). stats and kl are empty without
+// return_kl.
 static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int64_t dim,
                                                          bool return_kl) {
   const OnDevice guard(logits);
@@ -37,7 +37,7 @@ static std::tuple<Tensor, Tensor, Tensor> gumbel_softmax(Tensor logits, Tensor s
   return {y, kl, stats};
 }
 
-// y is needed unless hard; logits if hard or with grad_kl, which also needs kl and stats
+// y is required unless hard; logits if hard or with grad_kl, which also requires kl and stats
 static Tensor gumbel_softmax_backward(Tensor grad_y, std::optional<Tensor> grad_kl, std::optional<Tensor> y,
                                       std::optional<Tensor> logits, std::optional<Tensor> kl,
                                       std::optional<Tensor> stats, Tensor seed, Tensor tau, bool hard, int64_t dim) {

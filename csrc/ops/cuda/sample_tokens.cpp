@@ -1,4 +1,4 @@
-// sample_tokens: one block per row. Arguments were checked in Python.
+// sample_tokens: one block per row. Arguments are checked in Python.
 #include "cuda/sample_tokens.h"
 
 #include <cstdint>

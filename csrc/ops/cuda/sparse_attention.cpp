@@ -1,4 +1,4 @@
-// sparse_attention, forward: allocates, and launches the kernel. Arguments were checked in Python.
+// sparse_attention, forward: allocates, and launches the kernel. Arguments are checked in Python.
 #include "ops/cuda/sparse_attention.h"
 
 namespace dk {

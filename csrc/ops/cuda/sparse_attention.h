@@ -6,8 +6,8 @@
 
 namespace dk {
 
-// `sizes` are those of the plan and of the backward plan; `plan` is number `which`. Its words are on the device and
-// cannot be checked here.
+// The sizes of plan number `which` among `sizes`, those of the plan and of the backward plan. The plan itself is on the
+// device and cannot be checked here.
 inline PlanSizes plan_sizes(const Tensor& plan, const std::vector<int64_t>& sizes, int which) {
   STD_TORCH_CHECK(sizes.size() == 12, "expected six sizes of each of two plans");
   const int64_t* s = sizes.data() + 6 * which;   // length, rows, columns, items, partials, split tiles

@@ -1,4 +1,4 @@
-// sparse_attention, backward: allocates, and launches the kernels. Arguments were checked in Python.
+// sparse_attention, backward: allocates, and launches the kernels. Arguments are checked in Python.
 #include "cuda/sparse_attention_backward.h"
 #include "ops/cuda/sparse_attention.h"
 
