@@ -1,7 +1,7 @@
 """One decode step against PyTorch's attention over caches of the whole sequence.
 
-The paper's sizes: 256 text tokens, 32 x 32 image tokens, in the middle of the picture; 8 heads of 64, 4 layers in turn
-so that their caches are not found in the processor's. Both sides write the new key and value.
+The paper's sizes: 256 text tokens and 32 x 32 image tokens, in the middle of the image; 8 heads of 64. The step runs
+through 4 layers, so that key-value caches are not in the processor's caches. Both sides write the new key and value.
 """
 
 import functools
@@ -24,7 +24,7 @@ PATTERNS = {
 
 
 def filled(make, pattern, new, candidates):
-    """A cache of LAYERS layers with everything before the step, made by `make`."""
+    """A cache of LAYERS layers, created by `make`, with the keys and values before the step."""
     sizes = dict(prompts=1, candidates=candidates, heads=HEADS, head_dim=DIM, dtype=new[0].dtype, start=STEP)
     cache = make([pattern] * LAYERS, **sizes)
     for layer in range(LAYERS):
@@ -46,8 +46,8 @@ def padded(pattern, new, candidates, masked):
 @pytest.mark.parametrize("name", PATTERNS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_step(versus, dtype, name, candidates):
-    """One step through 4 layers, in the middle of a picture of 32×32 tokens after 256 text tokens, 8 heads of 64. SDPA
-    has caches of the whole sequence: masked reads all of them under the pattern's mask, causal all that is filled.
+    """One step through 4 layers, in the middle of an image of 32×32 tokens after 256 text tokens, 8 heads of 64. SDPA
+    has caches of the whole sequence: masked reads all of it with the pattern's mask, causal the part that is filled.
     """
     new = torch.randn(3, candidates, HEADS, DIM).to(getattr(torch, dtype)).unbind(0)
     with torch.inference_mode():

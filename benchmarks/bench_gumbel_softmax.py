@@ -1,5 +1,5 @@
-"""Gumbel-softmax over the vocabulary of the published dVAE against F.gumbel_softmax, eager and compiled, and a softmax
-without noise: soft, hard, and with the KL to the uniform distribution; and the memory that they take.
+"""Gumbel-softmax over the vocabulary of the published dVAE against F.gumbel_softmax, eager and compiled, and against a
+softmax without noise: soft, hard, and with the KL to the uniform distribution; time and peak memory.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch.nn.functional import gumbel_softmax
 import dalle_kernels as dk
 
 TAU = 0.9
-# Codes of two pictures, in dim 1, and as many rows of logits side by side.
+# Logits of the codes of two images, with the classes in dim 1, and as many rows with the classes last.
 SHAPES = {"codes": ((2, 8192, 32, 32), 1), "rows": ((2048, 8192), -1)}
 if SETTING.tiny:
     SHAPES = {"codes": ((2, 64, 4, 4), 1), "rows": ((8, 64), -1)}
@@ -26,7 +26,7 @@ KINDS = [*(("soft", *case) for case in CASES), ("hard", *CASES[0]), ("kl", *CASE
 
 
 def functions(kind, dim):
-    """logits -> results of ours and of the baselines. `kind`: soft, hard or kl."""
+    """{name: logits -> results} for ours and the baselines. `kind`: soft, hard or kl."""
     if kind == "kl":
         return {
             "ours": lambda x: dk.gumbel_softmax(x, TAU, dim=dim, return_kl=True),
@@ -42,7 +42,7 @@ def functions(kind, dim):
 
 
 def function(name, kind, backward, shape, dim, dtype):
-    """One pass over random logits; Unavailable where nothing compiles."""
+    """One pass over random logits, or Unavailable if there is no compiler."""
     logits, grad = torch.randn(2, *shape).to(getattr(torch, dtype)).unbind(0)
     every = functions(kind, dim)
     run = attempt(lambda: compiled(every[EAGER])) if name == COMPILED else every[name]
@@ -73,15 +73,15 @@ def test_forward(versus, shape, dtype):
 
 @pytest.mark.parametrize(("kind", "shape", "dtype"), KINDS)
 def test_forward_and_backward(versus, kind, shape, dtype):
-    """kl: also the KL to the uniform distribution, here of the softmax without noise too."""
+    """kl: with the KL to the uniform distribution, also for the softmax without noise."""
     against_all(versus, kind, True, shape, dtype)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard", "kl"])
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 def test_peak_memory(record, direction, kind):
-    """Peak of the memory that a call takes beyond its logits and the output's gradient, in a fresh process, in units of
-    the float32 logits. The results alone are 1, and 2 with the logits' gradient.
+    """Peak memory of a call beyond its logits and the output's gradient, in a new process, in units of the float32
+    logits. The results alone take 1, and 2 with the logits' gradient.
     """
     shape, dim = SHAPES["codes"]
     units = 4 * math.prod(shape)

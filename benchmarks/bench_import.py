@@ -1,4 +1,4 @@
-"""What `import dalle_kernels` takes beyond `import torch`."""
+"""The time of `import dalle_kernels` beyond `import torch`."""
 
 import subprocess
 import sys
@@ -25,7 +25,7 @@ def import_times(package):
 
 @pytest.mark.parametrize("package", ["dalle_kernels"])
 def test_import(record, package):
-    """The package after torch, and torch; every round in a new process, files in the cache."""
+    """The package after torch, and torch; every round in a new process, with files in the page cache."""
     import_times(package)
     ours, torch = zip(*(import_times(package) for _ in range(ROUNDS)))
     seconds = {"ours": quartiles(ours), "torch": quartiles(torch)}

@@ -1,6 +1,4 @@
-"""Whole models: training steps of a prior and of a dVAE, and drawing pictures; the same models with our operations and
-with PyTorch's in their place.
-"""
+"""Whole models: training steps of a prior and a dVAE, and image generation, with our operations and with PyTorch's."""
 
 import contextlib
 import functools
@@ -21,15 +19,15 @@ from dalle.training.optimizer import adamw
 if SETTING.tiny:
     PRIOR = PriorConfig(8, 64, (4, 4), 32, layers=3, heads=2, head_dim=16, conv_kernel=3)
     DVAE = DiscreteVAEConfig(16, 64, (8, 8, 16), blocks=1, codebook_dim=8)
-    PICTURES, CANDIDATES = 2, 2
+    IMAGES, CANDIDATES = 2, 2
 else:
     PRIOR = PriorConfig(256, 1024, (32, 32), 1024, layers=4, heads=4)
     DVAE = DiscreteVAEConfig(128, 8192, (32, 64, 128), blocks=1)
-    PICTURES, CANDIDATES = 2, 8
+    IMAGES, CANDIDATES = 2, 8
 
 
 def with_sdpa(masked: bool):
-    """What the prior uses of dalle_kernels, on SDPA: causal, or with the pattern as a boolean mask."""
+    """Replacements on SDPA for the prior's operations: causal, or with the pattern as a boolean mask."""
     masks = {}
 
     def attention(q, k, v, pattern):
@@ -56,7 +54,7 @@ DVAES = {"ours": {}, "F.gumbel_softmax": {"dalle_kernels.gumbel_softmax": plain_
 
 
 def using(replacements, function):
-    """The function with other operations in the place of ours, by the names under which the models look them up."""
+    """The function with our operations replaced, by the names under which the models look them up."""
 
     def run():
         with contextlib.ExitStack() as stack:
@@ -107,19 +105,19 @@ def test_training_step_of_a_prior(versus, precision):
 
 
 @pytest.mark.parametrize("candidates", [CANDIDATES])
-def test_drawing(versus, candidates):
-    """Whole pictures, candidates of one caption, by the same prior in float32; 3 rounds. SDPA attends to caches of the
+def test_generation(versus, candidates):
+    """Whole images, candidates of one prompt, by the same prior in float32; 3 rounds. SDPA attends to caches of the
     whole sequence.
     """
     model, text = Prior(PRIOR), random_text(1)
-    draw = functools.partial(generate_codes, model, text, candidates=candidates, seeds=torch.arange(candidates))
-    against(versus, PRIORS, draw, unit="pictures/s", count=candidates, rounds=3)
+    generate = functools.partial(generate_codes, model, text, candidates=candidates, seeds=torch.arange(candidates))
+    against(versus, PRIORS, generate, unit="images/s", count=candidates, rounds=3)
 
 
 @pytest.mark.parametrize("precision", ["float32"])
 def test_training_step_of_a_dvae(versus, precision):
     """128×128 pixels to 32×32 of 8192 codes, widths 32, 64, 128, batch 2: loss with its KL term, gradients, AdamW."""
     model = DiscreteVAE(DVAE).to(memory_format=torch.channels_last)
-    images = torch.rand(PICTURES, 3, DVAE.image_size, DVAE.image_size)
+    images = torch.rand(IMAGES, 3, DVAE.image_size, DVAE.image_size)
     step = training_step(model, lambda: model.loss(images, tau=0.9, beta=6.6), precision)
-    against(versus, DVAES, step, unit="pictures/s", count=PICTURES)
+    against(versus, DVAES, step, unit="images/s", count=IMAGES)

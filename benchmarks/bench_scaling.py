@@ -1,4 +1,4 @@
-"""One head of sparse attention on growing pictures: time, memory and plans against the number of tokens."""
+"""One head of sparse attention on growing images: time, memory and plan size against the number of tokens."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def prepare(pattern):
 
 
 def function(attention, name, direction, side):
-    """One pass over random inputs: of our attention, or of causal SDPA."""
+    """One pass of our attention, or of causal SDPA, over random inputs."""
     case = Case(name, direction.split()[-1], TEXT, (side, side), batch=1, heads=1, dtype="float32")
     inputs = Inputs(case, "cpu")
     pattern = inputs.pattern
@@ -35,7 +35,7 @@ def function(attention, name, direction, side):
 
 
 def plan_facts(pattern):
-    """Bytes of the plan on a CPU, and the seconds to compile it."""
+    """Size of the plan for a CPU in bytes, and the seconds to compile it."""
     plan_tensor.cache_clear()
     plan_tensors.cache_clear()
     took = seconds(lambda: prepare(pattern))
@@ -46,8 +46,8 @@ def plan_facts(pattern):
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_one_head(versus, direction, side, name):
-    """256 text tokens and a picture of side × side tokens, one head of 64, float32. Peaks are what the first call takes
-    beyond its inputs, results and workspaces included, in a fresh process. 3 rounds for 128×128.
+    """256 text tokens and an image of side × side tokens, one head of 64, float32. Peaks are the memory of the first
+    call beyond its inputs, including results and workspaces, in a new process. 3 rounds for 128×128.
     """
     pattern = getattr(dk.AttentionPattern, name)(TEXT, (side, side))
     peaks = {

@@ -1,5 +1,5 @@
-"""Small problems, where the time to call and to start threads counts: one head, batch 1, small pictures; and the calls
-alone.
+"""Small problems, dominated by the overhead of calls and threads: one head, batch 1, small images; and calls with
+almost no computation.
 """
 
 import pytest
@@ -16,7 +16,7 @@ PATTERNS = {"row": P.row, "column": P.column, "conv": lambda text, grid: P.conv(
 
 
 def passes(attention, tensors, grad):
-    """The forward pass, or with `grad` both. The tests enter inference mode for the first, which itself takes time."""
+    """The forward pass or, with `grad`, both. Tests enter inference mode outside, because entering it takes time."""
     if grad is not None:
         return lambda: torch.autograd.grad(attention(*tensors), tensors, grad)
     return lambda: attention(*tensors)
@@ -27,7 +27,7 @@ def passes(attention, tensors, grad):
 @pytest.mark.parametrize(("text", "side"), [(16, 8), (32, 16)])
 @pytest.mark.parametrize("direction", ["forward", "forward and backward"])
 def test_one_head(versus, direction, text, side, dim, name):
-    """Text tokens, side of the picture in tokens, head dim, pattern (convolution with a 5×5 window); float32."""
+    """Text tokens, side of the image in tokens, head dim, pattern (convolution with a 5×5 window); float32."""
     pattern = PATTERNS[name](text, (side, side))
     mask, backward = pattern.dense(), direction != "forward"
     tensors = [torch.randn(1, 1, pattern.seq_len, dim, requires_grad=backward) for _ in range(3)]
@@ -83,7 +83,7 @@ CALLS = {
 
 @pytest.mark.parametrize("operation", CALLS)
 def test_call(versus, operation):
-    """Calls that have next to nothing to compute, against PyTorch: SDPA, F.gumbel_softmax, multinomial."""
+    """Calls with almost no computation, against PyTorch: SDPA, F.gumbel_softmax, multinomial."""
     ours, plain = CALLS[operation]()
     with torch.inference_mode("backward" not in operation):
         versus(ours, {"PyTorch": plain}, least=LEAST, unit="µs")

@@ -33,7 +33,7 @@ def ours(pattern):
 
 
 def best_flex(inputs):
-    """FlexAttention with the best of its block sizes."""
+    """FlexAttention with the fastest of its block sizes."""
     if not SETTING.tiny:
         need_compiler()
     torch.compiler.reset()
@@ -41,7 +41,7 @@ def best_flex(inputs):
 
 
 def best_plain(inputs):
-    """Plain PyTorch with the best number of rows in a block."""
+    """Plain PyTorch with the fastest number of rows per block."""
     return fastest([inputs.function(plain_attention(inputs.pattern, rows)) for rows in PLAIN_ROWS])
 
 
@@ -49,8 +49,8 @@ def best_plain(inputs):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_paper_shape(versus, name, dtype, direction):
     """256 text tokens, 32×32 image tokens, batch 2, 8 heads of 64. A backward pass is timed alone. The pair ceiling is
-    the pairs of dense causal attention over those of the pattern: the ratio that sparsity alone would give. Of
-    FlexAttention and plain PyTorch the fastest block size. 3 rounds for float16.
+    dense causal pairs / allowed pairs: the speed-up predicted by sparsity alone. FlexAttention and plain PyTorch use
+    their fastest block sizes. 3 rounds for float16.
     """
     inputs = Inputs(case_of(name, dtype, direction), "cpu")
     pattern, mask = inputs.pattern, inputs.pattern.dense()
@@ -81,8 +81,8 @@ HARD = {
     ("direction", "dtype"), [("forward", "float32"), ("forward", "bfloat16"), ("backward", "float32")]
 )
 def test_hard_values(versus, values, dtype, direction):
-    """Row attention at the paper's shape on values that make processors slow; a ratio of "ours, randn" below 1 is what
-    these values cost.
+    """Row attention at the paper's shape on values that slow processors down; a ratio of "ours, randn" below 1 is the
+    cost of these values.
     """
     inputs = {kind: Inputs(case_of("row", dtype, direction), "cpu") for kind in ("randn", "hard")}
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Functions timed against each other, in interleaved rounds A B A B in one process."""
+"""Comparative timing, in interleaved rounds A B A B in one process."""
 
 import math
 import os
@@ -10,7 +10,7 @@ from common import timing
 from common.setting import Setting
 from common.timing import Unavailable, quartiles
 
-SETTING = Setting("cpu", tiny=os.environ.get("DALLE_BENCH") == "tiny")  # tiny: all code on small sizes, to see it run
+SETTING = Setting("cpu", tiny=os.environ.get("DALLE_BENCH") == "tiny")  # tiny: all code on small sizes, as a test
 ROUNDS = 1 if SETTING.tiny else 11
 
 
@@ -48,7 +48,7 @@ def compare(functions: dict, rounds: int = ROUNDS, least: float = 0.0) -> tuple[
 
 
 def attempt(make):
-    """What make() gives, or why it cannot be had."""
+    """make(), or the Unavailable that it raises."""
     try:
         return make()
     except Unavailable as error:
@@ -56,7 +56,7 @@ def attempt(make):
 
 
 def fastest(functions):
-    """The fastest of some functions that do the same, by three calls after a warm-up."""
+    """The fastest of several equivalent functions: the median of three calls after a warm-up."""
 
     def median(function):
         function()
@@ -66,7 +66,7 @@ def fastest(functions):
 
 
 def compiled(function):
-    """As `common.timing.compiled`, for a CPU; on tiny sizes the capture without code generation."""
+    """As `common.timing.compiled`, for a CPU; on tiny sizes, graph capture without code generation."""
     torch.compiler.reset()
     if SETTING.tiny:
         return torch.compile(function, dynamic=False, backend="eager")

@@ -1,5 +1,5 @@
-"""Fixtures for benchmarks: `versus` times one of our functions against named baselines, `record` keeps other numbers.
-The rows of a whole run go to benchmarks/results/ (--results), and with them the plot.
+"""Fixtures for benchmarks: `versus` times one of our functions against named baselines; `record` stores other numbers.
+A run writes its tables and the plot to benchmarks/results/ (--results).
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ def pytest_addoption(parser):
 
 @pytest.fixture
 def record(benchmark, request):
-    """record(facts) adds a row to the table of the test, a dict of columns; the rest is what `versus` measured."""
+    """record(facts) adds a row of columns to the table of the test; `versus` passes its measurements in the rest."""
 
     def run(facts, seconds=(), ratios=(), unavailable=(), unit="", count=1, ours=lambda: None):
         row = {
@@ -43,10 +43,11 @@ def record(benchmark, request):
 
 @pytest.fixture
 def versus(benchmark, record):
-    """versus(ours, {name: baseline}): times in `unit`, or how many of `count` things are done in a second.
+    """versus(ours, {name: baseline}): measures times in `unit` or, for a unit such as "images/s", rates (`count` per
+    call).
 
-    A baseline may be Unavailable, and the table then says why. `facts` are more columns; `derived` are such that are a
-    factor times our seconds.
+    A baseline may be Unavailable; the table then gives the reason. `facts` are additional columns; `derived` columns
+    are a factor times our seconds.
     """
 
     def run(ours, baselines, *, rounds=ROUNDS, least=0.0, unit="ms", count=1, facts=None, derived=None):
@@ -68,6 +69,6 @@ def pytest_sessionfinish(session):
     for name, rows in _rows.items():
         tables.write(folder, name, rows, conditions)
     try:
-        plots.draw(folder, tables.suffix())
+        plots.plot(folder, tables.suffix())
     except ImportError:
-        print("\nthe plot is left out: it needs matplotlib")
+        print("\nno plot: matplotlib is not installed")

@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, beyond what its inputs hold."""
+"""Peak memory of a call beyond its inputs."""
 
 import ctypes
 import multiprocessing
@@ -8,14 +8,14 @@ CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 def peak_bytes(make, small, whole) -> int | None:
-    """Peak of the resident memory during the first call of make(*whole)(), in a process of its own that has called
-    make(*small)() to load what is loaded once. None where the system does not tell.
+    """Peak resident memory of the first call of make(*whole)(), in bytes. It runs in a new process, after
+    make(*small)() as a warm-up. None if the system does not report it.
 
-    `make` is a function of a module, and its arguments can be pickled.
+    `make` must be a function of a module, with picklable arguments.
     """
     if not CLEAR.exists():
         return None
-    # Forked from a process that has imported PyTorch but not started its threads.
+    # The fork server has imported PyTorch but not started its threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "dalle_kernels", make.__module__])
     receiver, sender = context.Pipe(duplex=False)
@@ -31,9 +31,9 @@ def peak_bytes(make, small, whole) -> int | None:
 def _measure(sender, make, small, whole):
     make(*small)()
     function = make(*whole)
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back, or the call could use it unseen
+    ctypes.CDLL(None).malloc_trim(0)  # returns freed memory, which the call could otherwise reuse unnoticed
     before = _status("VmRSS")
-    CLEAR.write_text("5")  # sets the peak to what there is now
+    CLEAR.write_text("5")  # resets the peak
     function()
     sender.send(_status("VmHWM") - before)
 

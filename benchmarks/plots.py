@@ -1,8 +1,8 @@
-"""The results as one figure, cpu.png: what sparsity gives and what the kernels give, and growth with the image.
+"""Plots the results as cpu.png: speed-ups against those predicted by sparsity, and scaling with the image size.
 
     python benchmarks/plots.py
 
-redraws it from the JSON files in benchmarks/results/; it needs matplotlib.
+recreates it from the JSON files in benchmarks/results/; it needs matplotlib.
 """
 
 import json
@@ -15,8 +15,8 @@ STYLES = {"forward": "-", "forward and backward": "--"}
 PANELS = [("forward", "float32"), ("forward", "bfloat16"), ("backward", "float32"), ("backward", "bfloat16")]
 
 
-def draw(folder: Path, suffix: str = "-cpu") -> Path | None:
-    """Writes cpu.png, if there are the results that it shows."""
+def plot(folder: Path, suffix: str = "-cpu") -> Path | None:
+    """Writes cpu.png if its results exist; returns its path."""
     files = [folder / f"{name}{suffix}.json" for name in ("sparse_attention", "scaling")]
     if not all(file.exists() for file in files):
         return None
@@ -37,7 +37,7 @@ def _having(rows, **parameters):
 
 
 def _against_causal(figure, rows):
-    """For every pattern how many times faster than causal SDPA, and the ratio of the numbers of pairs."""
+    """The speed-up over causal SDPA for every pattern, and the pair ceiling."""
     figure.suptitle("Times faster than causal SDPA, 256 text + 32×32 image tokens, batch 2, 8 heads of 64", fontsize=10)
     panels = figure.subplots(1, len(PANELS), sharey=True)
     for axes, (direction, dtype) in zip(panels, PANELS):
@@ -74,7 +74,7 @@ def _growth(figure, rows):
     panels = dict(zip(("ms", "peak MB"), figure.subplots(1, 2)))
     for direction, style in STYLES.items():
         for name, color in PATTERNS.items():
-            dense = name == "causal SDPA"  # timed beside every pattern, and shown once
+            dense = name == "causal SDPA"  # timed with every pattern, shown once
             mine = _having(rows, direction=direction, name="row" if dense else name)
             tokens, key = [row["facts"]["tokens"] for row in mine], name if dense else "ours"
             values = {
@@ -98,4 +98,4 @@ def _growth(figure, rows):
 
 
 if __name__ == "__main__":
-    print(draw(Path(__file__).parent / "results", *sys.argv[1:]))
+    print(plot(Path(__file__).parent / "results", *sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""Builds, checks and measures everything on a GPU: docs/gpu.md."""
+"""Builds, checks and benchmarks everything on a GPU; see docs/gpu.md."""
 
 import sys
 

@@ -33,7 +33,7 @@ def conditions(method: str) -> dict:
 
 
 def suffix() -> str:
-    """Of the files' names: "-cpu", and the instruction set if it is not the best that could run here."""
+    """The suffix of file names: "-cpu", and the instruction set if it is not the best one on this machine."""
     build = dalle_kernels.info.collect()["build"]
     active, here = build.get("cpu_isa_active"), build.get("cpu_isas_here", [None])
     return "-cpu" if active == here[-1] else f"-cpu-{active}"
@@ -54,7 +54,7 @@ def page(name: str, rows: list[dict], facts: dict) -> str:
 
 
 def section(test: str, rows: list[dict]) -> list[str]:
-    """The table of one test, and below it why baselines are missing."""
+    """The table of one test, and the reasons for missing baselines."""
     cells = [row_cells(row) for row in rows]
     columns = list(dict.fromkeys(column for row in cells for column in row))
     lines = [f"## {test.removeprefix('test_').replace('_', ' ')}", "", " ".join(rows[0]["about"].split()), ""]
@@ -75,13 +75,13 @@ def row_cells(row: dict) -> dict[str, str]:
 
 
 def amount(row: dict, name: str) -> float:
-    """A time in the row's unit, or what is done in a second."""
+    """A time in the row's unit, or a rate per second."""
     median = row["seconds"][name][1]
     return median * UNITS[row["unit"]] if row["unit"] in UNITS else row["count"] / median
 
 
 def number(value: float) -> str:
-    """Three digits."""
+    """Three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks for a CPU on tiny sizes: that they run, what they compare, and what they write."""
+"""The CPU benchmarks on tiny sizes: that they run, what they compare, and what they write."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def test_all_on_tiny_sizes(tmp_path):
     assert list(tmp_path.glob("cpu*.png"))
 
 
-def test_ratios_are_of_the_same_round(monkeypatch):
+def test_ratios_are_taken_within_a_round(monkeypatch):
     clock = iter([0, 1, 1, 4, 4, 6, 6, 12])  # 1 and 3 seconds, then 2 and 6
     monkeypatch.setattr("comparison.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     times, ratios = compare({"ours": lambda: None, "other": lambda: None}, rounds=2)
@@ -60,20 +60,20 @@ def test_plain_attention_is_the_pattern(seed, name, rows):
     torch.testing.assert_close(plain_attention(pattern, rows)(q, k, v), expected)
 
 
-def test_the_masked_model_draws_the_same_pictures(seed):
-    """And the causal one others: with weights so large that the attention decides."""
+def test_the_masked_model_generates_the_same_images(seed):
+    """The causal one generates others. Large weights make the result depend on attention."""
     prior = Prior(PriorConfig(6, 50, (4, 4), 40, layers=4, heads=2, head_dim=16, conv_kernel=3)).double()
     attentions = [layer.attention for layer in prior.layers]
     for linear in [prior.image_head, *(part for attention in attentions for part in (attention.qkv, attention.out))]:
         torch.nn.init.normal_(linear.weight)
     text, seeds = prior.pack_text([[1, 2], [3]]), torch.arange(4)
 
-    def draw():
+    def generate():
         return generate_codes(prior, text, candidates=2, seeds=seeds)
 
-    assert torch.equal(bench_model.using(bench_model.PRIORS["masked SDPA"], draw)(), draw())
-    causal = bench_model.using(bench_model.PRIORS["causal SDPA"], draw)()
-    assert not torch.equal(causal, draw())
+    assert torch.equal(bench_model.using(bench_model.PRIORS["masked SDPA"], generate)(), generate())
+    causal = bench_model.using(bench_model.PRIORS["causal SDPA"], generate)()
+    assert not torch.equal(causal, generate())
 
 
 def test_the_plain_dvae_has_the_same_kl(seed):

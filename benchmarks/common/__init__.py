@@ -1,1 +1,1 @@
-"""What the benchmarks on a CPU and on a GPU share: where they run, inputs, baselines."""
+"""Shared by the CPU and GPU benchmarks: settings, inputs, baselines, statistics."""

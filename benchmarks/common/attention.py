@@ -1,4 +1,4 @@
-"""Problems of sparse_attention, their random inputs, and FlexAttention on them."""
+"""Problems of sparse_attention with random inputs, and FlexAttention on them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def shrink(case):
 
 
 class Inputs:
-    """Random q, k, v of a case, and functions of no arguments that run an attention on them, or its backward pass."""
+    """Random q, k, v of a case. `function` binds an attention, or its backward pass, to them."""
 
     def __init__(self, case, device, autograd=False):
         self.case = case
@@ -63,8 +63,7 @@ class Inputs:
 
 
 def in_order(pattern):
-    """The pattern of the same pairs when the tokens lie in pattern.order(): column becomes axial_row of the transposed
-    grid."""
+    """The pattern after reordering the tokens by pattern.order(): column becomes axial_row of the transposed grid."""
     if pattern.name != "column":
         return pattern
     return P.axial_row(pattern.text_len, pattern.grid[::-1])

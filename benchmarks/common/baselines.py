@@ -1,4 +1,4 @@
-"""What one would write in plain PyTorch."""
+"""Baselines in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 
 class PaddedCache:
-    """In the place of dk.DecodeCache: storage for the whole sequence, for every layer and candidate. A step attends to
-    all that is filled, or `masked` to the whole storage under the pattern's mask.
+    """Replaces dk.DecodeCache with storage for the whole sequence, for every layer and candidate. A step attends to the
+    part that is filled or, if `masked`, to the whole storage with the pattern's mask.
     """
 
     capturable = False

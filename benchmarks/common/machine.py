@@ -1,4 +1,4 @@
-"""Which processor this is."""
+"""The name of this machine's processor."""
 
 import platform
 from pathlib import Path

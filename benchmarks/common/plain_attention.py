@@ -1,14 +1,14 @@
-"""A pattern in plain PyTorch: dense attention over the few keys that a block of queries needs."""
+"""A pattern in plain PyTorch: dense attention over the keys that a block of queries needs."""
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 
 def plain_attention(pattern, rows: int):
-    """attention(q, k, v) of blocks of `rows` rows of the image, of columns where the pattern is laid out in them.
+    """attention(q, k, v) in blocks of `rows` image rows, or image columns if that is the pattern's layout.
 
-    Text attends to text causally. The keys of a block, all text and those image tokens that any of its queries sees,
-    are gathered side by side, and what a single query does not see is masked.
+    Text attends to text causally. The keys of a block are gathered: all text, and the image tokens that any of its
+    queries attends to. A mask excludes the keys that a single query does not attend to.
     """
     text, (height, width) = pattern.text_len, pattern.grid
     columns = pattern.layout == "columns"
@@ -17,7 +17,7 @@ def plain_attention(pattern, rows: int):
     seen = pattern.dense()[text:, text:][order].unflatten(0, (-1, rows * (height if columns else width)))
     keys = [block.any(0).nonzero().flatten() for block in seen]
     most = max(map(len, keys))
-    # The padding repeats a key that the block sees anyway, and masks it.
+    # Padding repeats a key of the block, and is masked.
     index = torch.stack([torch.cat([block, block[:1].expand(most - len(block))]) for block in keys])
     mask = seen.gather(2, index[:, None].expand(-1, seen.shape[1], -1))
     for i, block in enumerate(keys):

@@ -1,4 +1,4 @@
-"""Where the stages run and how much they do."""
+"""The settings of the GPU run, and helpers for its processes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-OURS = ("cuda", "triton")  # the backends that are checked and measured, where the package has them
+OURS = ("cuda", "triton")  # the backends to check and measure, if the package has them
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What every stage is told. `tiny` runs all code on small sizes, for a dry run without a GPU."""
+    """The settings of every stage. `tiny`: all code on small sizes, for a dry run without a GPU."""
 
     device: str = "cuda"
     long: bool = False
@@ -26,14 +26,14 @@ class Setting:
         return self.device == "cuda"
 
     def backends(self) -> list[str]:
-        """Our backends for this device; a name that declines is asked all the same, and its reason recorded."""
+        """Our backends for this device. One that cannot run is included, so that its reason is recorded."""
         from dalle_kernels.backends import BACKENDS
 
         return [name for name in self.ours if name in BACKENDS] if self.on_gpu else [self.device]
 
 
 def logged(command: list[str], **options) -> None:
-    """Runs a command; its output goes to the stage's log, and its last lines into the error if it fails."""
+    """Runs a command with its output in the stage's log; if it fails, the error has the last lines."""
     print("$", *command, flush=True)
     last = deque(maxlen=12)
     with subprocess.Popen(

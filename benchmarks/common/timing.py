@@ -8,22 +8,22 @@ import torch
 
 
 class Unavailable(Exception):
-    """Why a baseline cannot be had here."""
+    """Why a baseline cannot run here."""
 
 
 def quartiles(values) -> list[float]:
-    """First quartile, median, third quartile; single values as they are."""
+    """First quartile, median, third quartile; of a single value, that value three times."""
     values = sorted(values)
     return [values[len(values) // 4], statistics.median(values), values[-1 - len(values) // 4]]
 
 
 def compiled(function):
-    """torch.compile for the sizes at hand, without the limit beyond which it quietly runs functions eagerly."""
+    """torch.compile with static shapes, and without the recompile limit, beyond which it silently runs eagerly."""
     torch._dynamo.config.recompile_limit = 1000
     return torch.compile(function, dynamic=False)
 
 
 def reason(error: BaseException) -> str:
-    """Why something could not be had: the message of those that say it, the kind too of those that may surprise."""
+    """An error as one line; unexpected errors with their type."""
     text = " ".join(str(error).split())[:300]
     return text if isinstance(error, (Unavailable, NotImplementedError)) else f"{type(error).__name__}: {text}"

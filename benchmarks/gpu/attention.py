@@ -17,7 +17,7 @@ from .timing import compare
 
 P = dk.AttentionPattern
 DIRECTIONS = ("forward", "backward")
-BLOCKS = (128, 64)  # of FlexAttention's block mask; 128 is its default
+BLOCKS = (128, 64)  # block sizes of FlexAttention's mask; 128 is its default
 
 
 def items(setting, timer, bandwidth):
@@ -58,8 +58,8 @@ def against_sdpa(case, setting, timer):
 
 
 def against_flex(name, order, setting, timer):
-    """Forward and backward share what is compiled. "ordered": the tokens lie in the pattern's order, and the time to
-    bring them there is not counted."""
+    """Forward and backward share compiled code. "ordered": the tokens are in the pattern's order; reordering is not
+    timed."""
     for direction in DIRECTIONS:
         case = Case(name, direction)
         inputs = Inputs(shrink(case) if setting.tiny else case, setting.device, autograd=setting.on_gpu)
@@ -69,7 +69,7 @@ def against_flex(name, order, setting, timer):
 
 
 def best_of(result, names, name):
-    """The result with one baseline in place of several: the fastest of `names`, which stay under "all"."""
+    """The result with the fastest of the baselines `names` under one `name`; all of them stay under "all"."""
     times = result["times"]
     best = min(names, key=lambda n: times[n]["ms"][1] if "ms" in times[n] else float("inf"))
     kept = {key: value for key, value in times.items() if key not in names}
@@ -99,7 +99,8 @@ def causal(backend, setting, inputs):
 
 
 def row(case, inputs, result):
-    """Rates count the allowed pairs only: 4 operations per pair and channel, 10 in the backward pass."""
+    """A row of results. TFLOP/s count the allowed pairs only: 4 operations per pair and channel, 10 in the backward
+    pass."""
     pairs = inputs.pattern.nnz
     flops = (10 if inputs.backward else 4) * case.batch * case.heads * pairs * case.dim
     for times in result["times"].values():

@@ -1,4 +1,4 @@
-"""Stage bench: operations against their baselines, the most telling rows first, those that compile later."""
+"""Stage bench: operations against their baselines. The most important rows come first, compiled baselines later."""
 
 from . import attention, decode, gumbel, sampling
 from .timing import copy_bandwidth, make_timer
@@ -15,7 +15,7 @@ def items(setting):
 
 
 def ceilings(setting, timer, bandwidth):
-    """What the machine reaches: copies between device memory, and matrix products in bfloat16."""
+    """The machine's achievable peaks: device-to-device copies, and matrix products in bfloat16."""
     import torch
 
     n = 8192 if setting.on_gpu else 64

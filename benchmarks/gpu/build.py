@@ -1,4 +1,4 @@
-"""Stage build: the libraries, in place; what then loads; and that the GPU's primitives do what the kernels assume."""
+"""Stage build: builds the libraries in place, reports the backends, and checks the device primitives."""
 
 import json
 import os
@@ -24,12 +24,12 @@ def libraries():
 
 
 def backends():
-    """What `python -m dalle_kernels.info` says of the libraries and of each operation's backend."""
+    """The libraries and the backend of each operation, from `python -m dalle_kernels.info`."""
     command = python("-m", "dalle_kernels.info", "--json")
     info = json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
     return [{name: info[name] for name in ("libraries", "operations", "build")}]
 
 
 def primitives():
-    """The bitwise conformance test of the device primitives: what emulation on a CPU cannot prove."""
+    """Bitwise test of the device primitives on this GPU, which emulation on a CPU cannot replace."""
     logged(python("tests/cuda_emulation/primitives.py"))

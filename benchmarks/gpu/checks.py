@@ -1,4 +1,4 @@
-"""Stage test: the conformance suite of the tests (tests/conformance), which needs no pytest, on the GPU."""
+"""Stage test: the conformance suite (tests/conformance) on the GPU. It does not need pytest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def items(setting):
 
 
 def seeded(check):
-    """Runs a check on fresh random numbers; DALLE_TEST_SEED repeats a failure."""
+    """Runs a check with a new random seed; set DALLE_TEST_SEED to reproduce a failure."""
     seed = int(os.environ.get("DALLE_TEST_SEED") or random.SystemRandom().randrange(2**31))
     torch.manual_seed(seed)
     try:

@@ -1,5 +1,5 @@
-"""Stage compile: whatever checks and benchmarks start is run once by Triton's backend, by many processes at a time. The
-kernels that they compile, more than 300, stay in Triton's cache, and later stages need not wait for its compiler.
+"""Stage compile: runs every check and benchmark once on the Triton backend, in many processes. This fills Triton's
+cache with more than 300 kernels, so that later stages do not wait for its compiler.
 
 python -m gpu.compile DEVICE PART PARTS [tiny]
 """
@@ -17,7 +17,7 @@ from common.setting import ROOT, Setting, python
 from . import attention, checks, decode, gumbel, sampling, small
 
 PARTS, SECONDS = min(16, os.cpu_count() or 1), 35.0
-LARGE = "beyond 32 bits"  # checks that want the device's memory for themselves
+LARGE = "beyond 32 bits"  # checks that need most of the device's memory
 
 
 def items(setting):
@@ -25,7 +25,7 @@ def items(setting):
 
 
 def compile_kernels(setting, parts=PARTS, seconds=SECONDS):
-    """What is not done after so many seconds will be compiled where it is used."""
+    """Compiles for at most `seconds`; the remaining kernels are compiled on first use."""
     end, tiny = time.monotonic() + seconds, ["tiny"] if setting.tiny else []
     commands = [python("-m", "gpu.compile", setting.device, str(part), str(parts), *tiny) for part in range(parts)]
     processes = [subprocess.Popen(command, cwd=ROOT) for command in commands]
@@ -37,19 +37,19 @@ def compile_kernels(setting, parts=PARTS, seconds=SECONDS):
 
 
 def everything(setting):
-    """Functions that start all kernels."""
+    """Functions that together launch all kernels."""
     functions = [check for name, check in checks.items(setting) if LARGE not in name]
     functions += [partial(small.run, setting.device, backend) for backend in setting.backends()]
     for module in (attention, gumbel, decode, sampling):
         groups = module.items(setting, None, 1.0)
         functions += [function for group in ("main", "sweep") for _, function in groups.get(group, [])]
-    random.Random(0).shuffle(functions)  # so that every process gets long and short ones
+    random.Random(0).shuffle(functions)  # distributes long and short ones over the processes
     return functions
 
 
 def run(setting, part, parts):
     for function in everything(setting)[part::parts]:
-        with contextlib.suppress(Exception):  # later stages will tell of it
+        with contextlib.suppress(Exception):  # later stages report it
             function()
 
 

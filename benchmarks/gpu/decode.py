@@ -34,7 +34,7 @@ def items(setting, timer, bandwidth):
 def row(name, candidates, dtype, setting, timer, bandwidth):
     text, grid, heads, dim = (4, (4, 4), 2, 16) if setting.tiny else (256, (32, 32), 16, 64)
     pattern = PATTERNS[name](text, grid)
-    step = grid[0] * grid[1] // 2 + grid[1] // 2  # in the middle of the picture
+    step = grid[0] * grid[1] // 2 + grid[1] // 2  # in the middle of the image
     make = dict(device=setting.device, dtype=getattr(torch, dtype))
     new = torch.randn(3, candidates, heads, dim, **make).unbind(0)
 
@@ -71,8 +71,8 @@ def row(name, candidates, dtype, setting, timer, bandwidth):
 
 
 def bytes_moved(pattern, step, candidates, heads, dim, element_size) -> int:
-    """The least that a step moves: keys and values of the text once for all candidates, those of the image (the new
-    ones are written, not read), q, k, v and the output."""
+    """Minimum memory traffic of a step in bytes: keys and values of the text once for all candidates, those of the
+    image (the new ones are written, not read), q, k, v and the output."""
     schedule = compile_schedule(pattern)
     text, image = len(schedule.text_keys(step)), len(schedule.image_slots(step))
     vectors = 2 * text + candidates * (2 * (image - 1) + 2 + 4)

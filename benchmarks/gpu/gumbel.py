@@ -14,7 +14,7 @@ from .timing import compare
 
 TAU = 0.9
 DIRECTIONS = ("forward", "forward and backward", "forward with KL")
-TENSORS = {"forward": 2, "forward and backward": 5, "forward with KL": 2}  # read or written at least once
+TENSORS = {"forward": 2, "forward and backward": 5, "forward with KL": 2}  # minimum number of tensor reads and writes
 
 
 def items(setting, timer, bandwidth):

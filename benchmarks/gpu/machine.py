@@ -1,4 +1,4 @@
-"""Stage machine: what it is that everything runs on."""
+"""Stage machine: describes the machine and its software."""
 
 import importlib.metadata
 import os
@@ -40,7 +40,7 @@ def gpu() -> dict:
         "L2, MB": round(properties.L2_cache_size / 1e6, 1),
         "multiprocessors": properties.multi_processor_count,
         "driver": query("driver_version"),
-        "clocks, MHz (SM, memory; most)": query("clocks.max.sm,clocks.max.memory"),
+        "maximum clocks, MHz (SM, memory)": query("clocks.max.sm,clocks.max.memory"),
         "CUDA of torch": torch.version.cuda,
         "cuDNN": torch.backends.cudnn.version(),
     }
@@ -54,7 +54,7 @@ def query(fields: str) -> str | None:
 
 
 def commit() -> str | None:
-    """Of the sources; None in a copy without a repository."""
+    """The commit of the sources; None outside a repository."""
     if shutil.which("git") is None:
         return None
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]
@@ -69,7 +69,7 @@ def package(name: str) -> str | None:
 
 
 def tool(name: str) -> str | None:
-    """The line in which a tool tells its version; None where there is no such tool."""
+    """The version line of a tool; None if it is not installed."""
     if shutil.which(name) is None:
         return None
     lines = subprocess.run([name, "--version"], capture_output=True, text=True).stdout.splitlines()

@@ -1,4 +1,4 @@
-"""Builds, checks and measures everything on a GPU.
+"""Builds, checks and benchmarks everything on a GPU.
 
 python benchmarks/run_gpu.py [--out DIR] [--long] [--stages build,compile,test,...]
 """
@@ -23,11 +23,11 @@ def main(arguments: list[str] | None = None) -> int:
     names = [stage.name for stage in STAGES[1:]]
     parser = argparse.ArgumentParser(prog="python benchmarks/run_gpu.py", description=__doc__.splitlines()[0])
     out = os.environ.get("OUT") or "runs/gpu"
-    parser.add_argument("--out", type=Path, default=out, help=f"folder of the results, instead of $OUT: {out}")
+    parser.add_argument("--out", type=Path, default=out, help="folder of the results (default: $OUT, else runs/gpu)")
     parser.add_argument("--long", action="store_true", help="more sizes and dtypes, up to 70 minutes")
-    usual = ",".join(name for name in names if name not in ON_DEMAND)
-    parser.add_argument("--stages", default=usual, help=f"which, of {', '.join(names)}; usually {usual}")
-    parser.add_argument("--serve", help=argparse.SUPPRESS)  # the process of a stage: its module
+    default = ",".join(name for name in names if name not in ON_DEMAND)
+    parser.add_argument("--stages", default=default, help=f"stages to run, of {', '.join(names)} (default: {default})")
+    parser.add_argument("--serve", help=argparse.SUPPRESS)  # internal: runs the stage of this module
     parser.add_argument("--skip", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def no_gpu(setting: Setting) -> str | None:
-    """Why there is nothing to run on, or None."""
+    """Why there is no GPU to run on, or None."""
     if not setting.on_gpu:
         return None
     try:
@@ -59,7 +59,7 @@ def no_gpu(setting: Setting) -> str | None:
 
 
 def run(folder: Path, setting: Setting, wanted: list[str]) -> int:
-    """All stages that are wanted; 1 if anything went wrong."""
+    """Runs the `wanted` stages; returns 1 if anything failed, else 0."""
     folder.mkdir(parents=True, exist_ok=True)
     factor = LONG_FACTOR if setting.long else 1.0
     results, budget, began = Results(folder), Budget(TOTAL * factor), time.monotonic()
@@ -73,14 +73,14 @@ def run(folder: Path, setting: Setting, wanted: list[str]) -> int:
         print(f"[{time.monotonic() - began:4.0f} s] {stage.name}, at most {seconds:.0f} s", flush=True)
         record = results.begin(stage.name)
         if seconds < 1:
-            record(stage.name, error="not reached: the time for everything was over")
+            record(stage.name, error="not reached: out of time")
             continue
         start = functools.partial(command, stage.name, setting)
         run_stage(stage, seconds, start, folder / stage.log, record, environment())
     try:
         plot(results.data, folder)
     except ImportError:
-        print("plots are left out: they need matplotlib")
+        print("no plots: matplotlib is not installed")
     print((folder / "gpu.md").read_text())
     return 1 if failures(results.data) else 0
 
@@ -93,7 +93,7 @@ def command(name: str, setting: Setting, skip: int) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """This checkout first in Python's path, and the CUDA toolkit's tools on PATH."""
+    """The environment of stages: this checkout first in Python's path, and the CUDA toolkit's tools on PATH."""
     folders = [str(folder) for folder in (ROOT, ROOT / "tests", ROOT / "benchmarks")]
     tools = sorted(glob.glob("/usr/local/cuda*/bin"))
     return {

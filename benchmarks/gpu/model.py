@@ -1,8 +1,9 @@
 """Stage model: the published 12-billion shape with random weights in bfloat16.
 
-How fast codes are drawn for several numbers of candidates of one caption, against the time to read the weights and the
-keys of a step once, and the most candidates that fit. A step's time is the difference between drawing the last `MANY`
-and the last `FEW` codes of a given picture, so the caption and the set-up do not count.
+Measures the speed of generating image tokens for several numbers of candidates of one prompt, compared with the time to
+read the weights and keys of a step once, and the maximum number of candidates that fit. The time of a step is the
+difference between generating the last `MANY` and the last `FEW` codes of a given image, which cancels the prompt and
+the set-up.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class ModelBench:
         self.prior = None
 
     def load(self) -> dict:
-        """Makes the model, once."""
+        """Creates the model on the first call."""
         if self.prior is None:
             self.bandwidth = copy_bandwidth(make_timer(self.setting), self.setting.on_gpu)
             began = time.monotonic()
@@ -56,10 +57,11 @@ class ModelBench:
         self.load()
         prior, (few, many) = self.prior, (1, 3) if self.setting.tiny else (FEW, MANY)
         with dk.use_backend(backend):
-            self.draw(candidates, few)
+            self.generate(candidates, few)
             repeats = 1 if self.setting.tiny else REPEATS
             steps = [
-                (self.draw(candidates, many) - self.draw(candidates, few)) / (many - few) for _ in range(repeats)
+                (self.generate(candidates, many) - self.generate(candidates, few)) / (many - few)
+                for _ in range(repeats)
             ]
         step = statistics.median(steps)
         bytes_read = step_bytes(prior, candidates, many - few)
@@ -70,17 +72,17 @@ class ModelBench:
             "ms per step": step * 1e3,
             "all, ms": [s * 1e3 for s in steps],
             "tokens/s": candidates / step,
-            "seconds per picture": step * prior.config.image_len / candidates,
+            "seconds per image": step * prior.config.image_len / candidates,
             "bytes per step": bytes_read,
             "ms to read them": floor * 1e3,
             "of that time": step / floor,
         }
 
     def most(self, backend: str):
-        """By sequence_bytes, then tried; a row with its speed."""
+        """The most candidates that fit, estimated by sequence_bytes and then tried, and a row with their speed."""
         self.load()
         if not self.setting.on_gpu:
-            raise NotImplementedError("the largest number of candidates is looked for on CUDA only")
+            raise NotImplementedError("the largest number of candidates is determined on CUDA only")
         gc.collect()
         torch.cuda.empty_cache()
         free = torch.cuda.mem_get_info()[0]
@@ -93,7 +95,7 @@ class ModelBench:
 
     def fits(self, candidates: int) -> bool:
         try:
-            self.draw(candidates, FEW)
+            self.generate(candidates, FEW)
         except torch.cuda.OutOfMemoryError:
             return False
         finally:
@@ -101,8 +103,8 @@ class ModelBench:
             torch.cuda.empty_cache()
         return True
 
-    def draw(self, candidates: int, count: int) -> float:
-        """Seconds to draw the last `count` codes of a random picture."""
+    def generate(self, candidates: int, count: int) -> float:
+        """Seconds to generate the last `count` codes of a random image."""
         config, device = self.prior.config, self.setting.device
         text = self.prior.pack_text([[1, 2, 3]])
         given = torch.randint(config.image_vocab, (1, config.image_len), device=device)
@@ -131,8 +133,8 @@ def synchronize(setting) -> None:
 
 
 def step_bytes(prior: Prior, candidates: int, steps: int) -> int:
-    """What one of the last `steps` steps reads, on average: the weights of the layers and of the image head, and the
-    keys and values that the patterns let it see, the text's once for all candidates."""
+    """Mean bytes read by one of the last `steps` steps: the weights of the layers and of the image head, and the keys
+    and values that the patterns allow, the text's once for all candidates."""
     config = prior.config
     weights = sum(p.nbytes for part in (prior.layers, prior.norm, prior.image_head) for p in part.parameters())
     text = image = 0
@@ -158,7 +160,7 @@ def most_by_estimate(prior: Prior, free: int) -> int:
 
 
 def largest(guess: int, fits) -> int:
-    """About the largest number that fits, from `guess` up or down in steps of 1/32; 0 if none of 8 tries does."""
+    """About the largest number that fits, from `guess` up or down in steps of 1/32; 0 if none of 8 tries fits."""
     step = max(1, guess // 32)
     if fits(guess):
         return guess + step if fits(guess + step) else guess

@@ -1,4 +1,4 @@
-"""Results as they come: gpu.json with everything, gpu.md with tables, and two plots."""
+"""The results: gpu.json with everything, gpu.md with tables, and two plots."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ METHOD = (
 )
 READING = [
     "Times in ms, warm / cold. Ratios: baseline time / our time, warm (above 1, ours is faster), with the quartiles",
-    "over rounds. TFLOP/s count the pairs that the pattern allows; the pair ceiling is what dense causal attention",
-    "computes, over that. Shares of the copy bandwidth: the least bytes to move, over the cold time.",
+    "over rounds. TFLOP/s count the allowed pairs; the pair ceiling is dense causal pairs / allowed pairs. Fraction of",
+    "the copy bandwidth: minimum memory traffic / cold time / copy bandwidth.",
 ]
 
 
 class Results:
-    """What the stages have given so far; every record is written to the folder at once."""
+    """The results of the stages so far. Every record is written to the folder immediately."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -45,7 +45,7 @@ class Results:
 
 
 def failures(data: dict) -> list[tuple[str, str, str]]:
-    """(stage, item, what went wrong) of all that did."""
+    """(stage, item, error) of all items that failed."""
     return [
         (stage, item, entry["error"])
         for stage, items in data["stages"].items()
@@ -55,7 +55,7 @@ def failures(data: dict) -> list[tuple[str, str, str]]:
 
 
 def page(data: dict) -> str:
-    """Everything in short, as Markdown."""
+    """A summary as Markdown."""
     machine = next((row for entry in data["stages"].get("machine", {}).values() for row in entry["rows"]), {})
     lines = ["# On a GPU", "", f"- date: {data['date']}", f"- method: {data['method']}"]
     lines += [f"- {key}: {shown(value)}" for key, value in machine.items()]
@@ -77,21 +77,21 @@ def page(data: dict) -> str:
 
 
 def summary(data: dict) -> list[str]:
-    """A line for each stage, and one for everything that went wrong."""
-    lines = ["| stage | items | went wrong | seconds |", "|---|---|---|---|"]
+    """One line per stage, and one per failure."""
+    lines = ["| stage | items | failed | seconds |", "|---|---|---|---|"]
     for stage, items in data["stages"].items():
         wrong = sum("error" in entry for entry in items.values())
         seconds = sum(entry.get("seconds", 0.0) for entry in items.values())
         lines.append(f"| {stage} | {len(items)} | {wrong} | {seconds:.0f} |")
     broken = failures(data)
     if broken:
-        lines += ["", "What went wrong or was left out:", ""]
+        lines += ["", "Failed or skipped:", ""]
         lines += [f"- {stage}, {item}: {' '.join(error.split())}" for stage, item, error in broken]
     return lines
 
 
 def comparison(rows: list[dict]) -> list[str]:
-    """A table of rows with the same columns: times of all, and our ratios to the baselines."""
+    """A table of rows with the same columns: all times, and the ratios of the baselines to ours."""
     names = list(rows[0]["times"])
     ours = list(dict.fromkeys(name for row in rows for name in row["ratios"]))
     baselines = list(dict.fromkeys(n for row in rows for others in row["ratios"].values() for n in others))
@@ -127,7 +127,7 @@ def model_lines(items: dict) -> list[str]:
     lines = ["", "## The published 12-billion shape", ""] if rows else []
     lines += [f"- {key}: {shown(value)}" for row in rows if row not in speeds for key, value in row.items()]
     if speeds:
-        keys = ["backend", "candidates", "tokens/s", "seconds per picture"]
+        keys = ["backend", "candidates", "tokens/s", "seconds per image"]
         keys += ["ms per step", "ms to read them", "of that time"]
         lines += ["", "| " + " | ".join(keys) + " |", "|---" * len(keys) + "|"]
         lines += ["| " + " | ".join(shown(row[key]) for key in keys) + " |" for row in speeds]
@@ -141,7 +141,7 @@ def shown(value) -> str:
 
 
 def number(value) -> str:
-    """Three digits that count."""
+    """Three significant digits."""
     if value is None:
         return "–"
     return f"{value:.0f}" if isinstance(value, int) or abs(value) >= 100 else f"{value:.3g}"
@@ -162,7 +162,7 @@ def ratio_cell(ratio: dict | None) -> str:
 
 
 def plot(data: dict, folder: Path) -> None:
-    """attention.png: ratios to dense causal attention; bandwidth.png: how near to a copy the other operations come."""
+    """attention.png: ratios to dense causal attention; bandwidth.png: fraction of the copy bandwidth of the others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -177,11 +177,11 @@ def plot(data: dict, folder: Path) -> None:
             key = "of copy bandwidth"
             bandwidth.append((title, {name: times[key] for name, times in row["times"].items() if key in times}))
     bars(attention, "baseline time / our time", folder / "attention.png")
-    bars(bandwidth, "share of the bandwidth of a copy", folder / "bandwidth.png")
+    bars(bandwidth, "fraction of the copy bandwidth", folder / "bandwidth.png")
 
 
 def bars(groups: list[tuple[str, dict[str, float]]], label: str, file: Path) -> None:
-    """Horizontal bars in groups, a colour for each name."""
+    """Horizontal bars in groups, one colour per name."""
     from matplotlib import pyplot as plt
 
     groups = [(title, values) for title, values in groups if values]

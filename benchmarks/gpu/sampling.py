@@ -1,4 +1,4 @@
-"""sample_tokens against the same in plain PyTorch."""
+"""sample_tokens against plain PyTorch."""
 
 from __future__ import annotations
 
@@ -51,4 +51,4 @@ def plain(logits, top_k=None, top_p=None):
         ordered, tokens = p.sort(descending=True)
         before = ordered.cumsum(-1) - ordered
         p = torch.zeros_like(p).scatter(-1, tokens, ordered.masked_fill(before >= top_p, 0.0))
-    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # torch.multinomial would wait for the device
+    return (p / torch.empty_like(p).exponential_()).argmax(-1)  # torch.multinomial would synchronise

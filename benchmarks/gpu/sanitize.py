@@ -19,7 +19,7 @@ def sanitize(tool, device, backend):
     program = shutil.which("compute-sanitizer")
     if program is None:
         raise FileNotFoundError("compute-sanitizer is neither on PATH nor in /usr/local/cuda*/bin")
-    # Without torch's caching every tensor is an allocation of its own, and an access beyond it is seen.
+    # Without torch's caching allocator every tensor is an allocation, so that out-of-bounds accesses are detected.
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     ops = python("-m", "gpu.small", device, backend)
     logged([program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "50", *ops], env=environment)

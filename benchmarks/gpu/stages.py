@@ -1,8 +1,8 @@
-"""Stages in processes of their own. A stage is a list of items; its process reports every item as it begins and ends,
-so that a failure, a crash or a hang costs one item: the rest go on in a fresh process.
+"""Runs stages in separate processes. A stage is a list of items; its process reports the begin and end of every item.
+A failure, a crash or a hang costs one item; the others continue in a new process.
 
-A module with a stage has `items(setting)`: (name, function) pairs, where function() gives the item's rows (dicts of
-plain values) or nothing.
+The module of a stage has `items(setting)`: (name, function) pairs, where function() returns the item's rows (dicts of
+plain values) or None.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Stage:
-    """A stage, the most seconds it and one of its items may take, and the file for what it prints."""
+    """A stage: its name, the time limits of the stage and of one item in seconds, and its log file."""
 
     name: str
     seconds: float
@@ -35,7 +35,7 @@ class Stage:
         return replace(self, seconds=self.seconds * factor, item_seconds=self.item_seconds * factor)
 
 
-# The most telling first. Together they may ask for more than there is: what comes last gets what is left.
+# The most important first. Their limits may add up to more than TOTAL; the last stages get the remaining time.
 STAGES = [
     Stage("machine", 25, 25, "build.log"),
     Stage("build", 150, 140, "build.log"),
@@ -47,12 +47,12 @@ STAGES = [
     Stage("suite", 240, 240, "test.log"),
     Stage("tune", 500, 400, "bench.log"),
 ]
-ON_DEMAND = ("tune",)  # run only where they are named
-TOTAL, LONG_FACTOR = 520.0, 8.0  # seconds for everything, and how many times more a long run may take
+ON_DEMAND = ("tune",)  # run only if named
+TOTAL, LONG_FACTOR = 520.0, 8.0  # seconds for all stages; factor of all limits in a long run
 
 
 class Budget:
-    """Seconds that all stages share."""
+    """The time limit shared by all stages, in seconds."""
 
     def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic):
         self._clock, self._end = clock, clock() + seconds
@@ -61,16 +61,16 @@ class Budget:
         return max(0.0, self._end - self._clock())
 
     def limit(self, seconds: float) -> float:
-        """What a stage that asks for `seconds` may take."""
+        """The limit of a stage that requests `seconds`."""
         return min(seconds, self.left())
 
 
-# -- in the stage's process
+# -- in the process of a stage
 
 
 def work(items, skip: int, emit: Callable[..., None], settle: Callable[[], None]) -> None:
-    """Runs the items from number `skip` on. `settle` raises where an error has left the device unusable; the process
-    then ends here, and another takes over."""
+    """Runs the items from number `skip` on. `settle` raises if an error has left the device unusable; then the process
+    ends, and a new one continues."""
     items = list(items)
     emit(items=[name for name, _ in items])
     for index, (_, function) in enumerate(items[skip:], skip):
@@ -91,7 +91,7 @@ def one_line(error: BaseException) -> str:
 
 
 def serve(module: str, setting, skip: int) -> None:
-    """The process of a stage: messages go to standard output, all that is printed to standard error."""
+    """Runs a stage: messages go to standard output, everything printed goes to standard error."""
     channel = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -108,13 +108,12 @@ def serve(module: str, setting, skip: int) -> None:
     work(importlib.import_module(f".{module}", __package__).items(setting), skip, emit, settle)
 
 
-# -- in the process that started it
+# -- in the parent process
 
 
 @contextlib.contextmanager
 def _messages(command: list[str], log: Path, environment: dict[str, str]):
-    """The messages of a process, as a queue that ends with {"exit": status}; the process and all that it started are
-    killed on leaving."""
+    """The messages of a process, as a queue that ends with {"exit": status}. On exit, the process group is killed."""
     with log.open("a") as file:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=file, text=True, env=environment,
@@ -144,11 +143,11 @@ def run_stage(
     record: Callable[..., None],
     environment: dict[str, str] | None = None,
 ) -> None:
-    """Runs a stage for at most `seconds`. command(skip) starts its process; record(item, ...) is told what happens: a
-    row, an error, the seconds that the item took.
+    """Runs a stage for at most `seconds`. command(skip) is the command line of its process; record(item, ...) receives
+    the item's rows, errors and seconds.
     """
     deadline = time.monotonic() + seconds
-    names, at = [], -1  # the items, and the one that is running
+    names, at = [], -1  # the items; index of the running one
 
     def name():
         return names[at] if at >= 0 else stage.name
@@ -172,7 +171,7 @@ def run_stage(
                     record(name(), error=message["error"])
                 elif "exit" in message:
                     problem = f"the process ended with exit status {message['exit']}; {tail(log)}"
-                else:  # an item begins, or all have ended
+                else:  # an item begins, or all items have ended
                     if at > first:
                         record(name(), seconds=time.monotonic() - began)
                     if "end" in message:
@@ -186,5 +185,5 @@ def run_stage(
 
 
 def tail(log: Path, lines: int = 8) -> str:
-    """The end of a log file, in one line."""
+    """The last lines of a log file, in one line."""
     return " | ".join(line.strip() for line in log.read_text(errors="replace").splitlines()[-lines:])

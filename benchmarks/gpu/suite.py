@@ -1,11 +1,11 @@
-"""Stage suite: the kernels' own test files, where pytest is installed."""
+"""Stage suite: the test files of the kernels, if pytest is installed."""
 
 import importlib.util
 import os
 
 from common.setting import ROOT, logged, python
 
-# By name, so that tests which come later are run too; those of the model layer need more packages.
+# Patterns, so that new test files are included; tests of the model layer need more packages.
 FILES = ("test_cuda_*.py", "test_triton_*.py", "test_sparse_attention.py", "test_decode_*.py",
          "test_gumbel_softmax.py", "test_sample_tokens.py", "test_philox.py", "test_plan.py", "test_patterns.py",
          "test_nn.py", "test_info.py", "test_backends.py", "test_compile.py")  # fmt: skip
@@ -22,7 +22,7 @@ def suite(setting):
     files = [str(file.relative_to(ROOT)) for pattern in FILES for file in sorted((ROOT / "tests").glob(pattern))]
     wanted = {
         "pytest_benchmark": ["--benchmark-disable"],
-        "pytest_timeout": ["--timeout=120"],  # Triton's compiler included
+        "pytest_timeout": ["--timeout=120"],  # includes compilation by Triton
         "xdist": ["--numprocesses", str(PROCESSES), "--dist", "loadfile"],
     }
     options = [option for module, given in wanted.items() if importlib.util.find_spec(module) for option in given]

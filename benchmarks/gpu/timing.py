@@ -1,8 +1,8 @@
-"""Device time of functions measured against each other: interleaved rounds A B A B, medians and quartiles.
+"""Comparative device timing: interleaved rounds A B A B, medians and quartiles.
 
-Warm: a CUDA graph of so many calls that they last 2 ms, so that neither Python nor launches count. Cold: a graph of one
-call after a buffer larger than the L2 cache was written. Both between CUDA events. What cannot be captured is called
-instead, and marked so.
+Warm: a CUDA graph of as many calls as take 2 ms, which excludes Python and launch overhead. Cold: a graph of one call,
+after writing a buffer larger than the L2 cache. Both are timed with CUDA events. Functions that cannot be captured are
+called directly, and marked as such.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LEAST_SECONDS, MOST_CALLS = 2e-3, 50  # of a warm sample
 
 
 class HostTimer:
-    """By the wall clock, one call a sample: for a dry run on a CPU."""
+    """Wall-clock time, one call per sample: for a dry run on a CPU."""
 
     rounds = 1
 
@@ -58,7 +58,7 @@ class CudaTimer:
 
     @contextlib.contextmanager
     def session(self):
-        """Everything that is measured together is made, warmed up and measured inside."""
+        """Functions that are compared are created, warmed up and measured inside one session."""
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -114,7 +114,7 @@ class _CudaSamples:
 
 
 def capture(function, calls: int) -> torch.cuda.CUDAGraph:
-    """`calls` calls as a graph; on the current stream, which must not be the default one."""
+    """A graph of `calls` calls, captured on the current stream, which must not be the default stream."""
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     graph.capture_begin()
@@ -131,13 +131,13 @@ def make_timer(setting):
 
 
 def compare(timer, ours: dict[str, Callable], baselines: dict[str, Callable]) -> dict:
-    """Times functions against each other. Each value makes its function (and with it the inputs that it alone needs).
+    """Times functions against each other. Each value is a factory of the function to time and of its own inputs.
 
     Returns:
-        "times": for every name its "ms" and "cold ms" as quartiles and what the timer says, or {"unavailable": reason};
-        "ratios": for every one of ours and every baseline the quartiles over rounds of baseline time / our time, warm
-        and cold: above 1, ours is faster.
-    Without a timer ours are called once, and nothing is measured.
+        "times": for every name the quartiles "ms" and "cold ms" and the timer's info, or {"unavailable": reason};
+        "ratios": for each of ours and each baseline the quartiles over rounds of baseline time / our time, warm and
+        cold: above 1, ours is faster.
+    Without a timer, ours are called once, and nothing is measured.
     """
     if timer is None:
         for make in ours.values():
@@ -152,7 +152,7 @@ def compare(timer, ours: dict[str, Callable], baselines: dict[str, Callable]) ->
                 times[name] = {"unavailable": reason(error)}
                 timer.settle()
         rounds = [{name: (samples[name].warm(), samples[name].cold()) for name in samples} for _ in range(timer.rounds)]
-        for name in list(samples):  # and with each its graphs, whose memory the session gives back
+        for name in list(samples):  # releases the graphs, whose memory the session frees
             warm, cold = zip(*(r[name] for r in rounds))
             times[name] = {"ms": _ms(warm), "cold ms": _ms(cold), **samples.pop(name).info}
     return {"times": {name: times[name] for name in names}, "ratios": ratios(rounds, ours, baselines)}
@@ -179,7 +179,7 @@ def _ms(seconds):
 
 
 def copy_bandwidth(timer, on_gpu: bool) -> float:
-    """Bytes per second of a copy from device memory to device memory, read and written bytes counted."""
+    """Bandwidth of a device-to-device copy, in bytes read and written per second."""
     source = torch.randn(2**28 if on_gpu else 2**16, device="cuda" if on_gpu else "cpu")
     target = torch.empty_like(source)
     with timer.session():

@@ -1,5 +1,5 @@
-"""Stage tune, which runs only where it is named: lines for the launch table of Triton's kernels, in bfloat16 at head
-dim 64; in a long run for all of the table.
+"""Stage tune, which runs only if named: lines for the launch table of the Triton kernels, in bfloat16 at head dim 64;
+in a long run for the whole table.
 """
 
 import subprocess
