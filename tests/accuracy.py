@@ -1,24 +1,24 @@
-"""The accuracy rule of every backend, stated once."""
+"""The error bound for the results of every backend."""
 
 import torch
 
-LEAD = 6  # of misses over holds, at which a test fails
-ratios = None  # with `make fuzz` a list: assert_accurate appends (what, error / allowed error) and no miss is a failure
+LEAD = 6  # a test fails once it has this many more misses than passes
+ratios = None  # with `make fuzz` a list: assert_accurate appends (what, error / allowed error) and never fails
 
 
 class Inaccurate(AssertionError):
-    """A result errs more than the rule allows."""
+    """The error of a result exceeds the bound."""
 
 
 def mostly(trial):
-    """Repeats trial(), which draws new random numbers each time, until more of the trials hold than are Inaccurate.
-    Fails once LEAD more are Inaccurate than hold. conftest.py does this for every test, as a whole.
+    """Repeats trial(), with new random numbers each time, until more trials have passed than were Inaccurate. Fails
+    once LEAD more were Inaccurate than passed. conftest.py applies this to every test.
 
     The largest error of a gradient comes from the one or two rows that a single key dominates, so its ratio to plain
-    PyTorch's is chance: even where all errors have the same distribution, a draw misses the rule now and then. If a
-    draw misses with probability m, this sequential test fails with probability r^6 (1 - r) / (1 - r^7), r = m / (1 - m)
-    (gambler's ruin): 9e-10 for m = 3 %, as usual for a float32 gradient of q; 2.6e-7 for 7.5 %, the largest m measured;
-    0.89 for 90 %; and 1 if every draw misses, as those of a wrong kernel do. Most tests end with the first draw.
+    PyTorch's is a matter of chance: even with equal error distributions, a trial occasionally misses the bound. If a
+    trial misses with probability m, this sequential test fails with probability r^6 (1 - r) / (1 - r^7), where r = m /
+    (1 - m) (gambler's ruin): 9e-10 for m = 3 %, typical of a float32 gradient of q; 2.6e-7 for 7.5 %, the largest m
+    measured; 0.89 for 90 %; and 1 if every trial misses, as with a wrong kernel. Most tests end after the first trial.
     """
     lead = 0
     while lead <= 0:
@@ -28,12 +28,16 @@ def mostly(trial):
         except Inaccurate as error:
             lead -= 1
             if lead == -LEAD:
-                raise AssertionError(f"{LEAD} more draws miss the bound than hold; the last: {error}") from error
+                raise AssertionError(f"{LEAD} more trials miss the bound than pass; the last: {error}") from error
 
 
 def assert_accurate(actual, exact, plain, what):
-    """`actual` may err from the float64 `exact` at most twice as much as `plain`, plain PyTorch in actual's dtype,
-    plus one rounding of the output. `what` names the result: backend, operation, tensor, dtype.
+    """Asserts that the largest error of `actual` against the float64 `exact` is at most twice that of `plain`, plain
+    PyTorch in actual's dtype, plus one rounding of the output. `what` names the result: backend, operation, tensor,
+    dtype.
+
+    Raises:
+        Inaccurate: the error exceeds the bound.
     """
     assert actual.dtype == plain.dtype and actual.shape == exact.shape
     assert torch.isfinite(actual).all()
@@ -48,7 +52,7 @@ def assert_accurate(actual, exact, plain, what):
 
 
 def distribution(ratios):
-    """A table of (what, ratio) pairs: per `what` the quantiles of the ratios and the share of them over 1."""
+    """A table of (what, ratio) pairs: for every `what` the quantiles of the ratios and the fraction above 1."""
     groups = {}
     for what, ratio in ratios:
         groups.setdefault(what, []).append(ratio)

@@ -1,4 +1,4 @@
-"""Which random numbers tests draw: the same in every run, or fresh ones with `make fuzz`."""
+"""The random numbers of tests: the same in every run, or new ones with `make fuzz`."""
 
 import os
 import random
@@ -12,7 +12,7 @@ import accuracy
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="N draws of each accuracy test; see `make fuzz`")
+    parser.addoption("--fuzz", type=int, default=0, metavar="N", help="run accuracy tests N times; see `make fuzz`")
 
 
 def pytest_configure(config):
@@ -24,8 +24,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem):
-    """Calls the test; anew, with the next random numbers, if a result is Inaccurate. With --fuzz, N times if it
-    compares errors.
+    """Runs the test, and repeats it with the next random numbers if a result is Inaccurate. With --fuzz, runs it N
+    times if it has accuracy checks.
     """
     arguments = {name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames}
     if accuracy.ratios is None:
@@ -50,8 +50,8 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """The seed of torch's generator in this test: a hash of the test's id, so that every run draws the same numbers; a
-    fresh one with --fuzz. DALLE_TEST_SEED replaces it, to repeat a failure.
+    """Seeds torch's generator for the test: with a hash of the test's id, so that every run uses the same numbers, or
+    with a new seed with --fuzz. DALLE_TEST_SEED overrides it, to reproduce a failure.
     """
     fixed = zlib.crc32(request.node.nodeid.encode()) >> 1
     fresh = random.SystemRandom().randrange(2**31) if request.config.option.fuzz else fixed

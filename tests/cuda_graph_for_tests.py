@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a capture that records operations and a replay that runs exactly these again."""
+"""CUDA graphs without a GPU: capture records operations, and replay runs exactly these again."""
 
 import contextlib
 import operator
@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 
 class Graph(TorchDispatchMode):
-    """Stands for torch.cuda.CUDAGraph. What Python computes while recording is frozen, as it is in a real graph; what
-    the recorded operations wrote is put back, for a capture runs nothing."""
+    """A stand-in for torch.cuda.CUDAGraph. Values that Python computes during capture are frozen, as in a real graph.
+    Tensors that the recorded operations wrote are restored, because capturing runs nothing."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Graph(TorchDispatchMode):
         for value, before in self._before.values():
             value.copy_(before)
 
-    @torch.autocast("cpu", enabled=False)  # what was recorded had been cast already
+    @torch.autocast("cpu", enabled=False)  # recorded operations have been cast already
     def replay(self):
         self.replays += 1
         now = {}
@@ -42,12 +42,12 @@ class Graph(TorchDispatchMode):
             now.update((id(old), new) for old, new in zip(tree_leaves(recorded), tree_leaves(result), strict=True))
 
     def tensors(self):
-        """Every tensor that an operation took or gave."""
+        """All input and output tensors of an operation."""
         return [x for x in tree_leaves([call[1:] for call in self.calls]) if isinstance(x, Tensor)]
 
 
 def stand_in(monkeypatch) -> list[Graph]:
-    """Replaces what `torch.cuda` has for graphs; returns the graphs that will have been made."""
+    """Replaces the graph functions of `torch.cuda`; returns the list to which created graphs are added."""
     graphs = []
 
     def new_graph():
@@ -66,7 +66,7 @@ def stand_in(monkeypatch) -> list[Graph]:
 
 
 class WithoutDevice(TorchFunctionMode):
-    """Python's methods of a tensor that ask for the current device, as operations: a torch without CUDA cannot tell."""
+    """Replaces Tensor methods that query the current device, which fails in a torch without CUDA, with operations."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return _WITHOUT_DEVICE.get(function, function)(*args, **(kwargs or {}))

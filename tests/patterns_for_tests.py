@@ -1,4 +1,4 @@
-"""One small pattern of every kind, shared by the tests of every operation."""
+"""One small pattern of every kind, for the tests of all operations."""
 
 import torch
 
@@ -6,7 +6,7 @@ import dalle_kernels as dk
 
 
 def random_mask(n, generator=None):
-    """A causal mask in which every token sees itself and about a third of the tokens before it."""
+    """A causal mask in which every token attends to itself and about a third of the tokens before it."""
     return (torch.rand(n, n, generator=generator) < 0.3).tril().fill_diagonal_(True)
 
 

@@ -1,4 +1,4 @@
-"""Calls in processes of their own, forked from one that has imported PyTorch and Triton."""
+"""Calls in new processes, forked from a server that has imported PyTorch and Triton."""
 
 import multiprocessing
 import os
@@ -8,11 +8,11 @@ from multiprocessing import forkserver
 
 import pytest
 
-PRELOADED = ["cuda_emulation.plants", "triton_ahead.compile_ahead"]  # what is called, and takes seconds to import
+PRELOADED = ["cuda_emulation.plants", "triton_ahead.compile_ahead"]  # slow to import
 
 
 def call(function, *arguments):
-    """The result of a function that stands in a module, called in a new process."""
+    """The result of a module-level function, called in a new process."""
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:

@@ -1,4 +1,4 @@
-"""p-values: how probable a result is that deviates at least as much, if the assumed distribution is the true one.
+"""p-values: the probability of a deviation at least as large under the null hypothesis.
 Computed from that distribution exactly, so that a sound implementation fails with probability REJECT at most.
 """
 

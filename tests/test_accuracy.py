@@ -1,4 +1,4 @@
-"""The accuracy rule itself: what is wrong fails, and what misses by chance is tried again."""
+"""The error bound itself: wrong results fail, and tests that miss it by chance are repeated."""
 
 import itertools
 import os
@@ -16,7 +16,7 @@ CALLS = []
 
 
 def trials(outcomes):
-    """How many of the outcomes `mostly` looks at, and whether it passes; True: a miss."""
+    """(number of outcomes that `mostly` uses, whether it passes); an outcome of True is a miss."""
     looked_at = 0
 
     def trial():

@@ -14,7 +14,7 @@ from dalle_kernels.backends.triton import interpreted, launch, triton
 
 ON_GPU = torch.cuda.is_available() and not interpreted()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
-DTYPES = ("float32", "float16", *(["bfloat16"] if ON_GPU else []))  # which the interpreter computes wrongly
+DTYPES = ("float32", "float16", *(["bfloat16"] if ON_GPU else []))  # the interpreter computes bfloat16 wrongly
 TARGET = Target("triton", str(DEVICE), DTYPES, simulated=not ON_GPU)
 
 if reasons := triton.reasons("sample_tokens", torch.empty(1, 1, device=DEVICE)):

@@ -1,7 +1,7 @@
-"""What every backend must satisfy, stated once over a target: a backend and where it runs.
+"""The conformance suite: requirements on every backend, as checks of a target (a backend on a device).
 
 tests/test_conformance.py runs it on the CPU kernels, the reference, the emulated CUDA kernels and the interpreted
-Triton kernels; `make gpu` on a GPU, where pytest may be missing.
+Triton kernels; `make gpu` runs it on a GPU, without pytest.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["Case", "Target", "cases"]
 
 
 def cases(target: Target) -> list[Case]:
-    """All checks of a target, those of the operations in turn: one operation's crash keeps no other from running."""
+    """All checks of a target. Operations alternate, so that a crash of one does not prevent checks of the others."""
     modules = sparse_attention, gumbel_softmax, sample_tokens, decode_attention
     in_turn = itertools.zip_longest(*(module.cases(target) for module in modules))
     return [case for cases in in_turn for case in cases if case is not None]

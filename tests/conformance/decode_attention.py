@@ -1,5 +1,5 @@
-"""decode_attention, step by step: the accuracy rule against full attention; what the batch, strides, unseen text and
-repeated steps may change.
+"""decode_attention, step by step: the error bound against full attention; batch invariance, strides, masked text, and
+repeated steps.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def cases(target: Target) -> list[Case]:
                 add(f"{name} {dtype} from {start}", accuracy, pattern, dtype, start=start, rare=start > 0, **sizes)
         pattern = P.conv(37, (2, 5), kernel=3)
         for dim in (1, 3, 31, 32, 33, 80, 127, 128):
-            heads = 3 if dim > 16 else 40  # a largest error means little over a handful of numbers
+            heads = 3 if dim > 16 else 40  # the largest error over a few elements is a matter of chance
             options = dict(dim=dim, heads=heads, start=7, rare=dim not in (1, 128))
             add(f"head dim {dim} {dtype}", accuracy, pattern, dtype, **options)
         pattern = P.row(70, (2, 6))
@@ -58,12 +58,12 @@ def cases(target: Target) -> list[Case]:
 
 
 def plain_attention(q, k, v, mask, scale):
-    """The yardstick: softmax(q kT * scale, masked) v with matmuls in the inputs' dtype."""
+    """The baseline of the error bound: softmax(q kT * scale, masked) v in the inputs' dtype."""
     return (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
 def make(target, pattern, prompts, candidates, heads, dim, dtype, start=0, factor=1.0):
-    """q, k, v [P * C, H, N, D]; what precedes the first decoded token is the same for all candidates of a prompt."""
+    """q, k, v [P * C, H, N, D] with equal prefixes for all candidates of a prompt."""
     q, k, v = (target.randn(prompts, candidates, heads, pattern.seq_len, dim, dtype=dtype) for _ in range(3))
     given = pattern.text_len + start
     for x in (k, v):
@@ -72,7 +72,7 @@ def make(target, pattern, prompts, candidates, heads, dim, dtype, start=0, facto
 
 
 def new_cache(pattern, k, v, prompts, start=0, layers=1):
-    """A cache with its prefix written and NaN in every slot that was not."""
+    """A prefilled cache with NaN in all other slots."""
     sequences, heads, _, dim = k.shape
     candidates, given = sequences // prompts, pattern.text_len + start
     sizes = dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=dim, dtype=k.dtype, device=k.device)
@@ -89,7 +89,7 @@ def step(target, new, cache, scale=None):
 
 
 def decode(target, pattern, q, k, v, prompts, start=0, steps=None, scale=None):
-    """The image's rows of the output, one step at a time, [P * C, H, steps, D]; `steps`: how many, from `start` on."""
+    """The outputs of `steps` image tokens from `start` on (None: all), one step at a time: [P * C, H, steps, D]."""
     first = pattern.text_len + start
     cache, out = new_cache(pattern, k, v, prompts, start), []
     for token in range(first, pattern.seq_len if steps is None else first + steps):
@@ -110,7 +110,7 @@ def accuracy(target, pattern, dtype, *, prompts=1, candidates=3, heads=2, dim=48
 
 
 def bits(target, dtype):
-    """The bits of a sequence do not depend on the other candidates and prompts, nor on the run."""
+    """Batch invariance: a sequence has the same bits for any other candidates and prompts, and in every run."""
     pattern, candidates = P.conv(67, (2, 6), kernel=5), 18
     tensors = make(target, pattern, 2, candidates, 2, 40, DTYPES[dtype])
     steps = 2 if target.simulated else None
@@ -124,7 +124,7 @@ def bits(target, dtype):
 
 
 def strided(target, dtype, layout):
-    """The bits are those of contiguous inputs, for rows too that are not aligned to 16 bytes."""
+    """The results have the bits of contiguous inputs, also for rows that are not aligned to 16 bytes."""
     pattern = P.row(6, (3, 4))
     _, k, v = make(target, pattern, 2, 5, 3, 24, DTYPES[dtype])
     new = target.randn(3, 10, 3, 24, dtype=DTYPES[dtype])
@@ -146,7 +146,7 @@ def strided(target, dtype, layout):
 
 
 def what_is_written(target):
-    """The new key and value in their slot, and nothing else."""
+    """A step writes the new key and value to their slot, and nothing else."""
     pattern = P.row(5, (2, 4))
     q, k, v = make(target, pattern, 2, 3, 2, 24, torch.bfloat16 if "bfloat16" in target.dtypes else torch.float16)
     cache = new_cache(pattern, k, v, 2)
@@ -174,7 +174,7 @@ def repeated_step(target):
 
 
 def unseen_text(target):
-    """It may be NaN."""
+    """Text keys outside the pattern may be NaN."""
     mask = torch.ones(22, 22, dtype=torch.bool).tril()
     mask[10:, 3:7] = False
     pattern = P.from_mask(mask, text_len=10)
@@ -185,7 +185,7 @@ def unseen_text(target):
 
 
 def overflow(target):
-    """Scores of all text keys of the first step but one overflow to -inf: weights of 0."""
+    """All but one of the first step's text scores overflow to -inf, which must give weights of 0."""
     pattern = P.row(70, (3, 4))
     q, k, v = make(target, pattern, 1, 2, 1, 32, torch.float32)
     q[..., 0], q[..., 1:] = 1e20, q[..., 1:] * 1e-3
@@ -198,7 +198,7 @@ def overflow(target):
 
 
 def graph(target, dtype):
-    """A step with its advance, captured once and replayed for the rest of the image."""
+    """A captured graph of a step and its advance, replayed for the whole image."""
     pattern = P.column(12, (4, 5))
     q, k, v = make(target, pattern, 2, 9, 2, 64, DTYPES[dtype])
     expected = decode(target, pattern, q, k, v, 2)
@@ -237,7 +237,7 @@ def one_graph(target):
 
 
 def beyond_32_bits(target):
-    """A cache of more than 2^31 numbers: the last candidate as if it were alone."""
+    """A cache of more than 2^31 elements: the last candidate has the same bits as alone."""
     need_memory(24)
     pattern, heads, dim = P.causal(8, (32, 32)), 16, 64
     candidates = 2**31 // (heads * dim * 1024) + 3

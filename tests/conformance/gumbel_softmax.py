@@ -1,5 +1,5 @@
-"""gumbel_softmax: the accuracy rule on y, the KL and the gradient, with the same noise; layouts, masked and broken
-rows, and what the batch may change.
+"""gumbel_softmax: the error bound on y, the KL and the gradient, with the same noise; layouts, masked and non-finite
+rows, and batch invariance.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dalle_kernels.philox import gumbel, gumbel_noise, random_bits
 from .target import DTYPES, Case, Cases, Target, captured, compiled, need_memory, refuses_double_backward, same, what
 
 LAYOUTS = ("contiguous", "transposed", "strided", "offset", "classes last")
-# (shape, dim) of few and many classes and positions; the largest error over a few positions is chance, over many it is
-# a property.
+# (shape, dim) with few and many classes and positions. The largest error over a few positions is a matter of chance;
+# over many it is stable.
 SHAPES = (
     ((16, 65, 16, 8), 1), ((2000, 130), 1), ((8, 50, 17, 15), 1), ((500, 3), 1), ((100, 20, 3), 1), ((60, 20, 50), 0),
     ((3, 5, 300), 1), ((2, 100, 400), 1),
@@ -64,7 +64,7 @@ def cases(target: Target) -> list[Case]:
 
 
 def plain_gumbel_softmax(x, seed, tau, hard, dim):
-    """The yardstick, wholly in x's dtype but for the logarithms of the noise: (y, kl)."""
+    """The baseline of the error bound, in x's dtype except for the logarithms of the noise: (y, kl)."""
     wide = torch.promote_types(x.dtype, torch.float32)
     noisy = x + gumbel_noise(x.shape, seed, wide).to(x.dtype)
     y = (noisy / tau).softmax(dim)
@@ -78,7 +78,7 @@ def one_hot(x, dim):
 
 
 def relax(target, x, seed, tau=0.7, hard=False, dim=1):
-    """(y, kl)"""
+    """(y, kl) of the target."""
     return dk.gumbel_softmax(x, tau, hard, dim=dim, seed=seed, return_kl=True, backend=target.backend)
 
 
@@ -99,7 +99,7 @@ def make(target, layout, shape, dtype, scale=2.0, offset=0.0):
     if layout == "strided":
         return x.repeat_interleave(2, -1)[..., ::2]
     if layout == "offset":
-        storage = torch.full([n + 2 for n in shape], torch.nan, dtype=dtype, device=target.device)  # NaN all around
+        storage = torch.full([n + 2 for n in shape], torch.nan, dtype=dtype, device=target.device)  # surrounded by NaN
         return storage[(slice(1, -1),) * len(shape)].copy_(x)
     return x
 
@@ -124,7 +124,7 @@ def accuracy(
 
 
 def smaller(shape, dim):
-    """The same classes at no more than some 500 positions."""
+    """`shape` with the same classes and at most about 500 positions."""
     shape = list(shape)
     positions = math.prod(shape) // shape[dim]
     largest = max((n, i) for i, n in enumerate(shape) if i != dim)[1]
@@ -133,7 +133,7 @@ def smaller(shape, dim):
 
 
 def assert_argmax(y, x, seed, dim):
-    """y is an exact one-hot of the largest noisy logit (of one of two that float32 cannot tell apart)."""
+    """Asserts that y is the exact one-hot of the largest noisy logit, up to ties within float32 rounding."""
     noisy = x.double() + gumbel_noise(x.shape, seed, torch.float64)
     assert ((y == 0) | (y == 1)).all() and (y.sum(dim) == 1).all()
     short = noisy.amax(dim) - (noisy * y).sum(dim)
@@ -141,7 +141,7 @@ def assert_argmax(y, x, seed, dim):
 
 
 def broken_rows(target, shape, hard):
-    """-inf forbids a class and hurts nothing else; NaN, +inf and only -inf give NaN, as in the reference."""
+    """-inf excludes a class and affects no other; rows with NaN or +inf, or only -inf, give NaN like the reference."""
     classes, positions = shape[1], math.prod(shape) // shape[1]
     rows = target.randn(positions, classes)
     rows[0, 1:] = -torch.inf
@@ -160,11 +160,11 @@ def broken_rows(target, shape, hard):
     assert all(t[good].isfinite().all() for t in (y, kl, grad)) and y[4:7].isnan().all()
     masked = rows[good] == -torch.inf
     assert masked.any() and (y[good][masked] == 0).all() and (grad[good][masked] == 0).all()
-    torch.testing.assert_close(kl[0], torch.tensor(math.log(classes), device=kl.device))  # one class left
+    torch.testing.assert_close(kl[0], torch.tensor(math.log(classes), device=kl.device))  # a single class remains
 
 
 def noise(target, shape, dim):
-    """Where logits are 0 and tau is 1, log y is the noise but for a constant; of all 64 bits of the seed."""
+    """For logits 0 and tau 1, log y is the noise up to a constant. Seeds cover all 64 bits."""
     for key in (0, -1, 0x299F31D0A4093822, int(target.seeds())):
         expected = gumbel_noise(shape, torch.tensor(key, device=target.device), torch.float64).log_softmax(dim)
         y = dk.gumbel_softmax(torch.zeros(shape, device=target.device), dim=dim, seed=key, backend=target.backend)
@@ -172,7 +172,7 @@ def noise(target, shape, dim):
 
 
 def first_of_equals(target):
-    """Noise of at most 23 vanishes beside 1e10, so that the largest logits are equal."""
+    """Ties go to the first class: 1e10 absorbs the noise, which is at most 23."""
     x = torch.zeros(6, 900, 4, device=target.device)
     first = torch.randint(0, 600, (6, 4), device=target.device)
     for offset in (0, 1, 33, 290):
@@ -183,7 +183,7 @@ def first_of_equals(target):
 
 
 def soft_and_hard(target):
-    """They choose the same class."""
+    """The soft and the hard variant select the same class."""
     x, seed = target.randn(4, 50, 6), target.seeds()
     soft, hard = (relax(target, x, seed, 0.5, hard)[0] for hard in (False, True))
     assert torch.equal(hard, one_hot(soft, 1))
@@ -193,11 +193,11 @@ def extremes_of_tau(target):
     x, seed = target.randn(20, 64), target.seeds()
     cold, hot = (relax(target, x, seed, tau)[0] for tau in (1e-30, 1e5))
     assert torch.equal(cold, relax(target, x, seed, hard=True)[0])
-    assert (hot * 64 - 1).abs().max() < 40 / 1e5  # no logit plus noise is farther than 40 from another
+    assert (hot * 64 - 1).abs().max() < 40 / 1e5  # noisy logits differ by less than 40
 
 
 def certain_choices(target):
-    """The KL of the uniform distribution is 0, that of a certain choice the log of the classes."""
+    """The KL is 0 for uniform logits, and log(classes) if one class has all probability."""
     certain = torch.zeros(3, 200, device=target.device)
     certain[:, 5] = 500.0
     for logits, expected in ((torch.full_like(certain, 7.0), 0.0), (certain, math.log(200))):
@@ -214,7 +214,7 @@ def one_class(target):
 
 
 def parts_of_the_gradient(target):
-    """Of y alone, and of the KL alone."""
+    """The gradients of y alone and of the KL alone."""
     seed = target.seeds()
     for which in (0, 1):
         grads = []
@@ -227,7 +227,7 @@ def parts_of_the_gradient(target):
 
 
 def without_kl(target):
-    """y has the same bits."""
+    """y has the same bits with and without the KL."""
     x, seed = target.randn(4, 30), target.seeds()
     for hard in (False, True):
         y = dk.gumbel_softmax(x, 0.7, hard, dim=1, seed=seed, backend=target.backend)
@@ -242,7 +242,7 @@ def empty(target):
 
 
 def bits(target, dtype):
-    """The bits of an image do not depend on how many follow it, nor on the run."""
+    """Batch invariance: an image has the same bits whatever the number of images after it, and in every run."""
     for shape in ((3, 300, 3, 7), (5, 300)):
         x, seed = target.randn(*shape, dtype=DTYPES[dtype]), target.seeds()
         grad_y, grad_kl = target.randn(*shape, dtype=DTYPES[dtype]), target.randn(*x.sum(1).shape)
@@ -254,7 +254,7 @@ def bits(target, dtype):
 
 
 def graph(target, dtype):
-    """Captured once, forward and backward, and replayed with other inputs and another seed."""
+    """A captured graph of forward and backward, replayed with other inputs and another seed."""
     x, grad = target.randn(2, 3, 100, 50, dtype=DTYPES[dtype])
     x, seed = x.requires_grad_(), target.seeds()
 
@@ -289,7 +289,7 @@ def one_graph(target):
 
 
 def beyond_32_bits(target):
-    """Positions beyond 2^31: the last image against the same in plain PyTorch."""
+    """Elements beyond 2^31: the last image against plain PyTorch."""
     need_memory(24)
     shape = 2**31 // (8192 * 64 * 64) + 2, 8192, 64, 64
     x = torch.randn(shape, dtype=torch.bfloat16, device=target.device)

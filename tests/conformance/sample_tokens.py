@@ -1,5 +1,5 @@
-"""sample_tokens: the token that the definition gives in float64, for every filter; equal logits, broken rows, and that
-a row depends on nothing but itself.
+"""sample_tokens: the tokens of the float64 definition, for every filter; ties, non-finite rows, and independence of the
+other rows.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def cases(target: Target) -> list[Case]:
 
 
 def kept(row, temperature, top_k, top_p):
-    """The tokens that may be sampled, by definition; `row` is a list of floats."""
+    """The tokens that the filters keep, by definition; `row` is a list of floats."""
     order = sorted(range(len(row)), key=lambda token: -row[token])
     if top_k is not None:
         order = [token for token in order if row[token] >= row[order[min(top_k, len(row)) - 1]]]
@@ -71,8 +71,8 @@ def noise(seed, offset, count):
 
 
 def acceptable(row, seed, offset, temperature=1.0, top_k=None, top_p=None):
-    """The tokens that float32 may take: the best, those within rounding of it, and the best of a set cut within
-    rounding of top_p.
+    """The acceptable results in float32: the best token, those within rounding of it, and the best tokens if top_p is
+    perturbed within rounding.
     """
     scores = np.array(row) / temperature + noise(seed, offset, len(row))
     result = set()
@@ -85,7 +85,7 @@ def acceptable(row, seed, offset, temperature=1.0, top_k=None, top_p=None):
 
 
 def check(target, logits, options):
-    """Every row's token is one that the definition gives."""
+    """Checks that the token of every row is acceptable."""
     seeds, offsets = target.seeds(2, len(logits))
     tokens = dk.sample_tokens(logits, seed=seeds, offset=offsets, **options, backend=target.backend)
     assert tokens.dtype == torch.int64 and tokens.shape == logits.shape[:1]
@@ -96,12 +96,12 @@ def check(target, logits, options):
 
 
 def lay_out(x, layout):
-    """The same values in other memory."""
+    """The same values in another memory layout."""
     if layout == "transposed":
         return x.T.contiguous().T
     if layout == "strided":
         return x.repeat_interleave(2, dim=1)[:, ::2]
-    if layout == "offset":  # NaN all around
+    if layout == "offset":  # surrounded by NaN
         storage = torch.full((x.shape[0] + 2, x.shape[1] + 3), torch.nan, dtype=x.dtype, device=x.device)
         return storage[1:-1, 2:-1].copy_(x)
     return x
@@ -115,7 +115,7 @@ def definition(target, dtype, rows, vocabulary, layout="contiguous", filters=FIL
 
 
 def broken_rows(target, dtype):
-    """The first NaN, else the first +inf; of only -inf the first token."""
+    """A row gives its first NaN, else its first +inf; a row of only -inf gives token 0."""
     logits = target.randn(6, 70, dtype=DTYPES[dtype])
     logits[0, 9:] = torch.nan
     logits[1, 12::3] = torch.inf
@@ -128,7 +128,7 @@ def broken_rows(target, dtype):
 
 
 def equally_likely(target):
-    """Tokens that are as likely as the last one kept are kept too."""
+    """Ties with the last token that a filter keeps are kept."""
     values = torch.tensor([0.0, 3.0, 1.0, 3.0, 1.0, -0.0, 1.0, -2.0], device=target.device)
     logits = values.expand(40 if target.simulated else 4000, 8)
     filters = ({"top_k": 1}, {"top_k": 3}, {"top_k": 6}, {"top_p": 0.01}, {"top_p": 0.6})
@@ -145,7 +145,7 @@ def greedy(target):
 
 
 def one_row(target):
-    """A row depends on its logits, seed and offset alone."""
+    """A row's token depends only on its logits, seed and offset."""
     logits, (seeds, offsets) = target.randn(11, 100), target.seeds(2, 11)
     options = {"top_k": 50, "top_p": 0.9, "backend": target.backend}
     whole = dk.sample_tokens(logits, seed=seeds, offset=offsets, **options)
@@ -160,7 +160,7 @@ def empty(target):
 
 
 def frequencies(target, options):
-    """The samples follow softmax(logits / temperature) over the tokens kept."""
+    """Samples follow softmax(logits / temperature) over the kept tokens."""
     count, logits = 100 if target.simulated else 40_000, target.randn(13)
     tokens = dk.sample_tokens(logits.expand(count, 13), seed=int(target.seeds()), **options, backend=target.backend)
     temperature = options.get("temperature", 1.0)

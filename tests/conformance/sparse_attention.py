@@ -1,5 +1,5 @@
-"""sparse_attention: the accuracy rule on out, lse and the gradients; what hidden pairs, NaN, layouts, splits and the
-batch may change.
+"""sparse_attention: the error bound on out, lse and the gradients; masked pairs, NaN, layouts, split tiles, and batch
+invariance.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from patterns_for_tests import every_pattern
 from .target import DTYPES, Case, Cases, P, Target, captured, compiled, need_memory, refuses_double_backward, same, what
 
 LAYOUTS = ("bhnd", "bnhd", "qkv", "offset")
-TEXT, GRID = 21, (8, 10)  # 101 tokens: two tiles of 64, the second with a part of 16 rows that is not full
+TEXT, GRID = 21, (8, 10)  # 101 tokens: two tiles of 64, the second with a partial block of 16 rows
 
 
 def cases(target: Target) -> list[Case]:
@@ -64,7 +64,7 @@ def cases(target: Target) -> list[Case]:
 
 
 def plain_attention(q, k, v, mask, scale):
-    """The yardstick: softmax(q kT * scale, masked) v with matmuls in the inputs' dtype; returns (out, lse)."""
+    """The baseline of the error bound: softmax(q kT * scale, masked) v in the inputs' dtype; returns (out, lse)."""
     scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~mask, float("-inf"))
     return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
@@ -78,7 +78,7 @@ def run(attention, tensors, grad):
 
 
 def attend(target, pattern, tensors, grad=None, scale=None):
-    """out and lse; with the gradient of out also dq, dk and dv."""
+    """[out, lse] or, with the gradient of out, [out, lse, dq, dk, dv]."""
 
     def attention(q, k, v):
         return dk.sparse_attention(q, k, v, pattern, scale=scale, return_lse=True, backend=target.backend)
@@ -87,7 +87,7 @@ def attend(target, pattern, tensors, grad=None, scale=None):
 
 
 def make(target, layout, batch, heads, n, dim, dtype):
-    """q, k, v [batch, heads, n, dim] in memory of several kinds."""
+    """q, k, v [batch, heads, n, dim] in a memory layout."""
     if layout == "bhnd":
         return target.randn(3, batch, heads, n, dim, dtype=dtype).unbind(0)
     if layout == "bnhd":
@@ -95,14 +95,14 @@ def make(target, layout, batch, heads, n, dim, dtype):
     if layout == "qkv":  # one fused projection, split by views
         return target.randn(batch, n, 3, heads, dim, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     storage = torch.full((3, batch, heads, n + 2, dim + 3), torch.nan, dtype=dtype, device=target.device)
-    views = storage[..., 1:-1, 2:-1]  # NaN all around the view
+    views = storage[..., 1:-1, 2:-1]  # surrounded by NaN
     views.copy_(torch.randn(views.shape))
     return views.unbind(0)
 
 
 def check(target, pattern, tensors, grad, dtype, scale=None):
-    """The accuracy rule on all outputs and gradients. Callers give at least 16 (batch, head) pairs: the largest error
-    of one head comes from the few queries that see few keys and is chance; that of many heads is a property.
+    """Checks the error bound on all outputs and gradients. Callers use at least 16 (batch, head) pairs: the largest
+    error of one head comes from the few queries with few keys, and is a matter of chance; over many heads it is stable.
     """
     n, dim = tensors[0].shape[2:]
     used = dim**-0.5 if scale is None else scale
@@ -126,7 +126,7 @@ def accuracy(target, name, dtype, *, dim=64, n=None, layout="bhnd", factor=1.0, 
 
 
 def papers_size(target, name, dtype):
-    """Tiles are split here without being told to."""
+    """At this size tiles are split by default."""
     pattern = getattr(P, name)(256, (32, 32))
     batch, heads = (1, 1) if target.simulated else (8, 2)
     *tensors, grad = target.randn(4, batch, heads, pattern.seq_len, 64, dtype=DTYPES[dtype]).unbind(0)
@@ -134,7 +134,7 @@ def papers_size(target, name, dtype):
 
 
 def tiny_head_dim(target, dim):
-    """In float32, of so few elements, plain PyTorch's sums are nearly exact: a tolerance."""
+    """Uses a tolerance, because with so few elements plain PyTorch's float32 sums are nearly exact."""
     pattern = every_pattern(TEXT, GRID)["row"]
     n = pattern.seq_len
     *tensors, grad = target.randn(4, 2, 2, n, dim).unbind(0)
@@ -145,7 +145,7 @@ def tiny_head_dim(target, dim):
 
 
 def expanded_gradient(target, dtype):
-    """As the backward of a sum gives it, with strides of 0."""
+    """A gradient with strides of 0, as from the backward of a sum."""
     pattern = every_pattern(TEXT, GRID)["row"]
     tensors = target.randn(3, 1, 4, pattern.seq_len, 32, dtype=DTYPES[dtype]).unbind(0)
     grad = target.randn(32, dtype=DTYPES[dtype]).expand(1, 4, pattern.seq_len, 32)
@@ -153,8 +153,8 @@ def expanded_gradient(target, dtype):
 
 
 def hidden_pairs(target, name, dtype, split):
-    """Whatever finite values lie at a key, what queries give that do not see it stays as it is, forward and backward;
-    and whatever lies at a query, the gradients of keys that it does not see.
+    """The finite values of a key do not affect queries that do not attend to it, forward and backward; nor do those of
+    a query affect the gradients of keys that it does not attend to.
     """
     pattern = every_pattern(TEXT, GRID)[name]
     n = pattern.seq_len
@@ -173,7 +173,7 @@ def hidden_pairs(target, name, dtype, split):
 
 
 def nan(target, which, dtype, split):
-    """A diverged model must not look healthy: every query that sees a NaN is NaN, and so is its gradient."""
+    """NaN must propagate: every query that attends to a NaN has a NaN result and a NaN gradient."""
     pattern = every_pattern(TEXT, GRID)["row"]
     n = pattern.seq_len
     tensors = target.randn(4, 1, 2, n, 32, dtype=DTYPES[dtype])
@@ -183,12 +183,12 @@ def nan(target, which, dtype, split):
         out, lse, *grads = (x.cpu() for x in attend(target, pattern, tensors[:3], tensors[3]))
     assert grads[0].isnan().any(-1)[0, 0, seen].all()
     assert which == 3 or out.isnan().any(-1)[0, 0, seen].all()
-    assert which > 1 or torch.equal(lse[0, 0].isnan(), seen)  # the values have no part in lse
+    assert which > 1 or torch.equal(lse[0, 0].isnan(), seen)  # lse does not depend on the values
     assert not any(result[0, 1].isnan().any() for result in (out, lse, *grads))
 
 
 def bits(target, dtype, split):
-    """The bits of a (batch, head) do not depend on the others, nor on the run."""
+    """Batch invariance: a (batch, head) has the same bits whatever the others are, and in every run."""
     pattern = every_pattern(TEXT, GRID)["corner_conv"]
     tensors = target.randn(4, 3, 2, pattern.seq_len, 64, dtype=DTYPES[dtype])
     with target.split_after(split):
@@ -199,12 +199,12 @@ def bits(target, dtype, split):
 
 
 def strides(target):
-    """Those of q, so that heads may be merged by a view."""
+    """The output has the strides of q, so that merging heads is a view."""
     pattern = P.row(8, (4, 4))
     q, k, v = make(target, "bnhd", 2, 3, 24, 32, torch.float32)
     out = dk.sparse_attention(q, k, v, pattern, backend=target.backend)
     assert out.stride() == q.stride()
-    out.transpose(1, 2).reshape(2, 24, 96).view(-1)  # free
+    out.transpose(1, 2).reshape(2, 24, 96).view(-1)  # no copy
 
 
 def one_token(target):
@@ -242,7 +242,7 @@ def one_graph(target):
 
 
 def graph(target, dtype):
-    """Captured once, forward and backward, and replayed with other inputs."""
+    """A captured graph of forward and backward, replayed with other inputs."""
     pattern = P.row(40, (9, 11))
     q, k, v, grad = target.randn(4, 2, 3, pattern.seq_len, 64, dtype=DTYPES[dtype])
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
@@ -260,7 +260,7 @@ def graph(target, dtype):
 
 
 def beyond_32_bits(target):
-    """More than 2^31 numbers in a tensor."""
+    """Tensors of more than 2^31 elements."""
     pattern = P.row(256, (32, 32))
     need_memory(60)
     batch = 2**31 // (16 * pattern.seq_len * 64) + 2

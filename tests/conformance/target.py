@@ -1,4 +1,4 @@
-"""Targets, cases, and what the checks of several operations need."""
+"""Targets, cases, and helpers shared by the checks of several operations."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Target:
-    """A backend and where it runs.
+    """A backend on a device.
 
     Attributes:
-        backend: its name.
-        device: of the tensors.
-        dtypes: which of DTYPES it is checked in.
-        simulated: the kernels run by emulation or interpretation: problems are small, and some cases are slow.
-        kernels: there are kernels, whose bits do not depend on the batch; not so in plain PyTorch.
+        backend: name of the backend.
+        device: device of the tensors.
+        dtypes: names of DTYPES to check.
+        simulated: whether the kernels are emulated or interpreted: problems are small, and some cases are slow.
+        kernels: whether it has kernels, which are batch-invariant; plain PyTorch is not.
         compiles: whether torch.compile can trace its operations.
     """
 
@@ -37,7 +37,7 @@ class Target:
     compiles: bool = True
 
     def patterns(self, dtype: str) -> tuple[str, ...]:
-        """Which patterns operations are checked with in a dtype: all, or few in the slowest dtype of slow targets."""
+        """The patterns to check in a dtype: all, or a few in the slowest dtype of slow targets."""
         return ("row", "conv-clip", "mask") if self.simulated and dtype == "float32" else NAMES
 
     def randn(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -48,8 +48,8 @@ class Target:
 
     @contextlib.contextmanager
     def split_after(self, groups: int | None) -> Iterator[None]:
-        """Within, plans split a tile after so many groups of keys; None: as they always do, which is after more keys
-        than small patterns have.
+        """Within the block, plans split tiles after `groups` groups of keys. None: the default, which is more than
+        small patterns have.
         """
         if groups is None:
             yield
@@ -77,7 +77,7 @@ def _split(shape, groups):
 
 @dataclass(frozen=True)
 class Case:
-    """A check with its arguments. `slow`: it belongs to the slow suite."""
+    """A check with its arguments. `slow`: part of the slow suite."""
 
     name: str
     check: Callable[[], None]
@@ -91,18 +91,18 @@ class Cases:
         self.target, self.operation, self.list = target, operation, []
 
     def add(self, name: str, check: Callable, *args, slow: bool = False, rare: bool = False, **options) -> None:
-        """`rare`: it is slow where the kernels are simulated."""
+        """Adds a case. `rare`: slow if the kernels are simulated."""
         check = functools.partial(check, self.target, *args, **options)
         self.list.append(Case(f"{self.operation} {name}", check, slow or (rare and self.target.simulated)))
 
 
 def what(target: Target, operation: str, tensor: str, dtype: str) -> str:
-    """The name of a result, in reports of its accuracy."""
+    """The name of a result in accuracy reports."""
     return f"{target.backend} {operation} {tensor} {dtype}"
 
 
 def same(actual, expected) -> None:
-    """The same bits."""
+    """Asserts bitwise equality."""
     for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert torch.equal(a, b), f"output {number} differs by up to {(a.double() - b.double()).abs().max():.3g}"
 
@@ -114,7 +114,7 @@ def captured(target: Target, step: Callable[[], list]) -> Callable[[], list]:
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step()  # plans are compiled and uploaded here
+        step()  # compiles and uploads plans
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=side):

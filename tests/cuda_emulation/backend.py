@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels as a backend, `emulated`: plans, gradients and launchers are those of `cuda`."""
+"""The emulated CUDA kernels as a backend, `emulated`, with the plans, gradients and launchers of `cuda`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import emulated
 
 
 class EmulatedOperation:
-    """A registered operation, each of whose calls is checked by the emulation."""
+    """A registered operation whose calls are checked by the emulation."""
 
     def __init__(self, name, backend):
         self._name, self._backend = name, backend

@@ -1,11 +1,12 @@
-// The test-only half of csrc/cuda/device.h: kernels compiled for the CPU, where every access is checked.
+// The emulation of csrc/cuda/device.h for tests: kernels run on the CPU, and every access is checked.
 //
-// One CUDA thread is one fibre; blocks, warps and lanes run in an order shuffled by the seed. Every run reports, by
-// file and line of the kernel: shared and global memory out of bounds or misaligned; shared memory read uninitialised,
-// or while a cp.async is in flight; missing barriers (by epochs, so whatever the order of this run); divergent
-// collectives; deadlocks; copies never waited for; bank conflicts of ldmatrix are counted. A cp.async destroys its
-// destination when it is issued and lands when it is waited for. What it cannot show: speed, rounding inside mma, and a
-// misreading of the PTX manual that both halves share (primitives.cu compares them on a GPU).
+// A CUDA thread is a fibre; blocks, warps and lanes run in an order shuffled by the seed. Every run reports, by file
+// and line of the kernel: out-of-bounds and misaligned accesses to shared and global memory; reads of shared memory
+// that is uninitialised or has a cp.async in flight; missing barriers (by epochs, independent of the order of this
+// run); divergent collectives; deadlocks; copies that are never waited for. Bank conflicts of ldmatrix are counted. A
+// cp.async invalidates its destination when it is issued and completes when it is waited for. Not covered: speed,
+// rounding inside mma, and misreadings of the PTX manual shared by both implementations (primitives.cu compares them on
+// a GPU).
 #pragma once
 #include "machine.h"
 
@@ -43,7 +44,8 @@ inline uint32_t to_float16(float f) {
 }
 
 inline void ldmatrix(uint32_t address, uint32_t (&r)[4], bool transposed, const char* file, int line) {
-  const dev::u32x4 row = shared_load<dev::u32x4>(address, file, line);   // before the meeting, which orders nothing
+  const dev::u32x4 row =
+      shared_load<dev::u32x4>(address, file, line);   // before the collective, which does not order accesses
   Thread& t = *current;
   memcpy(t.in, &row, 16);
   t.in[4] = address;
@@ -184,12 +186,12 @@ inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
-// (of a denormal as of 0)
+// the logarithm of a denormal is that of 0
 inline float log2_approx(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }
 inline float max(float a, float b) { return std::fmax(a, b); }
 inline float min(float a, float b) { return std::fmin(a, b); }
 inline float fma(float a, float b, float c) { return std::fma(a, b, c); }
-inline float mul_rn(float a, float b) { return a * b; }   // (the library is built with -ffp-contract=off)
+inline float mul_rn(float a, float b) { return a * b; }   // the library is built with -ffp-contract=off
 inline float add_rn(float a, float b) { return a + b; }
 inline float sub_rn(float a, float b) { return a - b; }
 inline float to_float_rn(uint32_t v) { return static_cast<float>(v); }

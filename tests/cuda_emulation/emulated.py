@@ -20,11 +20,11 @@ from dalle_kernels.backends.plans import plan_tensors
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-SANITIZE = "DALLE_EMULATION_SANITIZE"  # set: build with ASan and UBSan (their libraries must be preloaded)
+SANITIZE = "DALLE_EMULATION_SANITIZE"  # if set: build with ASan and UBSan, whose libraries must be preloaded
 
 
 class EmulationError(AssertionError):
-    """What the emulation found wrong, a report a line."""
+    """The emulation's reports, one per line."""
 
 
 def compile_library(csrc: Path, destination: Path, *, only: tuple[str, ...] = ()) -> Path:
@@ -125,7 +125,7 @@ def counts() -> dict[str, int]:
 
 
 def plans(pattern, n: int) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """The plan, the backward plan and their sizes as the `cuda` backend uses them, on the CPU."""
+    """The `cuda` backend's plan and backward plan, on the CPU, and their sizes."""
     return plan_tensors(pattern, n, torch.device("cpu"), TILES["cuda"])
 
 
@@ -136,7 +136,7 @@ def _errors(emulation):
 
 
 def _unwritten(tensor):
-    """How many elements still hold the 0xff bytes that every output is filled with."""
+    """The number of elements that still hold the 0xff bytes with which every output is filled."""
     if tensor.numel() == 0:
         return 0
     integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]

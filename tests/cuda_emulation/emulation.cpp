@@ -1,4 +1,4 @@
-// What the emulated library offers to Python besides the operations.
+// The Python interface of the emulated library besides the operations.
 #include "cuda/device.h"
 
 #define DK_EXPORT extern "C" __attribute__((visibility("default")))
@@ -11,14 +11,14 @@ DK_EXPORT void dk_emulation_begin(uint64_t seed, int capability) {
 }
 DK_EXPORT void dk_emulation_allow(const void* p, uint64_t bytes) { emu::allow(p, bytes); }
 
-// One report a line; returns the bytes needed.
+// Writes one report per line; returns the number of bytes needed.
 DK_EXPORT uint64_t dk_emulation_errors(char* text, uint64_t size) {
   std::string all;
   for (const auto& [what, count] : emu::report.errors) all += what + " x" + std::to_string(count) + "\n";
   snprintf(text, size, "%s", all.c_str());
   return all.size() + 1;
 }
-// launches, mma, ldmatrix, and the shared memory passes these took (equal where there are no bank conflicts)
+// launches, mma, ldmatrix, and shared memory passes of ldmatrix (equal without bank conflicts)
 DK_EXPORT void dk_emulation_counts(long (&counts)[4]) {
   counts[0] = emu::report.launches, counts[1] = emu::report.mma, counts[2] = emu::report.ldmatrix,
   counts[3] = emu::report.ldmatrix_ways;

@@ -1,5 +1,5 @@
-// Kernels that break one rule each, and some that break none: does the emulation tell? The program runs the kernel
-// named by its first argument, in an order drawn from the second, and prints the reports, one a line
+// Kernels that violate one rule each, and some correct ones, to test the reports of the emulation. The program runs the
+// kernel named by its first argument, in an order seeded by the second, and prints one report per line
 // (test_cuda_emulation.py).
 #include "cuda/device.h"
 
@@ -19,7 +19,7 @@ using Kernel = void (*)(Memory);
 static uint32_t word(int i) { return smem_base() + 4 * i; }
 static int lane() { return tid() & 31; }
 
-// Shared by the kernels about copies: two groups of 4 bytes a thread.
+// Shared by the kernels on copies: two groups of 4 bytes per thread.
 static void copy_twice(Memory m) {
   for (int group = 0; group < 2; ++group) cp_async4(word(group * THREADS + tid()), m.in + tid()), cp_async_commit();
 }

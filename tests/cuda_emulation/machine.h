@@ -1,5 +1,5 @@
-// The machine of the emulation: threads as fibres, the order they run in, memory that is checked at every access, and
-// grids. cuda_emulation.h puts the names of csrc/cuda/device.h on it.
+// The emulated machine: threads as fibres, their scheduling, checked memory, and grids. cuda_emulation.h implements the
+// functions of csrc/cuda/device.h on it.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -25,17 +25,17 @@
 #define DK_PARAM const
 #define DK_UNROLL_FOR for
 #define DK_ROLLED_FOR for
-#define DK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()   // where the kernel calls
+#define DK_AT const char *file = __builtin_FILE(), int line = __builtin_LINE()   // the caller's position in the kernel
 
 namespace dk::emulation {
 
-// -- what is set, and what is found
+// -- settings and reports
 struct Options {
   uint64_t seed = 1;
   int capability = 90;
 };
 struct Report {
-  std::map<std::string, long> errors;   // "file:line: what", and how often
+  std::map<std::string, long> errors;   // "file:line: what" -> count
   long ldmatrix = 0, ldmatrix_ways = 0, mma = 0, launches = 0;
 };
 inline Options options;
@@ -43,7 +43,7 @@ inline Report report;
 struct Range {
   uintptr_t low, high;
 };
-inline std::map<uintptr_t, Range> ranges;   // global memory that kernels may touch
+inline std::map<uintptr_t, Range> ranges;   // global memory that kernels may access
 inline void allow(const void* p, size_t bytes) {
   const uintptr_t low = reinterpret_cast<uintptr_t>(p);
   if (bytes) {
@@ -71,7 +71,7 @@ inline Random random_order;
 
 // -- threads as fibres
 constexpr size_t STACK = 256 << 10;
-constexpr uint32_t SMEM_BASE = 0x400;   // shared addresses do not begin at 0
+constexpr uint32_t SMEM_BASE = 0x400;   // shared addresses do not start at 0
 
 struct Copy {
   uint32_t to;
@@ -84,7 +84,7 @@ struct Copy {
 
 struct Thread {
   int index = 0;           // in the cluster
-  int tid = 0, rank = 0;   // in its block; of its block
+  int tid = 0, rank = 0;   // in its block; rank of its block
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_bytes = STACK;
@@ -98,12 +98,12 @@ struct Thread {
   uint32_t block_epoch = 1, warp_epoch = 1, cluster_epoch = 1;   // barriers passed
   std::vector<Copy> open;                                        // copies not yet committed
   std::vector<std::vector<Copy>> groups;
-  size_t landed = 0;        // groups that have
+  size_t landed = 0;        // completed groups
   uint32_t in[8], out[4];   // registers in a collective
   float float_in[4], float_out[4];
 };
 
-struct Meeting {   // of the threads of a warp, block or cluster
+struct Meeting {   // a collective of the threads of a warp, block or cluster
   int arrived = 0;
   const char *op = "", *file = "";
   int line = 0;
@@ -115,7 +115,7 @@ struct Cell {   // four bytes of shared memory
   enum { NEVER_WRITTEN, IN_FLIGHT, VALID };
   static constexpr int NOBODY = -1, SEVERAL_WARPS = -2;
   uint8_t state = NEVER_WRITTEN;
-  bool several_lanes = false;             // of the reader's warp have read
+  bool several_lanes = false;             // whether several lanes of the reader's warp have read
   int writer = NOBODY, reader = NOBODY;   // index
   uint32_t write_epoch = 0, write_warp_epoch = 0, write_cluster_epoch = 0;
   uint32_t read_epoch = 0, read_warp_epoch = 0, remote_read_cluster_epoch = 0;
@@ -127,11 +127,11 @@ struct Block {
   char *map = nullptr, *smem = nullptr;
   size_t map_bytes = 0;
   std::vector<Cell> shadow;
-  uint32_t remote_read_cluster_epoch = 0;   // the last in which another block read this one's memory
+  uint32_t remote_read_cluster_epoch = 0;   // the last epoch in which another block read this memory
   int live = 0;
 };
 
-struct Cluster {                        // what runs at a time: one block, or the blocks of a cluster
+struct Cluster {                        // the unit that runs at a time: one block, or the blocks of a cluster
   int threads = 0, blocks = 1, y = 0;   // threads of a block
   uint32_t smem_bytes = 0;
   std::vector<Block> block;
@@ -155,7 +155,7 @@ inline void error(const char* what, const char* file, int line, const std::strin
 }
 
 #if defined(__x86_64__)
-// ucontext does the same with a system call, 20 times slower
+// ucontext is 20 times slower, because it makes a system call
 extern "C" void dk_emulation_switch(void** save, void* load);
 asm(R"(.text
 .p2align 4
@@ -177,7 +177,7 @@ inline void jump(Thread* from, Thread* to, bool forever) {
 #endif
   (void)forever;
 #if defined(__x86_64__)
-  static void* nowhere;   // a fibre that ends must not be written to
+  static void* nowhere;   // discards the state of a fibre that ends
   dk_emulation_switch(forever ? &nowhere : &from->stack_pointer, to->stack_pointer);
 #else
   swapcontext(&from->context, &to->context);
@@ -192,11 +192,11 @@ inline void wake(int index) {
   ++cluster->ready_count;
 }
 
-inline Thread* next_thread() {   // the main thread when nobody can run
+inline Thread* next_thread() {   // the main thread if no thread can run
   Cluster& c = *cluster;
   if (c.ready_count == 0) return &c.main;
   int warp = -1;
-  if (c.policy == 0) {   // any warp; else one runs as far ahead as barriers allow
+  if (c.policy == 0) {   // any warp; otherwise one warp runs ahead as far as barriers allow
     do warp = random_order.below(c.ready.size());
     while (c.ready[warp].empty());
   } else {
@@ -220,7 +220,7 @@ inline void let_others_run() {
   if (to != me) jump(me, to, false);
 }
 
-// Everybody of a group arrives; the last one does what the group does together.
+// All threads of a group arrive; the last one performs the collective.
 template <class Together>
 void meet(Meeting& m, int size, const char* op, const char* file, int line, const Together& together) {
   Thread& me = *current;
@@ -361,7 +361,7 @@ template <class T> void global_store(void* p, const T& value, const char* file, 
 
 inline void issue_copy(uint32_t to, const void* from, uint32_t bytes, bool valid, const char* file, int line) {
   if (valid) valid = in_global_memory(from, bytes, file, line);
-  // gone from now on, there only after the wait
+  // invalid from now until the wait
   memset(shared_write(to, bytes, Write::COPY_ISSUED, file, line), 0xff, bytes);
   current->open.push_back({to, from, bytes, valid, file, line});
 }
@@ -447,7 +447,7 @@ inline bool run_cluster(Cluster& c) {
 
 inline void allocate(Cluster& c) {
   const size_t page = 4096, body = (c.smem_bytes + page - 1) / page * page;
-  for (Block& b : c.block) {   // ends at a page that cannot be touched
+  for (Block& b : c.block) {   // ends at an inaccessible page
     b.map_bytes = body + 2 * page;
     b.map = static_cast<char*>(mmap(nullptr, b.map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     b.smem = b.map + page + (body - (c.smem_bytes + 15) / 16 * 16);

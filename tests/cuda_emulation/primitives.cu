@@ -1,13 +1,13 @@
-// Does a GPU do what the emulation (cuda_emulation.h) takes it to do? Every primitive of csrc/cuda/device.h, on random
-// inputs, with all that each lane then holds written out. The same source is compiled by nvcc for a GPU and by g++
-// under emulation; primitives.py builds, runs and compares:
+// Compares a GPU with the emulation (cuda_emulation.h): runs every primitive of csrc/cuda/device.h on random inputs and
+// prints the results of each lane. The same source is compiled by nvcc for a GPU and by g++ for the emulation;
+// primitives.py builds, runs and compares:
 //
-//   python tests/cuda_emulation/primitives.py       exit status 0: they agree; 1: what differs first, by primitive,
+//   python tests/cuda_emulation/primitives.py       exit status 0: they agree; 1: the first difference, by primitive,
 //   lane and word
 //
-// What is random is drawn in statements of its own: the arguments of a call are evaluated in any order.
-// By itself the program prints a line for each primitive, block and lane: its name, how it is to be compared, block,
-// lane, and the words in hexadecimal.
+// Random numbers are generated in separate statements, because the evaluation order of arguments is unspecified.
+// The program prints one line per primitive, block and lane: name, kind of comparison, block, lane, and the words in
+// hexadecimal.
 #include "cuda/device.h"
 
 #include <cstdio>
@@ -27,7 +27,7 @@ struct Params {
   int64_t block_words;
 };
 
-// What a probe is given.
+// The inputs of a probe.
 struct Lane {
   const uint32_t* source;
   uint32_t* out;
@@ -46,8 +46,8 @@ struct Lane {
   DK_DEVICE void put(int word, float v) { put(word, dev::as_bits(v)); }
 };
 
-// How words are compared: BITS exactly, FLOAT likewise but for the bits of a NaN, EXP2 and LOG2 within the errors that
-// the PTX manual allows.
+// Kinds of comparison: BITS: exactly; FLOAT: exactly, except for the bits of a NaN; EXP2 and LOG2: within the error
+// bounds of the PTX manual.
 #define DK_PROBE(NAME, COMPARED, WRITTEN)                \
   struct NAME {                                          \
     static constexpr const char* name = #NAME;           \
@@ -57,7 +57,7 @@ struct Lane {
   };                                                     \
   DK_DEVICE void NAME::run([[maybe_unused]] Lane& l, [[maybe_unused]] uint32_t shared)
 
-// -- where am I
+// -- indices
 DK_PROBE(place, "bits", 4) {
   l.put(0, static_cast<uint32_t>(dev::tid()));
   l.put(1, static_cast<uint32_t>(dev::bid_x()));
@@ -81,7 +81,7 @@ DK_PROBE(stg, "bits", 8) {
   dev::stg(reinterpret_cast<uint16_t*>(l.out + 7) + 1, static_cast<uint16_t>(l.random()));
 }
 
-// -- shared memory: written by one thread, read by another in other widths
+// -- shared memory: written by one thread, read by another with other widths
 DK_PROBE(shared_memory, "bits", 20) {
   const uint32_t mine = shared + dev::tid() * 48, other = shared + (THREADS - 1 - dev::tid()) * 48;
   dev::sts16(mine, {l.random(), l.random(), l.random(), l.random()});
@@ -114,7 +114,7 @@ DK_PROBE(cp_async, "bits", 12) {
   DK_UNROLL_FOR (int i = 8; i < 12; ++i) l.put(i, dev::lds_u32(other + 4 * i));
 }
 
-// -- a warp together
+// -- collective over a warp
 DK_PROBE(shfl_xor, "bits", 10) {
   DK_UNROLL_FOR (int i = 0; i < 5; ++i)
     l.put(i, dev::shfl_xor(l.random(), 1 << i)), l.put(5 + i, dev::shfl_xor(l.number(), 1 << i));
@@ -135,7 +135,7 @@ template <bool TRANSPOSED> DK_DEVICE void load_matrices(Lane& l, uint32_t shared
     dev::sts16(warp + lane * 32 + 16 * i, {l.random(), l.random(), l.random(), l.random()});
   dev::syncwarp();
   uint32_t r[4];
-  const uint32_t row = warp + (lane * 13 + 5) % 32 * 32 + (lane & 16);   // rows in no order, and with gaps
+  const uint32_t row = warp + (lane * 13 + 5) % 32 * 32 + (lane & 16);   // unordered rows with gaps
   if constexpr (TRANSPOSED) dev::ldmatrix_x4_trans(row, r);
   else dev::ldmatrix_x4(row, r);
   DK_UNROLL_FOR (int i = 0; i < 4; ++i) l.put(i, r[i]);
@@ -143,7 +143,7 @@ template <bool TRANSPOSED> DK_DEVICE void load_matrices(Lane& l, uint32_t shared
 DK_PROBE(ldmatrix, "bits", 4) { load_matrices<false>(l, shared); }
 DK_PROBE(ldmatrix_trans, "bits", 4) { load_matrices<true>(l, shared); }
 
-// -- 16-bit types. Sums of products of small integers are exact, in whatever order they are added up.
+// -- 16-bit types. Sums of products of small integers are exact in any order.
 template <class T> DK_DEVICE uint32_t integers(Lane& l) {
   const float low = l.integer(), high = l.integer();
   return dev::pack(T{}, low, high);
@@ -202,7 +202,7 @@ DK_PROBE(integer_arithmetic, "bits", 6) {
   l.put(4, dev::as_bits(dev::as_float(a & 0x7f7fffffu))), l.put(5, dev::inf());
 }
 
-// -- a cluster together
+// -- collective over a cluster
 DK_PROBE(cluster, "bits", 5) {
   dev::sts_f32(shared + dev::tid() * 4, l.number());
   dev::cluster_sync();
@@ -263,7 +263,7 @@ const char* run_on_device(const char* (*launch)(const Params&), Params p, std::v
   p.source = source_there, p.out = out_there;
   if (const char* error = launch(p)) return error;
   cudaMemcpy(out.data(), out_there, out.size() * 4, cudaMemcpyDeviceToHost);
-  const cudaError_t error = cudaGetLastError();   // of any of these calls
+  const cudaError_t error = cudaGetLastError();   // of any call above
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 #else

@@ -15,18 +15,18 @@ import numpy as np
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 SOURCE = HERE / "primitives.cu"
-OPTIONAL = {"cluster"}  # what a GPU before sm_90 does not have, and so does not print
+OPTIONAL = {"cluster"}  # not printed by GPUs before sm_90, which lack them
 
 
 def expected(folder: Path, source: Path = SOURCE) -> str:
-    """What the program prints under emulation."""
+    """The output of the program under emulation."""
     program = folder / "primitives-emulated"
     flags = ["-O1", "-g1", "-ffp-contract=off", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     return _run([_build(["g++", *flags, "-x", "c++"], source, program)])
 
 
 def compile_for_gpu(folder: Path, architecture: str) -> Path:
-    """The program for a GPU; `architecture` such as 90a, or native."""
+    """Builds the program for a GPU. `architecture`: 90a or similar, or native."""
     target = ["-arch=native"]
     if architecture != "native":
         target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
@@ -63,7 +63,7 @@ def _parse(text):
 
 
 def compare(got: str, expected: str) -> list[str]:
-    """What differs, a line for each primitive; empty when a GPU's output is as it should be."""
+    """The differences, one line per primitive; empty if the GPU's output is as expected."""
     got, expected = _parse(got), _parse(expected)
     problems = [f"{name}: nothing was printed" for name in expected.keys() - got.keys() - OPTIONAL]
     for name, (how, places, words) in expected.items():
