@@ -1,4 +1,4 @@
-"""The portable kernels, compiled for aarch64 by a cross-compiler."""
+"""The portable kernels, cross-compiled for aarch64."""
 
 import shutil
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 CSRC = Path(__file__).parents[1] / "csrc"
 COMPILER = "aarch64-linux-gnu-g++"
-MATRIX_UNITS = "_bf16"  # files for instruction sets of x86-64 alone
+MATRIX_UNITS = "_bf16"  # files for instruction sets of x86-64 only
 SOURCES = [path.name for path in sorted((CSRC / "cpu").glob("*.cpp")) if not path.stem.endswith(MATRIX_UNITS)]
 
 pytestmark = [

@@ -1,5 +1,5 @@
-"""The machine code of the `amx` kernels, on the processor's own tiles where it has some, and under emulation on any
-(amx_emulation/emulation.cpp); both must agree bit by bit. First the emulation itself, then the kernels.
+"""The machine code of the `amx` kernels, natively on processors with AMX, and under emulation on any processor
+(amx_emulation/emulation.cpp). Both must agree bit by bit. First the emulation itself, then the kernels.
 """
 
 import os
@@ -17,7 +17,7 @@ TESTS = Path(__file__).parent
 
 
 def needs(*modes, kernels=False):
-    """Skips where AMX code can't run in all these modes."""
+    """Skips the test unless AMX code can run in all these modes."""
     problems = [amx.problem(mode, kernels) for mode in modes]
     return pytest.mark.skipif(any(problems), reason=next(filter(None, problems), ""))
 
@@ -41,7 +41,7 @@ def run_exercise(mode, name, seed):
 
 
 def emulated_instructions(done):
-    """How many instructions a process has had emulated."""
+    """The number of instructions that were emulated for a process."""
     found = re.search(r"AMX emulation: (\d+) instructions", done.stderr)
     return int(found[1]) if found else 0
 
@@ -172,13 +172,13 @@ def test_a_planted_fault_is_noticed(plant, tmp_path, seed):
 
 
 def run_python(mode, folder, *arguments, isa="amx"):
-    """Python with the package in a folder, where it looks first because it runs there."""
+    """Runs Python with the package in `folder`, its working directory and therefore first on its path."""
     path = os.pathsep.join([str(amx.package(folder, mode)), str(TESTS)])
     return amx.run(mode, sys.executable, *arguments, cwd=folder, PYTHONPATH=path, DALLE_KERNELS_CPU_ISA=isa)
 
 
 def attention(mode, folder):
-    """What amx_emulation/attention.py saves."""
+    """The results that amx_emulation/attention.py saves."""
     folder.mkdir()
     done = run_python(mode, folder, TESTS / "amx_emulation" / "attention.py", folder / "results")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The API pages in docs/api have every public name, and say what the docstrings say."""
+"""The API pages in docs/api contain every public name and are up to date with the docstrings."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""The choice of a backend: per thread, under torch.compile, and what it prepares."""
+"""Backend selection: per thread, under torch.compile, and in `prepare`."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +22,7 @@ def test_operations_and_backends():
 
 
 def test_interleaved_blocks_of_two_threads():
-    """Each sees its own backend, and none is left behind."""
+    """Each thread has its own forced backend, and none remains afterwards."""
     entered, left, seen = threading.Event(), threading.Event(), {}
 
     def first():
@@ -48,7 +48,7 @@ def test_interleaved_blocks_of_two_threads():
 
 
 def test_thread_pools():
-    """A worker forces its own backend and gives it back; it does not inherit its creator's."""
+    """A worker forces and restores its own backend; it does not inherit its creator's."""
 
     def work(name):
         before = backends.forced()
@@ -77,7 +77,7 @@ def test_the_environment_forces_every_thread(monkeypatch):
 
 @pytest.fixture
 def graphs():
-    """compiled(f) is torch.compile(f), and what each of its graphs has of this project's operations is recorded."""
+    """compiled(f): torch.compile(f) that records this project's operations in each of its graphs."""
     torch._dynamo.reset()
 
     def compiled(function):
@@ -93,7 +93,7 @@ def graphs():
 
 @pytest.mark.skipif(backends.BACKENDS["cpu"].problem is not None, reason="needs the compiled CPU kernels")
 def test_compiled_code_follows_the_block(graphs, seed):
-    """One graph for each backend, and each is used again."""
+    """There is one graph per backend, and each is reused."""
     logits = torch.randn(3, 7)
     function = graphs(lambda x: dk.gumbel_softmax(x, seed=1))
     for name in ("cpu", "reference", "cpu", "reference"):

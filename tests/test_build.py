@@ -1,6 +1,4 @@
-"""setup.py's own judgement: which torch it finds, and the one sentence each missing tool gives. No compiler runs
-here.
-"""
+"""The checks of setup.py: the torch that it finds, and one error sentence per missing tool. No compiler runs here."""
 
 import os
 import subprocess
@@ -13,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def build(tmp_path, **environment):
-    """`setup.py build_ext` into a temporary folder with a changed environment."""
+    """Runs `setup.py build_ext` into a temporary folder with a changed environment."""
     command = [
         sys.executable,
         "setup.py",
@@ -35,7 +33,7 @@ def fake_torch(folder, version, cuda="None"):
 
 @pytest.fixture
 def tools(tmp_path):
-    """An empty folder for PATH, to which a test adds the tools it wants found."""
+    """An empty folder for PATH, to which a test adds tools."""
     folder = tmp_path / "bin"
     folder.mkdir()
 
@@ -123,7 +121,7 @@ def test_gpu_architectures_that_are_none(tmp_path, tools):
 
 
 def test_no_torch_at_all(tmp_path):
-    """With site-packages out of sight (-S) no torch is found; setuptools comes back by path."""
+    """Without site-packages (-S) there is no torch; setuptools is added by path."""
     import setuptools
 
     site = tmp_path / "site"

@@ -1,4 +1,4 @@
-"""What torch.compile is told of the package, and what importing it costs."""
+"""torch.compile support, and the modules that importing the package loads."""
 
 import pickle
 import subprocess

@@ -1,5 +1,5 @@
-"""The conformance suite on every target that this machine has, and on random shapes. Triton's interpreter needs a
-process of its own:
+"""The conformance suite on every target of this machine, and on random shapes. Triton's interpreter needs a separate
+process:
 
 TRITON_INTERPRET=1 python -m pytest -q tests/test_conformance.py
 """
@@ -43,7 +43,7 @@ def emulated(monkeypatch):
     monkeypatch.setitem(BACKENDS, "emulated", EMULATED)
 
 
-@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy in the interpreter, where padding divides 0 by 0
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy in the interpreter: padding rows compute 0 / 0
 @pytest.mark.parametrize(
     ("target", "case"),
     [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1].slow else []) for pair in CASES],
@@ -104,7 +104,7 @@ def test_decode_attention_of_any_shape(prompts, candidates, dim, text_len, grid,
     pattern = every_pattern(text_len, grid)[name]
     numbers = prompts * candidates * dim * (grid[0] * grid[1] - start)
     sizes = dict(prompts=prompts, candidates=candidates, dim=dim, start=start)
-    sizes["heads"] = -(-300 // numbers)  # a largest error means little over a handful of numbers
+    sizes["heads"] = -(-300 // numbers)  # the largest error over a few elements is a matter of chance
     mostly(lambda: decode_attention.accuracy(FIRST, pattern, dtype, **sizes))
 
 
@@ -120,9 +120,9 @@ def test_decode_attention_of_any_shape(prompts, candidates, dim, text_len, grid,
 )
 def test_gumbel_softmax_of_any_shape(dims, classes, data, hard, tau, dtype, layout):
     dim = data.draw(st.integers(0, len(dims)), label="dim")
-    while math.prod(dims) > 60:  # positions are enough
+    while math.prod(dims) > 60:  # a maximum number of positions
         dims[dims.index(max(dims))] //= 2
-    # The largest error over a few positions is chance, over thousands it is a property.
+    # The largest error over a few positions is a matter of chance; over thousands it is stable.
     shape = [max(1, 2000 // math.prod(dims)), *dims[:dim], classes, *dims[dim:]]
     torch.manual_seed(data.draw(SEED, label="seed"))
     mostly(lambda: gumbel_softmax.accuracy(FIRST, dtype, hard, shape, dim + 1, layout, taus=(tau,)))

@@ -1,4 +1,4 @@
-"""The CPU kernels with AddressSanitizer and UBSan: the portable ones and those for the best instruction set here."""
+"""The CPU kernels with AddressSanitizer and UBSan: the portable ones and those of the best instruction set here."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from dalle_kernels import build_info
 ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitized"
 BEST = [isa for isa, supported in build_info.cpu_isas().items() if supported][-1]
-ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # whose kernels those of other tables are
+ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # instruction sets whose kernels complete other tables
 ISAS = list(dict.fromkeys(["portable", *ON_TOP.get(BEST, []), BEST]))
 TESTS = {
     "test_conformance.py": "any_shape or cpu and (hidden or broken or bits or unseen or offset or unaligned)",
@@ -38,7 +38,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def package(tmp_path_factory):
-    """A folder with the Python package and its sanitized library."""
+    """A folder with the Python package and the library built with sanitizers."""
     options = {
         "CMAKE_MAKE_PROGRAM": TOOLS[1],
         "DALLE_SANITIZE": "ON",
@@ -58,7 +58,7 @@ def package(tmp_path_factory):
 
 
 def start(package, isa):
-    """The tests with the kernels of one instruction set; the working folder is the first where Python looks."""
+    """Runs the tests with the kernels of one instruction set; the working directory is first on Python's path."""
     environment = {
         **os.environ,
         "DALLE_KERNELS_CPU_ISA": isa,

@@ -1,4 +1,4 @@
-"""Which GPUs and problems the `cuda` backend takes; the GPUs are stand-ins."""
+"""The GPUs and problems that the `cuda` backend supports, with stand-ins for GPUs."""
 
 from types import SimpleNamespace
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(backends.cpu.problem is not None, reason="its op
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """gpu(capability, bytes of shared memory) makes such a GPU visible."""
+    """gpu(capability, bytes of shared memory) simulates such a GPU."""
 
     def show(capability, shared_memory):
         major, minor = capability

@@ -1,5 +1,5 @@
-"""What nvcc makes of the CUDA kernels, without a GPU: no warning, no spill, no local memory, registers within the
-occupancy that a kernel asks for, and tensor cores and asynchronous copies where they are meant to be used.
+"""The output of nvcc for the CUDA kernels, without a GPU: no warnings, spills or local memory, few enough registers for
+the intended occupancy, and tensor cores and asynchronous copies where intended.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from builds_for_tests import once
 CSRC = Path(__file__).parents[1] / "csrc"
 KERNELS = sorted((CSRC / "cuda").glob("*.cu"))
 ARCHITECTURES = ["80", "90a", "100"]
-REGISTERS = 65536  # of a multiprocessor, on all of these
+REGISTERS = 65536  # per multiprocessor, on all of these architectures
 
 pytestmark = [
     pytest.mark.slow,
@@ -34,7 +34,7 @@ class Compiled:
 
 @pytest.fixture
 def compiled(tmp_path_factory):
-    """compile(source, architecture), once for each."""
+    """compile(source, architecture), cached."""
 
     def compile(source, architecture):
         def build(folder):
@@ -53,7 +53,7 @@ def compiled(tmp_path_factory):
 
 
 def resources(log):
-    """{kernel: (registers, bytes of stack and spills)} from what ptxas -v says."""
+    """{kernel: (registers, bytes of stack and spills)} from the output of ptxas -v."""
     pattern = re.compile(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
@@ -63,7 +63,7 @@ def resources(log):
 
 
 def occupancy(ptx):
-    """{kernel: (threads, blocks)} that its launch bounds ask for."""
+    """{kernel: (threads, blocks)} of its launch bounds."""
     pattern = re.compile(
         r"\.entry (\w+)\((?:(?!\.entry).)*?\.maxntid (\d+)(?:(?!\.entry).)*?\.minnctapersm (\d+)", re.DOTALL
     )
@@ -82,19 +82,19 @@ def test_registers_allow_the_intended_occupancy(compiled, source, architecture):
     registers, bounds = resources(result.log), occupancy(result.ptx)
     assert registers.keys() == bounds.keys() and registers
     for kernel, (threads, blocks) in bounds.items():
-        taken = -(-registers[kernel][0] // 8) * 8  # registers are given out in eights
+        taken = -(-registers[kernel][0] // 8) * 8  # registers are allocated in multiples of eight
         assert taken * threads * blocks <= REGISTERS, (kernel, registers[kernel][0], threads, blocks)
 
 
 def disassembler():
-    """nvdisasm, of a CUDA toolkit or of the package nvidia-cuda-nvdisasm; None where there is none."""
+    """The path of nvdisasm, from a CUDA toolkit or the package nvidia-cuda-nvdisasm; None if there is none."""
     found = shutil.which("nvdisasm")
     spec = importlib.util.find_spec("nvidia")
     folders = map(Path, spec.submodule_search_locations) if spec else []
     return found or next((tool for folder in folders for tool in folder.glob("*/bin/nvdisasm")), None)
 
 
-# What the instructions of a file must hold: tensor cores; for tiles in shared memory also ldmatrix and cp.async.
+# Required instructions by file: tensor cores; for tiles in shared memory also ldmatrix and cp.async.
 MEANT = {
     "sparse_attention": {"HMMA", "LDSM", "LDGSTS"},
     "sparse_attention_backward": {"HMMA", "LDSM", "LDGSTS"},

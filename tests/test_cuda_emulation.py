@@ -1,5 +1,5 @@
-"""The emulation of CUDA (tests/cuda_emulation) can fail: kernels that break one rule each are reported, and so are
-faults planted in the real kernels.
+"""The CUDA emulation (tests/cuda_emulation) detects faults: kernels that violate one rule each, and faults injected
+into the real kernels.
 """
 
 import shutil
@@ -17,7 +17,7 @@ CSRC = emulated.ROOT / "csrc"
 
 @pytest.fixture(scope="module")
 def faulty_kernels(tmp_path_factory):
-    """reports(kernel, seed): what the emulation says of a kernel of faulty_kernels.cu."""
+    """reports(kernel, seed): the emulation's reports on a kernel of faulty_kernels.cu."""
     program = tmp_path_factory.mktemp("faulty") / "faulty"
     source = HERE / "faulty_kernels.cu"
     flags = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Wno-unknown-pragmas", f"-I{CSRC}", f"-I{HERE}"]
@@ -87,18 +87,18 @@ def test_nothing_is_reported_of_a_right_kernel(faulty_kernels, kernel):
 
 
 def test_unwritten_elements_are_counted():
-    result = torch.full((3, 4), -1, dtype=torch.int32).view(torch.float32)  # as new_output fills it
+    result = torch.full((3, 4), -1, dtype=torch.int32).view(torch.float32)  # as filled by new_output
     result[1, 2:] = 0.0
     assert emulated._unwritten(result) == 10
-    assert emulated._unwritten(torch.full((2, 3), torch.nan)) == 0  # a NaN that was written is another
+    assert emulated._unwritten(torch.full((2, 3), torch.nan)) == 0  # a written NaN has other bits
 
 
-# -- planted faults
+# -- injected faults
 
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory):
-    """run(plant or None, operation): what one run of the operation's case says, from sources with that fault."""
+    """run(plant or None, operation): the report of the operation's case, run from sources with that fault."""
     folder = tmp_path_factory.mktemp("planted")
     copy = folder / "csrc"
     shutil.copytree(CSRC, copy)

@@ -1,5 +1,5 @@
-"""What only the emulation tells of the CUDA kernels: instructions, launches, generations of devices, and arguments that
-no caller of the public functions can give. What every backend must satisfy is in test_conformance.py.
+"""The CUDA kernels under emulation: instructions, launches, device generations, and arguments that the public functions
+never pass. test_conformance.py has the requirements on every backend.
 """
 
 import functools
@@ -17,7 +17,7 @@ from patterns_for_tests import every_pattern
 
 P = dk.AttentionPattern
 TARGET = Target("emulated", simulated=True)
-EVERY_PATTERN = every_pattern(21, (8, 10))  # two tiles of 64, the second with a part of 16 rows that is not full
+EVERY_PATTERN = every_pattern(21, (8, 10))  # two tiles of 64, the second with a partial block of 16 rows
 N = 101
 
 
@@ -45,7 +45,7 @@ def test_only_live_parts_are_computed_without_bank_conflicts(dim, padded, name, 
     assert counts["ldmatrix"] == counts["ldmatrix_passes"] > 0
     out.backward(torch.randn_like(out))
     counts = emulated.counts()
-    deltas = 4 * sizes[3]  # one product for each of the 4 warps of an item
+    deltas = 4 * sizes[3]  # one product per warp, 4 per item
     assert counts["mma"] == (3 * live_parts(plan) + 4 * live_parts(backward_plan) + deltas) * padded // 8
     assert counts["ldmatrix"] == counts["ldmatrix_passes"] > 0
 
@@ -58,7 +58,7 @@ def test_plans_and_sizes_must_belong_together():
             emulated.run("sparse_attention", x, x, x, plan, backward_plan, wrong, 1.0)
 
 
-# Several chunks of classes: clusters from capability 90 on, one block that reads twice before.
+# Several chunks of classes: a cluster from capability 90 on, before that one block that reads twice.
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 @pytest.mark.parametrize("shape", [(2, 4100, 16), (3, 20, 5), (1, 20000), (2, 5000, 7)], ids=str)
 def test_gumbel_softmax_has_the_same_bits_on_every_device(shape, hard, monkeypatch, seed):

@@ -1,5 +1,5 @@
-"""The comparison of a GPU's primitives with their emulation, as far as it goes without a GPU: its emulated half runs,
-its other half compiles, and what differs is reported.
+"""The comparison of a GPU's primitives with their emulation, without a GPU: the emulated half runs, the other half
+compiles, and differences are reported.
 """
 
 import shutil
@@ -16,7 +16,7 @@ def expected(tmp_path_factory):
 
 
 def changed(text, name, word, change):
-    """`text` with one word of the tenth line of a primitive changed."""
+    """`text` with one word changed in the tenth line of a primitive."""
     lines = text.splitlines()
     number = [i for i, line in enumerate(lines) if line.startswith(f"{name} ")][9]
     words = lines[number].split()
@@ -63,7 +63,7 @@ def test_missing_output_is_reported(expected):
         name: "\n".join(line for line in expected.splitlines() if not line.startswith(name))
         for name in ("cluster", "ballot")
     }
-    assert primitives.compare(without["cluster"], expected) == []  # older GPUs have none
+    assert primitives.compare(without["cluster"], expected) == []  # older GPUs have no clusters
     assert primitives.compare(without["ballot"], expected) == ["ballot: nothing was printed"]
 
 
@@ -82,7 +82,7 @@ def test_it_compiles_for_a_gpu(tmp_path, architecture):
     if not shutil.which("nvcc"):
         pytest.skip("there is no nvcc")
     program = primitives.compile_for_gpu(tmp_path, architecture)
-    if shutil.which("nvidia-smi") is None:  # what one sees without a driver is the error, not wrong numbers
+    if shutil.which("nvidia-smi") is None:  # without a driver the error is reported, not wrong numbers
         done = subprocess.run([program], capture_output=True, text=True)
         assert done.returncode == 1 and "CUDA" in done.stderr
 

@@ -1,5 +1,5 @@
-"""libdalle_cuda.so, built here and loaded beside a CPU build of torch: its operations are registered for CUDA, and
-tensors without data (FakeTensorMode) pass through all of them.
+"""libdalle_cuda.so, built here and loaded with a CPU build of torch: its operations are registered for CUDA, and fake
+tensors (FakeTensorMode) pass through all of them.
 """
 
 import os
@@ -39,7 +39,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    """The package's own library where it has one, else one built for PTX alone, which is quickest."""
+    """The package's library if it has one, else one built for PTX only, which is fastest."""
     if backends.cuda.problem is None:
         return "libdalle_cuda.so"
     return once(tmp_path_factory, "cuda", build) / "libdalle_cuda.so"
@@ -67,7 +67,7 @@ def build(folder):
 
 @pytest.fixture
 def cuda(library, monkeypatch):
-    """The backend of that library, among the others."""
+    """The backend of that library, added to the others."""
     backend = CudaBackend(file=library)
     assert backend.problem is None
     monkeypatch.setitem(backends.BACKENDS, "cuda", backend)
@@ -99,8 +99,8 @@ def is_like(tensor, shape, dtype, strides=None):
     )
 
 
-# A CPU build of torch can neither run autograd on tensors that claim to be on a GPU nor upload a plan: the registered
-# operations are called.
+# These tests call the registered operations, because a CPU build of torch can neither run autograd on fake CUDA tensors
+# nor upload a plan.
 ops = torch.ops.dalle_kernels
 
 

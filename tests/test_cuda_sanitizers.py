@@ -1,5 +1,5 @@
-"""The CUDA kernels under emulation with AddressSanitizer and UBSan: what the emulation does not look at, such as arrays
-in registers, shifts, signed overflow, and the code on the host.
+"""The CUDA kernels under emulation with AddressSanitizer and UBSan, which cover what the emulation does not: register
+arrays, shifts, signed overflow, and host code.
 """
 
 import os
@@ -30,7 +30,7 @@ def run_sanitized(command):
 
 
 def test_no_report(monkeypatch):
-    monkeypatch.setenv(emulated.SANITIZE, "1")  # compiled here, where the compiler does not run with those libraries
+    monkeypatch.setenv(emulated.SANITIZE, "1")  # compiled here, because the compiler must not run with these libraries
     emulated.compile_library(emulated.ROOT / "csrc", emulated.ROOT / "build" / "cuda_emulation_sanitized")
     options = ["-q", "-s", "-p", "no:cacheprovider", "-k", SELECTED]
     suite = emulated.ROOT / "tests" / "test_conformance.py"

@@ -1,5 +1,5 @@
-"""decode_attention and its cache: storage, steps and layers, compilers, and invalid arguments. What every backend must
-satisfy is in test_conformance.py.
+"""decode_attention and its cache: storage, steps and layers, torch.compile, and invalid arguments. test_conformance.py
+has the requirements on every backend.
 """
 
 import pytest
@@ -60,7 +60,7 @@ def test_reset_asks_for_the_given_tokens_again(seed):
 
 
 def test_storage_and_addresses(seed):
-    """Text once per prompt, R slots per sequence, and nothing moves."""
+    """Text is stored once per prompt, images in R slots per sequence, and addresses are stable."""
     pattern = P.row(5, (4, 6))
     q, k, v = make(CPU, pattern, 2, 3, 2, 8, torch.float32)
     cache = new_cache(pattern, k, v, 2, layers=2)

@@ -1,4 +1,4 @@
-"""Decode schedules against a cache played in plain Python."""
+"""Decode schedules against a cache simulated in plain Python."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ P = dk.AttentionPattern
     ("pattern", "slots"),
     [
         (P.row(256, (32, 32)), 33),
-        (P.column(256, (32, 32)), 1023),  # the key of the last token may take the place of the first, long out of use
+        (P.column(256, (32, 32)), 1023),  # the last token's key may reuse the slot of the first, no longer needed
         (P.conv(256, (32, 32)), 192),
         (P.conv(256, (32, 32), edge="clip"), 166),
         (P.conv(256, (32, 32), edge="torus"), 1024),
@@ -30,9 +30,9 @@ def test_slots_at_the_papers_size(pattern, slots):
 
 
 def play(pattern, slot_of, reads):
-    """Plays a cache in which step s writes token s to slot_of(s).
+    """Simulates a cache in which step s writes token s to slot_of(s).
 
-    Returns whether every step finds the tokens that the pattern's row asks for, and no other.
+    Returns whether every step reads exactly the tokens of the pattern's row.
     """
     text, held = pattern.text_len, {}
     for step in range(pattern.seq_len - text):

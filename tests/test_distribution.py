@@ -1,4 +1,4 @@
-"""The sdist, the wheel that is built from it, and what runs from that wheel."""
+"""The sdist, the wheel built from it, and programs that run from the wheel."""
 
 import os
 import shutil
@@ -32,7 +32,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    """A copy of the sources, without anything that was built."""
+    """A copy of the sources without build products."""
 
     def copy(folder):
         shutil.copytree(ROOT, folder / "dalle-kernels", ignore=shutil.ignore_patterns(*NOT_SOURCES))
@@ -51,14 +51,14 @@ def sdist(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def unpacked(sdist, tmp_path_factory):
-    """The folder in the sdist."""
+    """The unpacked sdist."""
     folder = once(tmp_path_factory, "unpacked", lambda folder: shutil.unpack_archive(sdist, folder))
     return folder / f"dalle_kernels-{VERSION}"
 
 
 @pytest.fixture(scope="module")
 def wheel(unpacked, tmp_path_factory):
-    """The wheel that pip builds in that folder."""
+    """The wheel that pip builds from it."""
 
     def build(folder):
         command = sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", folder
@@ -70,7 +70,7 @@ def wheel(unpacked, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def installed(wheel, tmp_path_factory):
-    """The bin folder of a virtual environment with the wheel; the packages it needs are those of this environment."""
+    """The bin folder of a virtual environment with the wheel, which uses the dependencies of this environment."""
 
     def install(folder):
         venv.create(folder, symlinks=True)
@@ -108,12 +108,12 @@ def test_one_wheel_serves_every_python(wheel):
 
 
 def test_building_leaves_nothing_in_the_source_folder(source, unpacked, wheel):
-    """Neither of the sdist nor of the wheel."""
+    """Building the sdist and the wheel leaves no files."""
     left = [path for folder in (source, unpacked) for path in folder.iterdir()]
     assert [path.name for path in left if path.name == "build" or path.suffix == ".egg-info"] == []
 
 
-def test_the_wheel_draws(installed, tmp_path):
+def test_the_wheel_generates(installed, tmp_path):
     where = run(installed / "python", "-c", "import dalle_kernels; print(dalle_kernels.__file__)", cwd=tmp_path)
     assert Path(where.strip()).is_relative_to(installed.parent)
     run(installed / "dalle", "generate", "red heart", "--candidates", 1, "--out", "heart.png", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""`make gpu` without a GPU: its helpers, how it bears failures, and a dry run of every row on tiny sizes."""
+"""`make gpu` without a GPU: its helpers, its handling of failures, and a dry run of every row on tiny sizes."""
 
 import contextlib
 import json
@@ -75,7 +75,7 @@ def declines():
 
 
 class StandIn:
-    """torch.cuda as far as the timer knows it, with a clock that only measured functions move."""
+    """The part of torch.cuda that the timer uses, with a clock that only measured functions advance."""
 
     def __init__(self, monkeypatch):
         self.now, self.capturing, self.broken = 0.0, False, False
@@ -188,7 +188,7 @@ def test_estimate_of_candidates():
 
 
 def test_bytes_of_a_step():
-    """Counted by hand for one picture in the middle of which row attention sees all text and `width + 1` keys."""
+    """Counted by hand: in the middle of an image, row attention reads all text and `width + 1` image keys."""
     pattern = dk.AttentionPattern.row(7, (6, 5))
     vector = 2 * 16 * 4
     one = decode.bytes_moved(pattern, 17, 1, heads=2, dim=16, element_size=4)
@@ -197,7 +197,7 @@ def test_bytes_of_a_step():
 
 
 def test_the_columns_pattern_in_its_order():
-    """What FlexAttention is given when the tokens lie column by column."""
+    """The pattern for FlexAttention if the tokens are ordered column by column."""
     pattern = dk.AttentionPattern.column(5, (6, 4))
     order = pattern.order()
     assert torch.equal(in_order(pattern).dense(), pattern.dense()[order][:, order])
@@ -358,7 +358,7 @@ EXPECTED = {"cuDNN causal": "needs CUDA", "flash causal": "needs CUDA",
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_dry_run_of_the_benchmarks(tmp_path):
-    """Every row runs, and only what needs CUDA is left out."""
+    """Every row runs, except those that need CUDA."""
     torch.manual_seed(0)
     results = report.Results(tmp_path)
     record = results.begin("bench")
@@ -408,7 +408,7 @@ def test_the_suite(monkeypatch, capfd):
 
 
 def test_lines_of_the_launch_table(monkeypatch, tmp_path):
-    """As the command prints them; what is tuned is what can be."""
+    """The lines as the command prints them; all operations are tuned."""
     pytest.importorskip("triton")
     from dalle_kernels import tune as command
 
@@ -425,7 +425,7 @@ def test_lines_of_the_launch_table(monkeypatch, tmp_path):
 
 
 def test_everything_is_compiled(monkeypatch):
-    """What the benchmarks start, without their baselines; the checks but for the largest."""
+    """All benchmarks without their baselines, and all checks except the largest."""
     started = set()
     for name in ("sparse_attention", "gumbel_softmax", "sample_tokens", "decode_attention"):
         function = getattr(dk, name)
@@ -461,7 +461,7 @@ def test_a_process_that_compiles():
     subprocess.run(command, check=True, env=main.environment())
 
 
-# -- what the full runs hold
+# -- the contents of full runs
 
 
 def cases_of(setting):

@@ -21,13 +21,13 @@ CPU = Target("cpu")
 
 
 def classes_last(x):
-    """The same numbers with dim 1 contiguous: channels_last."""
+    """The same values with dim 1 contiguous (channels_last)."""
     return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors are small: on a busy machine the yardsticks' threads would wait for each other most of the time."""
+    """One thread for plain PyTorch, whose threads would mostly wait for each other on small tensors."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,7 +43,7 @@ def test_bits_do_not_depend_on_threads(shape, hard, seed):
     for threads in (2, 3):
         torch.set_num_threads(threads)
         try:
-            for count in (shape[0], 1):  # noise counts elements in C order, so the first entries keep theirs
+            for count in (shape[0], 1):  # noise indices are in C order, so the first entries keep theirs
                 some = gumbel_softmax.run(relax, x[:count], grad[:count], torch.ones(x[:count].sum(1).shape))
                 same(some, [part[:count] for part in whole])
         finally:
@@ -77,7 +77,7 @@ def test_small_tau_draws_from_the_distribution(backend, seed):
     """Jang et al. 2017: as tau falls, samples become one-hot with the frequencies softmax(logits)."""
     draws, logits = 40_000, torch.randn(11) * 1.5
     y = dk.gumbel_softmax(logits.expand(draws, 11), 1e-3, seed=seed, backend=backend)
-    # Below 0.99 only if the largest leads by less than tau log 990: below 0.7 % of draws; 2 % are 30 sigma from that.
+    # Below 0.99 only if the largest leads by less than tau log 990: under 0.7 % of samples; 2 % is 30 sigma from that.
     assert (y.amax(1) > 0.99).double().mean() > 0.98
     assert frequencies_p(torch.bincount(y.argmax(1), minlength=11), logits.double().softmax(0)) > REJECT
 
@@ -129,7 +129,7 @@ def test_forward_and_backward_allocate_two_buffers(seed):
 
 @pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="the system has no huge pages")
 def test_large_outputs_ask_for_huge_pages(seed):
-    x = torch.randn(1, 8192, 32, 40, requires_grad=True)  # 40 MiB: malloc maps blocks this large anew
+    x = torch.randn(1, 8192, 32, 40, requires_grad=True)  # 40 MiB: malloc maps such blocks on every call
     y = dk.gumbel_softmax(x, dim=1, backend="cpu")
     for output in (y, *torch.autograd.grad(y, x, x.detach())):
         middle, inside = output.data_ptr() + output.nbytes // 2, False
@@ -154,8 +154,8 @@ def test_opcheck(hard, return_kl, layout, seed):
 
 @pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
 def test_compiles_into_one_graph(hard, seed):
-    """Once for all temperatures and seeds: annealing does not compile again."""
-    torch._dynamo.reset()  # backends share the code that is compiled
+    """One compilation for all temperatures and seeds: annealing does not recompile."""
+    torch._dynamo.reset()  # backends share compiled code
     compilations = 0
 
     def counting(graph, inputs):

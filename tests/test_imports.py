@@ -24,7 +24,7 @@ def test_imports_lead_down():
 
 
 def test_what_is_wrong_is_found(tmp_path):
-    """Relative and absolute imports, of modules and of names, in functions too."""
+    """All relative and absolute imports of modules and names, including those in functions."""
     files = {
         "dalle/__init__.py": "",
         "dalle/models/prior.py": "def f():\n    from dalle.cli import main\n",
@@ -52,7 +52,7 @@ def test_what_is_wrong_is_found(tmp_path):
 
 
 def public(module):
-    """The functions, and the methods of the classes, that a module defines under names without an underscore."""
+    """The public functions of a module, and the public methods of its classes."""
     for name, value in vars(module).items():
         if name.startswith("_") or getattr(value, "__module__", None) != module.__name__:
             continue

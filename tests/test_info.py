@@ -16,7 +16,7 @@ PACKAGE = Path(dalle_kernels.__file__).parent
 
 
 def python(*arguments, folder=PACKAGE.parent, **environment):
-    """Runs a fresh interpreter in `folder`, whose dalle_kernels it imports; returns its result with text output."""
+    """Runs a new interpreter in `folder`, from which it imports dalle_kernels; returns its result with text output."""
     return subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, env={**os.environ, **environment}
     )
@@ -50,7 +50,7 @@ def test_text_names_the_same_things():
 
 @pytest.fixture
 def copied_package(tmp_path):
-    """A copy of the package whose libraries a test may break; returns the folder that holds it."""
+    """The folder of a copy of the package, whose libraries a test may break."""
     shutil.copytree(PACKAGE, tmp_path / "dalle_kernels", ignore=shutil.ignore_patterns("__pycache__"))
     return tmp_path
 

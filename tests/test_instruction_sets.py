@@ -1,4 +1,4 @@
-"""The tests of every CPU kernel again, on each other instruction set that this processor has."""
+"""The tests of the CPU kernels on every other instruction set that this processor supports."""
 
 import os
 import subprocess

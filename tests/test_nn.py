@@ -38,7 +38,7 @@ def test_bad_sizes_are_refused(dim, heads):
 
 @pytest.mark.parametrize("candidates", [1, 3])
 def test_steps_against_a_cache_equal_the_whole_sequence(seed, candidates):
-    """A cache of two layers, of which the second is the module's, and two given image tokens."""
+    """A cache of two layers, the second for the module, with two given image tokens."""
     pattern, text, start = dk.AttentionPattern.row(5, (3, 4)), 5, 2
     module = dk.nn.SparseAttention(48, 3, pattern).double()
     prefix, rest = torch.randn(2, text + start, 48).double(), torch.randn(2 * candidates, 10, 48).double()

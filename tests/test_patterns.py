@@ -1,4 +1,4 @@
-"""Patterns against scalar definitions written independently, and against counts known from elsewhere."""
+"""Patterns against independent scalar definitions, and against counts from other sources."""
 
 import pytest
 import torch
@@ -78,7 +78,7 @@ def test_pair_counts_at_the_papers_size(pattern, pairs):
     assert pattern.nnz == pairs
 
 
-# Image keys seen by some image queries for 6 text tokens and a 4 x 4 grid, read off the paper's Figure 11 and the peers' own masks.
+# Image keys of some image queries for 6 text tokens and a 4 x 4 grid, from the paper's Figure 11 and the peers' masks.
 SEEN = {
     "row": (P.row(6, (4, 4)), {4: [0, 1, 2, 3, 4], 7: [3, 4, 5, 6, 7], 9: [5, 6, 7, 8, 9], 12: [8, 9, 10, 11, 12]}),
     "column": (P.column(6, (4, 4)), {4: [0, 4], 7: [3, 7], 9: [1, 5, 9], 12: [0, 4, 8, 12]}),

@@ -1,4 +1,4 @@
-"""Philox4x32-10, the map to u and to Gumbel noise: published vectors, our own, and implementations against another."""
+"""Philox4x32-10, the map to u and to Gumbel noise: published vectors, our vectors, and the implementations compared."""
 
 import math
 import re
@@ -73,7 +73,7 @@ def test_u_is_the_documented_float32_expression(seed):
 
 
 def test_words_are_uniform_and_independent_of_their_neighbours(seed):
-    """The leading bits of pairs of neighbouring words: along the index, the offset and the seed."""
+    """The leading bits of pairs of adjacent words, along the index, the offset and the seed."""
     n, bins = 2**16, 16
     base = torch.randint(-(2**62), 2**62, ())
     steps = torch.arange(n)

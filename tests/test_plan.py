@@ -1,4 +1,4 @@
-"""A plan decoded by plain Python must give back exactly the pattern it was compiled from."""
+"""A plan decoded in plain Python must equal the pattern from which it was compiled."""
 
 import heapq
 import re
@@ -107,7 +107,7 @@ def test_work_items_cover_every_entry_once(longest_run, split, max_splits):
 
 
 def busy(plan, threads):
-    """The share of their time in which threads work, if each takes the next work item of one head when it is free."""
+    """The utilisation of threads that each take the next work item of one head when they are free."""
     until = [0] * threads
     for _, begin, end, _ in plan.items:
         heapq.heapreplace(until, until[0] + int(plan.entries[begin:end, 1].sum()))
@@ -142,7 +142,7 @@ def test_the_order_packs_columns():
 @pytest.mark.parametrize("shape", [TileShape(), TileShape(64, 64, 1)])
 @pytest.mark.parametrize("pattern", [P.conv(256, (32, 32)), P.corner_conv(256, (32, 32))], ids=str)
 def test_patches_pack_neighbourhoods(pattern, shape):
-    """64, 32 and 16 tokens in a row are patches of the image, so tiles need fewer keys than strips of rows do."""
+    """64, 32 and 16 consecutive tokens are patches of the image, so tiles need fewer keys than strips of rows."""
     raster = P.from_mask(pattern.dense(), text_len=256)
     rows, columns = (pattern.order()[256:320] - 256).div(32, rounding_mode="floor"), pattern.order()[256:320] % 32
     assert rows.max() == columns.max() == 7
@@ -151,7 +151,7 @@ def test_patches_pack_neighbourhoods(pattern, shape):
 
 
 def computed(plan):
-    """Pairs in live 16 x 16 parts, or in whole groups where these are narrower."""
+    """The number of pairs in live 16 x 16 blocks, or in whole groups if these are narrower."""
     if plan.gathered.shape[1] < 16:
         return plan.pairs
     return 256 * sum(int(groups) * int(live).bit_count() for _, groups, _, live in plan.entries)
@@ -192,7 +192,7 @@ def test_equal_masks_are_stored_once(side):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_plans_and_schedules_are_compiled_on_the_host(name, seed):
-    """Whatever torch's default device is."""
+    """Compilation does not use torch's default device."""
     pattern = every_pattern(5, (6, 11))[name]
     plan, schedule = compile_plan(pattern, 60).packed, compile_schedule.__wrapped__(pattern).packed
     with torch.device("meta"):

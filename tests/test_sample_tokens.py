@@ -1,5 +1,5 @@
-"""sample_tokens: threads of the CPU kernel, seeds and offsets, and invalid arguments. What every backend must satisfy
-is in test_conformance.py.
+"""sample_tokens: threads of the CPU kernel, seeds and offsets, and invalid arguments. test_conformance.py has the
+requirements on every backend.
 """
 
 import math

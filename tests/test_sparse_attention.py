@@ -1,5 +1,5 @@
-"""sparse_attention: threads and split tiles of the CPU kernels, compilers, and invalid arguments. What every backend
-must satisfy is in test_conformance.py.
+"""sparse_attention: threads and split tiles of the CPU kernels, torch.compile, and invalid arguments.
+test_conformance.py has the requirements on every backend.
 """
 
 import pytest
@@ -19,7 +19,7 @@ CPU = Target("cpu")
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("threads", [1, 5])
 def test_split_tiles(threads, name, dtype, threads_again, seed):
-    """Some parts of a tile hold no key that some of its queries see. Of 18 heads, 5 threads do three together."""
+    """Some splits of a tile have no key for some of its queries. Of 18 heads, 5 threads share three."""
     pattern = every_pattern(19, (9, 11))[name]
     torch.set_num_threads(threads)
     with CPU.split_after(2):
@@ -38,7 +38,7 @@ def threads_again():
 
 
 def test_training_after_inference(seed):
-    """The plan that inference compiled must serve autograd too."""
+    """A plan that was compiled in inference mode must work with autograd."""
     pattern = dk.AttentionPattern.column(text_len=int(torch.randint(1, 1000, ())), grid=(1, 2))
     x = torch.randn(1, 1, 3, 32)
     with torch.inference_mode():
@@ -59,7 +59,7 @@ def test_training_after_inference(seed):
     ids=["conv", "causal"],
 )
 def test_bits_do_not_depend_on_batch_or_threads(pattern, dtype, seed):
-    """A thread may do a head alone or share it, by the numbers of both; the sixth of six heads is shared by five."""
+    """Whether threads process heads alone or share them depends on both counts: five threads share the sixth head."""
     tensors = torch.randn(4, 3, 2, pattern.seq_len, 40).to(DTYPES[dtype])
 
     def outputs(threads, part):

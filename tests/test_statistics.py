@@ -1,4 +1,4 @@
-"""The p-values that statistical tests reject at."""
+"""The p-values of the statistical tests."""
 
 import math
 

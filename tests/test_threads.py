@@ -1,5 +1,5 @@
-"""The CPU kernels among other threads and processes: PyTorch's number of threads, several Python threads, the GIL,
-forked processes.
+"""The CPU kernels with threads and processes: PyTorch's number of threads, several Python threads, the GIL, forked
+processes.
 """
 
 import ctypes
@@ -27,7 +27,7 @@ def one_thread():
 
 
 def python(code):
-    """What a fresh interpreter prints; fails if it takes too long."""
+    """The output of a new interpreter; fails after a time limit."""
     head = "import hashlib, os, threading, time, torch, dalle_kernels as dk\n"
     command = [sys.executable, "-c", head + textwrap.dedent(code)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -37,7 +37,7 @@ def python(code):
 
 
 def test_the_number_of_threads_is_honoured():
-    """As many are started as PyTorch says; with one thread the others, once started, sleep on."""
+    """Kernels start as many threads as PyTorch's setting; with one thread, those already started keep sleeping."""
     code = """
     caller = str(threading.get_native_id())
     logits = torch.zeros(512, 8192)
@@ -46,7 +46,7 @@ def test_the_number_of_threads_is_honoured():
         return sorted(set(os.listdir("/proc/self/task")) - {caller})
 
     def naps():
-        "How often each of them has gone to sleep, when all are asleep."
+        "The number of times that each of them has gone to sleep, when all are asleep."
         last = None
         while True:
             status = [open(f"/proc/self/task/{thread}/status").read() for thread in others()]
@@ -131,7 +131,7 @@ def long_calls():
 
 
 def ticks_during(call):
-    """How often another Python thread, which waits for a millisecond at a time, comes to run during a call."""
+    """How often another Python thread, which sleeps for a millisecond at a time, runs during a call."""
     ticks, stop = itertools.count(), threading.Event()
 
     def tick():
@@ -158,8 +158,8 @@ def test_a_call_that_keeps_other_threads_waiting_is_noticed():
 
 
 def test_forked_processes():
-    """A forked process has none of its parent's threads. Where the parent used several, PyTorch's own large operations
-    hang there; ours run on one, with the same bits.
+    """A forked process has none of its parent's threads. If the parent used several, PyTorch's own large operations
+    hang there; ours run on one thread, with the same bits.
     """
     code = """
     torch.set_num_threads(2)
@@ -186,7 +186,7 @@ def test_forked_processes():
     print(results[:2] == expected, os.read(here, 32) == hashlib.sha256(b"".join(results)).digest())
 
     def same(_):
-        torch.set_num_threads(2)  # workers of a DataLoader are told to use one
+        torch.set_num_threads(2)  # DataLoader sets one thread in workers
         return forward()[0] == expected
 
     print(*torch.utils.data.DataLoader(range(4), num_workers=2, collate_fn=same, multiprocessing_context="fork"))

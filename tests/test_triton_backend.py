@@ -1,4 +1,4 @@
-"""What the `triton` backend takes and declines, and that it costs nothing where it is not asked."""
+"""The problems that the `triton` backend supports and declines, and that it is not imported unless queried."""
 
 import subprocess
 import sys
@@ -81,7 +81,7 @@ def test_a_gpu_without_a_c_compiler_is_declined(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("kernel", launch.TABLE)
 def test_the_table(kernel):
-    """Every head dim, if there is one, and size of an element has a line for any architecture, which tiles can have."""
+    """Every head dim and element size has a line for ANY architecture, with a valid tile shape."""
     lines = launch.TABLE[kernel]
     for dim in (32, 64, 128) if "attention" in kernel else (0,):
         for bytes in (2, 4):
@@ -91,7 +91,7 @@ def test_the_table(kernel):
                 assert all(size & (size - 1) == 0 for size in line[:2]), "powers of two"
                 if kernel.startswith("sparse_attention"):
                     assert line.rows % 32 == 0 and line.columns % 16 == 0
-                if kernel == "sparse_attention.grad_q":  # on the same plan
+                if kernel == "sparse_attention.grad_q":  # reads the same plan
                     assert line[:2] == launch.in_table("sparse_attention", architecture, dim, bytes)[:2]
 
 

@@ -1,5 +1,5 @@
-"""What Triton makes of our kernels for GPUs that are not here: nothing spilled, shared memory within what the table
-promises, matrix instructions, and loads that run ahead of their use.
+"""The output of Triton's compiler for the kernels, without a GPU: no spills, shared memory within the limits of the
+table, matrix instructions, and pipelined loads.
 """
 
 import itertools
@@ -11,8 +11,8 @@ from processes_for_tests import call
 from dalle_kernels.backends.triton import launch
 
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "MFMA"}  # on sm_90 wgmma, on sm_100 tcgen05
-SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB of a block; RTX GPUs take the lines of sm_80
-MAIN = {  # the kernels that multiply matrices in a loop
+SHARED = {"sm_80": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}  # KB per block; RTX GPUs use the lines of sm_80
+MAIN = {  # kernels with matrix products in a loop
     "sparse_attention": {"_forward", "_grad_q", "_grad_kv"},
     "gumbel_softmax": set(),
     "sample_tokens": set(),
@@ -24,15 +24,15 @@ pytest.importorskip("triton")
 
 
 def compiled(*arguments):
-    """{target: [resources of a kernel]} of compile_ahead.py."""
+    """{target: [resources of a kernel]} from compile_ahead.py."""
     from triton_ahead import compile_ahead
 
     return call(compile_ahead.compile_problem, *arguments)
 
 
 def targets(operation, dtype, size):
-    """The GPUs to compile for: those with lines of their own in the launch table, and by the other lines, which are the
-    same for all, the oldest one. All of them for the commonest head dim and, where there is none, for 16 bits.
+    """The GPUs to compile for: those with lines of their own in the launch table, and the oldest one for the lines that
+    all others share. All GPUs for the most common head dim or, without a head dim, for 16 bits.
     """
     lines = {line for kernel, table in launch.TABLE.items() if kernel.startswith(operation) for line in table}
     bytes = getattr(torch, dtype).itemsize

@@ -1,5 +1,5 @@
-"""How the Triton kernels cut their work, whatever the launch table says, and their registered operations. What every
-backend must satisfy is in test_conformance.py.
+"""The tiling of the Triton kernels, with tiles of the launch table and others, and their registered operations.
+test_conformance.py has the requirements on every backend.
 """
 
 import pytest
@@ -18,7 +18,7 @@ from patterns_for_tests import every_pattern
 P = dk.AttentionPattern
 OPS = torch.ops.dalle_kernels_triton
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of NumPy, where padding rows divide 0 by 0
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy: padding rows compute 0 / 0
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES)
 hards = pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
@@ -42,7 +42,7 @@ def test_tiles_of_the_table(dim, dtype, on_device, seed):  # noqa: F811
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["row", "conv"])
 def test_the_papers_size_with_the_tiles_of_the_table(name, on_device, seed):  # noqa: F811
-    """Work items share tiles here without being told to."""
+    """At this size tiles are split by default."""
     launch.OVERRIDES.clear()
     *_, sizes = plans(getattr(P, name)(256, (32, 32)), 1280, 64, torch.float16)
     assert sizes[11], "the keys' plan has split tiles"
@@ -71,7 +71,7 @@ def test_other_tiles_give_the_same(monkeypatch, seed):
 
 @pytest.fixture
 def tiles(monkeypatch):
-    """tiles(rows, columns): what a tile has at most."""
+    """tiles(rows, columns) sets the maximum tile size."""
     return lambda rows, columns: [
         monkeypatch.setitem(launch.OVERRIDES, name, launch.Launch(rows, columns, 4, 1))
         for name in ("gumbel_softmax", "gumbel_softmax.last")
@@ -82,7 +82,7 @@ def tiles(monkeypatch):
 @hards
 @pytest.mark.parametrize("shape", [(50, 150), (2, 150, 33)], ids=str)
 def test_positions_of_several_chunks(shape, hard, dtype, tiles, monkeypatch, seed):
-    """Merged in several steps too."""
+    """Positions with several chunks, including merges in several steps."""
     tiles(32, 32)
     monkeypatch.setattr(gumbel_kernels, "CHUNKS", 2)
     gumbel_softmax.accuracy(TARGET, dtype, hard, shape, 1, taus=(0.7,))
@@ -120,7 +120,7 @@ def test_bits_with_small_tiles(dtype, tiles, seed):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """64 tokens are held at a time."""
+    """Blocks of 64 tokens."""
     monkeypatch.setitem(launch.OVERRIDES, "sample_tokens", launch.Launch(1, 64, 4, 1))
 
 
@@ -134,7 +134,7 @@ def test_rows_longer_than_a_block(dtype, small_blocks, seed):
 
 
 def test_more_runs_of_keys_than_are_taken_together(seed):
-    """Of 100 text keys, more than a step takes; the mask has more runs of them than are looked at together."""
+    """100 text keys are more than one iteration processes, and the mask has more runs than one iteration reads."""
     pattern = every_pattern(100, (3, 3))["mask"]
     assert compile_schedule(pattern).steps[:, 4].max() > decode_kernels.RUNS.value
     for dtype in DTYPES:
@@ -142,7 +142,7 @@ def test_more_runs_of_keys_than_are_taken_together(seed):
 
 
 def step_arguments(pattern, step, heads=2, dim=40):
-    """The arguments of the operation at a step, whose earlier keys and values are zeros."""
+    """The arguments of the operation at a step, with zeros for earlier keys and values."""
     q, k, v = decode_attention.make(TARGET, pattern, 2, 3, heads, dim, torch.float32)
     cache = decode_attention.new_cache(pattern, k, v, 2)
     layer = cache.layer(0)
@@ -153,13 +153,13 @@ def step_arguments(pattern, step, heads=2, dim=40):
 
 @pytest.mark.parametrize("step", [-1, 12, 2**40])
 def test_a_step_outside_the_image(step, seed):
-    """A device cannot raise: the result is NaN, and the cache stays as it is."""
+    """A device cannot raise: the result is NaN, and the cache is unchanged."""
     arguments = step_arguments(P.row(5, (3, 4)), step, heads=1)
     assert OPS.decode_attention(*arguments).isnan().all() and not arguments[5].any() and not arguments[6].any()
 
 
 def test_nothing_is_read_on_the_host(monkeypatch):
-    """So that a step can be captured as a graph: tensors without data do."""
+    """A step works on fake tensors, so that it can be captured as a graph."""
     started = []
     monkeypatch.setattr(launch, "start", lambda kernel, *arguments, **constants: started.append(kernel))
     *tensors, scale = step_arguments(P.row(5, (3, 4)), 0)

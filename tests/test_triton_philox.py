@@ -1,4 +1,4 @@
-"""The noise of the Triton kernels: the bits of dalle_kernels/philox.py, and its numbers to seven digits."""
+"""The noise of the Triton kernels: the same bits as dalle_kernels/philox.py, and noise to seven digits."""
 
 import torch
 from triton_for_tests import on_device  # noqa: F401  before Triton: skips where it cannot run
@@ -38,7 +38,7 @@ def test_bits_and_noise(seed):
 
 
 def test_vectors():
-    """Those of dalle_kernels/philox.py."""
+    """The test vectors of dalle_kernels/philox.py."""
     for key, offset, index, bits, number in (
         (0, 0, 0, 0x6627E8D5, 0.6748404),
         (-1, -1, 2**34 + 3, 0x923E0CBB, 0.1661691),

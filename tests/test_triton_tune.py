@@ -1,4 +1,4 @@
-"""The command that tunes the Triton kernels, without a GPU: what it runs, and that it prints the best lines."""
+"""The command that tunes the Triton kernels, without a GPU: the kernels that it times, and the lines that it prints."""
 
 import itertools
 import math
@@ -46,7 +46,7 @@ def best(kernel, bytes):
 
 @pytest.mark.parametrize("operation", KERNELS)
 def test_the_lines_are_the_best(operation, overrides, monkeypatch, capsys):
-    """Of a GPU on which each kernel has a best cut, and cannot run one of fewer warps."""
+    """A simulated GPU on which each kernel has a best launch, and cannot run with fewer warps."""
 
     def milliseconds(bytes):
         tried = {kernel: line for kernel, line in overrides.items() if kernel in KERNELS[operation]}
@@ -89,7 +89,7 @@ def test_a_gpu_on_which_nothing_runs(overrides, monkeypatch):
 
 @pytest.mark.parametrize("operation", KERNELS)
 def test_what_is_run(operation, monkeypatch):
-    """The operation up to the start of its kernels, which looks up the lines that are tuned."""
+    """Runs the operation up to the launch of its kernels, which looks up the lines to tune."""
     used = set()
     lookup = launch.lookup
     monkeypatch.setattr(launch, "lookup", lambda kernel, *arguments: used.add(kernel) or lookup(kernel, *arguments))
@@ -97,7 +97,7 @@ def test_what_is_run(operation, monkeypatch):
     assert BACKENDS["triton"].problem is None
     monkeypatch.setattr(type(BACKENDS["triton"]), "reasons", lambda self, operation, tensor: ())
     monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
-    monkeypatch.setattr(torch, "randn", torch.empty)  # large, and nobody looks at them
+    monkeypatch.setattr(torch, "randn", torch.empty)  # large, and never read
     with tune.use_backend("triton"):
         tune.OPERATIONS[operation].prepare(torch.bfloat16, 64)()
     assert used == set(KERNELS[operation])

@@ -1,4 +1,4 @@
-"""AMX machine code on this processor: "native", on its own tiles, or "emulated", on those of emulation.cpp.
+"""AMX machine code on this processor: "native", on its own tiles, or "emulated", by emulation.cpp.
 
 What is to be emulated is a copy of an executable or a library in which the tile instructions are hidden: the first byte
 of each is replaced by one with which no instruction begins, so that every processor traps at it, with AMX or without.
@@ -21,11 +21,11 @@ HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 BUILD = HERE.parents[1] / "build" / "amx_emulation"
 VEX, HIDDEN = 0xC4, 0x06  # 0x06 is `push es` of 32-bit code; 64-bit code has no such instruction
-ISAS = cpu_isas()  # those that are compiled, and whether this processor has them
+ISAS = cpu_isas()  # {compiled instruction set: whether this processor supports it}
 
 
 def problem(mode: str, kernels: bool = False) -> str | None:
-    """Why AMX code (the kernels' own: `kernels`) can't run here in a mode, or None."""
+    """Why AMX code (with `kernels`, that of the kernels) cannot run here in a mode, or None."""
     if "amx" not in ISAS:
         return "there are no AMX kernels: they need x86-64 and a compiler that knows AMX"
     if mode == "native" and not ISAS["amx"]:
@@ -38,7 +38,7 @@ def problem(mode: str, kernels: bool = False) -> str | None:
 
 
 def compile(source: str, *flags: str, csrc: Path = CSRC) -> Path:
-    """What g++ makes of a file here; kept in build/ while the file, the kernels' headers and the flags are the same."""
+    """The output of g++ for a file here, cached in build/ until the file, the kernels' headers or the flags change."""
     sources = [HERE / source, *sorted((csrc / "cpu").glob("*.h"))]
     digest = hashlib.sha256(repr(flags).encode() + b"".join(path.read_bytes() for path in sources)).hexdigest()
     target = BUILD / f"{Path(source).stem}-{digest[:16]}"
@@ -54,13 +54,13 @@ def compile(source: str, *flags: str, csrc: Path = CSRC) -> Path:
 
 
 def emulation(first_byte: int = HIDDEN) -> Path:
-    """The library that executes tile instructions which begin with this byte."""
+    """The library that executes tile instructions with this first byte."""
     flags = "-O2", "-mavx2", "-mfma", "-shared", "-fPIC", "-ftls-model=initial-exec"
     return compile("emulation.cpp", f"-DFIRST_BYTE={first_byte}", *flags)
 
 
 def offset_in_file(elf: bytes, address: int) -> int:
-    """Where in an ELF file the byte lies that is loaded at an address, by the file's program headers."""
+    """The offset in an ELF file of the byte that is loaded at an address, from the program headers."""
     (headers,) = struct.unpack_from("<Q", elf, 32)
     size, count = struct.unpack_from("<HH", elf, 54)
     for header in range(headers, headers + size * count, size):
@@ -90,7 +90,7 @@ def hide(binary: Path, copy: Path) -> Path:
 
 
 def prepared(binary: Path, mode: str) -> Path:
-    """The binary itself, or beside it the copy to be emulated."""
+    """The binary itself, or a copy next to it for emulation."""
     return binary if mode == "native" else hide(binary, binary.with_name(f"{binary.name}-hidden"))
 
 
@@ -107,7 +107,9 @@ def package(folder: Path, mode: str) -> Path:
 
 
 def environment(mode: str) -> dict[str, str]:
-    """What a process that runs AMX code needs. PyTorch's own libraries, where nothing is hidden, shall use no tiles."""
+    """The environment of a process that runs AMX code. PyTorch's own libraries, where nothing is hidden, must not use
+    tiles.
+    """
     if mode == "native":
         return {}
     return {

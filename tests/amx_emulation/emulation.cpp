@@ -1,10 +1,11 @@
-// Runs AMX machine code on any processor with AVX2 and FMA. Preloaded (LD_PRELOAD), this library answers the request
-// for permission to use tiles, and executes hidden tile instructions, at which every processor traps (SIGILL), on tiles
-// in memory, one set per thread, by the rules of Intel's manual ("Instruction Set Reference", and "AMX Instruction
-// Exception Classes" of volume 1). A hidden instruction's first byte is FIRST_BYTE: see amx.py, which hides them. What
-// a processor with AMX would refuse ends the process with a message; so does a thread's configuration that is still
-// held when the process ends. Memory is accessed by ordinary loads and stores, so a wild address is an ordinary
-// SIGSEGV. tilezero, tileloadd(t1), tilestored, tdpbf16ps, ldtilecfg, sttilecfg, tilerelease; palette 1; no start row.
+// Runs AMX machine code on any processor with AVX2 and FMA. Preloaded (LD_PRELOAD), this library grants the request for
+// permission to use tiles, and executes hidden tile instructions, which trap on every processor (SIGILL), on tiles in
+// memory, one set per thread, by the rules of Intel's manual ("Instruction Set Reference", and "AMX Instruction
+// Exception Classes" of volume 1). The first byte of a hidden instruction is FIRST_BYTE; amx.py hides them.
+// Instructions that a processor with AMX would reject end the process with a message; so does a configuration that a
+// thread still holds when the process ends. Memory is accessed by ordinary loads and stores, so an invalid address is
+// an ordinary SIGSEGV. Supported: tilezero, tileloadd(t1), tilestored, tdpbf16ps, ldtilecfg, sttilecfg, tilerelease;
+// palette 1; no start row.
 #include <dlfcn.h>
 #include <immintrin.h>
 #include <ucontext.h>
@@ -24,9 +25,9 @@ namespace {
 constexpr int TILES = 8, MOST_ROWS = 16, MOST_BYTES = 64;
 constexpr long SYS_ARCH_PRCTL = 158, REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
 
-struct Config {   // as in memory
+struct Config {   // layout in memory
   uint8_t palette, start_row, reserved[14];
-  uint16_t colsb[16];   // bytes of a row; of TILES tiles, the rest is reserved
+  uint16_t colsb[16];   // bytes per row of TILES tiles; the rest is reserved
   uint8_t rows[16];
 };
 static_assert(sizeof(Config) == 64, "");
@@ -39,9 +40,9 @@ thread_local Config config;   // palette 0: none
 thread_local Tile tiles[TILES];
 std::atomic<long> executed{0}, holders{0};   // instructions; threads with a configuration
 std::atomic<bool> permitted{false};
-struct sigaction others = {};   // what the program itself wants done at SIGILL
+struct sigaction others = {};   // the program's own SIGILL handler
 
-// -- decoding: VEX.128.W0.0F38 49, 4B and 5C, but for the first byte
+// -- decoding: VEX.128.W0.0F38 49, 4B and 5C, except for the first byte
 
 enum Prefix { NONE, P66, F3, F2 };   // VEX.pp
 
@@ -49,8 +50,8 @@ struct Instruction {
   const uint8_t* at;
   uint8_t opcode, prefix, reg, rm, vvvv;
   bool memory, sib;
-  uint8_t* address;   // where memory
-  int64_t stride;     // where sib: the scaled index
+  uint8_t* address;   // of a memory operand
+  int64_t stride;     // with SIB: the scaled index
   int length;
 };
 
@@ -125,8 +126,8 @@ void configure(const Instruction& i) {
   Config c;
   memcpy(&c, i.address, sizeof c);
   if (c.palette > 1) refuse(i, "ldtilecfg: no such palette");
-  if (c.palette == 0) return set({});   // whatever the other bytes are
-  // A processor accepts any: an interrupted load or store goes on from it. Kernels have no use for one.
+  if (c.palette == 0) return set({});   // the other bytes are ignored
+  // A processor accepts any start row, from which an interrupted load or store resumes. Kernels do not use it.
   if (c.start_row) refuse(i, "ldtilecfg: a start row is not emulated");
   for (uint8_t x : c.reserved)
     if (x) refuse(i, "ldtilecfg: reserved bytes are set");
@@ -144,7 +145,7 @@ void check_tile(const Instruction& i, int tile) {
   if (tile >= TILES || !config.rows[tile]) refuse(i, "this tile is not configured");
 }
 
-// A tile whose rows are not whole words can be configured and zeroed, and nothing else.
+// A tile whose rows are not whole words can only be configured and zeroed.
 void check_words(const Instruction& i, int tile) {
   check_tile(i, tile);
   if (config.colsb[tile] % 4) refuse(i, "this tile's rows are not whole words");
@@ -164,8 +165,8 @@ void move(const Instruction& i, bool load) {
 __m256 even_floats(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 __m256 odd_floats(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))); }
 
-// Column n of a row: the sum over even and that over odd elements, by fused multiply-adds, then their sum, then that
-// plus what was there.
+// Column n of a row: the sums over even and over odd elements, by fused multiply-adds; then their sum, plus the
+// previous value.
 __attribute__((noinline)) void tdpbf16ps(const Instruction& i) {
   const int c = i.reg, a = i.rm, b = i.vvvv;
   check_words(i, c), check_words(i, a), check_words(i, b);
@@ -182,7 +183,7 @@ __attribute__((noinline)) void tdpbf16ps(const Instruction& i) {
         even = _mm256_fmadd_ps(even_floats(left), even_floats(right), even);
         odd = _mm256_fmadd_ps(odd_floats(left), odd_floats(right), odd);
       }
-      float* out = reinterpret_cast<float*>(tiles[c].row[m] + n);   // what is beyond colsb is never seen
+      float* out = reinterpret_cast<float*>(tiles[c].row[m] + n);   // values beyond colsb are never read
       _mm256_store_ps(out, _mm256_add_ps(_mm256_load_ps(out), _mm256_add_ps(even, odd)));
     }
 }
@@ -210,7 +211,7 @@ bool execute(const Instruction& i) {
       return i.sib ? move(i, false), true : false;
     case 0x5C00 | F3:
       if (i.memory) return false;
-      _mm_setcsr(0x9fc0);   // round to nearest even, denormals are zero; the signal's return restores what was set
+      _mm_setcsr(0x9fc0);   // round to nearest even, denormals are zero; returning from the signal restores the mode
       tdpbf16ps(i);
       return true;
     default:
@@ -230,12 +231,13 @@ void on_illegal_instruction(int number, siginfo_t* info, void* context) {
   greg_t* registers = static_cast<ucontext_t*>(context)->uc_mcontext.gregs;
   Instruction instruction;
   long count = 0;
-  for (; decode(registers, instruction) && execute(instruction); ++count)   // and those that follow, for a trap is slow
+  for (; decode(registers, instruction) && execute(instruction);
+       ++count)   // executes consecutive instructions, because traps are slow
     registers[REG_RIP] += instruction.length;
   executed.fetch_add(count, std::memory_order_relaxed);
   if (count) return;
   if (others.sa_handler == SIG_DFL || others.sa_handler == SIG_IGN) {
-    real_sigaction(SIGILL, &others, nullptr);   // the instruction runs again and ends the process
+    real_sigaction(SIGILL, &others, nullptr);   // the instruction traps again and ends the process
   } else if (others.sa_flags & SA_SIGINFO) {
     others.sa_sigaction(number, info, context);
   } else {
@@ -261,7 +263,7 @@ __attribute__((destructor)) void end() {
 
 extern "C" {
 
-// Python's faulthandler, among others, asks for SIGILL too: it is kept for what is not AMX.
+// Others, such as Python's faulthandler, also install a SIGILL handler; it is kept for other instructions.
 int sigaction(int number, const struct sigaction* action, struct sigaction* old) noexcept {
   if (number != SIGILL) return real_sigaction(number, action, old);
   if (old) *old = others;

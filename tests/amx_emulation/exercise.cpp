@@ -1,6 +1,6 @@
-// AMX instructions against plain loops, in every form of address, and what must be refused: `exercise NAME SEED`.
-// Prints what differs; returns 0 if nothing does. Values are small whole numbers, so that sums are exact in any order,
-// but for `sums`, which are rounded as Intel's manual says; `results` prints these.
+// AMX instructions against plain loops, in every addressing mode, and invalid ones: `exercise NAME SEED`. Prints
+// differences; returns 0 if there are none. Values are small integers, so that sums are exact in any order, except in
+// `sums`, which are rounded as Intel's manual specifies; `results` prints these.
 #include <immintrin.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -23,7 +23,9 @@ struct alignas(64) Config {
   uint16_t colsb[16] = {};
   uint8_t rows[16] = {};
   void shape(int tile, int r, int bytes) { rows[tile] = r, colsb[tile] = bytes; }
-  void load() const { asm volatile("ldtilecfg %0" ::"m"(*this)); }   // GCC 12's intrinsic names 8 of the 64 bytes
+  void load() const {
+    asm volatile("ldtilecfg %0" ::"m"(*this));
+  }   // GCC 12's intrinsic declares only 8 of the 64 bytes
   static Config stored() {
     Config config;
     asm volatile("sttilecfg %0" : "=m"(config));
@@ -74,7 +76,7 @@ struct Product {
     return config;
   }
   void load() {
-    asm volatile("" ::: "memory");   // GCC 12's intrinsics do not say that they read memory
+    asm volatile("" ::: "memory");   // GCC 12's intrinsics do not declare that they read memory
     _tile_loadd(5, c.bytes.data(), c.stride);
     _tile_stream_loadd(0, a.bytes.data(), a.stride);
     _tile_loadd(7, b.bytes.data(), b.stride);
@@ -84,7 +86,7 @@ struct Product {
     _tile_stored(5, c.bytes.data(), c.stride);
     asm volatile("" ::: "memory");
   }
-  int wrong() const {   // and nothing beside the tile was written
+  int wrong() const {   // also checks that nothing outside the tile was written
     const bool same = c.bytes == expected.bytes;
     if (!same) printf("wrong product of %d x %d x %d\n", m, n, k);
     return !same;
@@ -137,7 +139,7 @@ static int still_configured() {
 
 static Config static_config;
 
-// Every form of address: rows of 4 bytes are loaded, stored 5 bytes apart, and compared.
+// Every addressing mode: rows of 4 bytes are loaded, stored 5 bytes apart, and compared.
 static int addresses(Generator& random) {
   int wrong = 0;
   alignas(64) static uint8_t in[4096], out[16 * 5];
@@ -169,7 +171,7 @@ static int addresses(Generator& random) {
   FORM("-1000(%0, %1)", "rsi", "rax", -1000, 7)
   FORM("(%0)", "rcx", "rax", 0, 0)
   FORM("9(%0)", "r11", "rax", 9, 0)
-  int64_t stride = 7;   // the frame pointer can be no operand
+  int64_t stride = 7;   // the frame pointer cannot be an operand
   asm volatile("xchg %0, %%rbp\n\ttileloadd (%1, %%rbp), %%tmm3\n\txchg %0, %%rbp"
                : "+r"(stride)
                : "r"(in + 2048)
@@ -189,8 +191,8 @@ static int addresses(Generator& random) {
   return wrong + still_configured();
 }
 
-// What a processor accepts, though nothing can be computed with it: rows that are not whole words, and bytes that mean
-// nothing without a palette.
+// Configurations that a processor accepts, although they are useless: rows that are not whole words, and bytes that are
+// ignored without a palette.
 static int accepted() {
   int wrong = 0;
   Config config;
@@ -203,7 +205,7 @@ static int accepted() {
   return wrong + still_configured();
 }
 
-// Sums are rounded to nearest even, denormals are zero, infinities and NaN are what they are elsewhere.
+// Sums are rounded to nearest even, denormals are zero, infinities and NaN are as usual.
 static int rounding(Generator& random) {
   struct Case {
     float a, b, c, expected;
@@ -225,8 +227,8 @@ static int rounding(Generator& random) {
   return wrong;
 }
 
-// One element, as the manual says: chains of fused multiply-adds over the even and over the odd elements, their sum,
-// then that plus what was there. Apart from its caller, which sets how numbers are rounded.
+// One element, as the manual specifies: chains of fused multiply-adds over the even and over the odd elements, their
+// sum, plus the previous value. Separate from its caller, which sets the rounding mode.
 __attribute__((noipa)) static float formula(const float* left, const float* right, int pairs, float there) {
   float even = 0, odd = 0;
   for (int k = 0; k < pairs; ++k) {
@@ -244,7 +246,7 @@ static float rounded_formula(const float* left, const float* right, int pairs, f
   return sum;
 }
 
-// A random number's bits: its exponent within 8 of `middle`, or where that is 0 any bits.
+// The bits of a random number with an exponent within 8 of `middle`; if that is 0, any bits.
 static uint32_t any_number(Generator& random, int middle) {
   const uint32_t bits = random();
   return middle ? (bits & 0x807fffff) | uniform(random, std::max(0, middle - 8), middle + 8) << 23 : bits;
@@ -253,11 +255,11 @@ static uint32_t any_number(Generator& random, int middle) {
 static float from_bits(uint32_t bits) {
   float x;
   memcpy(&x, &bits, 4);
-  return std::isnan(x) ? __builtin_nanf("") : x;   // the manual does not say which NaN
+  return std::isnan(x) ? __builtin_nanf("") : x;   // the manual does not specify which NaN
 }
 
-// Products of about 2^0 (within a factor of 2^16), of about 2^-134, many of them too small to be kept, and of any
-// numbers, infinity and NaN too.
+// Products of about 2^0 (within a factor of 2^16), of about 2^-134, many of which underflow, and of any numbers,
+// including infinity and NaN.
 static int sums(Generator& random, bool print) {
   int wrong = 0;
   for (int i = 0; i < 80; ++i) {
@@ -309,7 +311,7 @@ static void fault(const std::string& name, Generator& random) {
   if (name == "not AMX") asm volatile("ud2");
   p.load();
   if (name == "same tile")
-    asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");   // tdpbf16ps tmm5, tmm0, tmm0: assemblers refuse it
+    asm volatile(".byte 0xC4, 0xE2, 0x7A, 0x5C, 0xE8");   // tdpbf16ps tmm5, tmm0, tmm0, which assemblers reject
   p.multiply();
   if (name != "held") _tile_release();
 }

@@ -1,5 +1,5 @@
 // csrc/cpu/matrix.h against plain loops, with odd strides and NaN around the operands: `primitive SEED`. Values are
-// small whole numbers, so that sums are exact in any order. Prints what differs; returns 0 if nothing does.
+// small integers, so that sums are exact in any order. Prints differences; returns 0 if there are none.
 #include "cpu/matrix.h"
 
 #include <sys/syscall.h>
@@ -45,7 +45,7 @@ template <int M, int N> static int check(int pairs, bool add, Generator& random)
 }
 
 int main(int, char** arguments) {
-  syscall(SYS_arch_prctl, 0x1023, 18);   // permission to use tiles; fails where there are none, and nobody needs them
+  syscall(SYS_arch_prctl, 0x1023, 18);   // permission to use tiles; fails, harmlessly, without AMX
   Generator random(std::stoul(arguments[1]));
   const MatrixUnit unit;
   int wrong = 0;

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels of an operation for a GPU that need not be there. It needs a process of its own.
+"""Compiles the Triton kernels of an operation for a GPU that need not be present. Needs a separate process.
 
 An operation of PROBLEMS is called on CPU tensors. Where it would start a kernel, the kernel is compiled: with these
 arguments, and the line that launch.TABLE has for the target (sm_80, gfx942, ...).
@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # said aloud, because Triton 3.9 warns that the default will change
+os.environ["TRITON_DEFAULT_FP_FUSION"] = "1"  # explicit, because Triton 3.9 warns that the default will change
 
 import torch
 import triton
@@ -21,11 +21,11 @@ from dalle_kernels.backends.plans import plan_tensors
 from dalle_kernels.backends.triton import launch
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDL", "STL")  # of NVIDIA, that are counted
+INSTRUCTIONS = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS", "LDL", "STL")  # of NVIDIA GPUs, to count
 
 
 def sparse_attention(dtype, head_dim, heads=2):
-    """Forward and backward, of a pattern some of whose tiles are split."""
+    """Forward and backward, for a pattern with split tiles."""
     from dalle_kernels.backends.triton import sparse_attention as module
 
     pattern = dk.AttentionPattern.causal(256, (32, 32))
@@ -36,13 +36,13 @@ def sparse_attention(dtype, head_dim, heads=2):
 
 
 def sparse_attention_of_one_head(dtype, head_dim):
-    """Triton compiles sizes of 1 as constants."""
+    """One head: Triton compiles sizes of 1 as constants."""
     sparse_attention(dtype, head_dim, heads=1)
 
 
 def gumbel_softmax(dtype, classes):
-    """Soft and hard, with the KL, forward and backward, along either side of a matrix; in two rounds where there are
-    many classes.
+    """Soft and hard, with the KL, forward and backward, along either dimension of a matrix; in two passes with many
+    classes.
     """
     from dalle_kernels.backends.triton import gumbel_softmax as module
 
@@ -81,7 +81,7 @@ PROBLEMS = {
 
 
 class Driver:
-    """What Triton asks of a driver before it compiles."""
+    """The driver interface that Triton queries before it compiles."""
 
     def __init__(self, target):
         kind, number = target.split("_") if target.startswith("sm_") else ("hip", target)
@@ -91,14 +91,14 @@ class Driver:
         return self.target
 
     def get_current_device(self):
-        return str(self.target)  # what it compiled is kept for each
+        return str(self.target)  # compiled kernels are cached per target
 
     def get_current_stream(self, device):
         return 0
 
 
 def compile_for(target, problem):
-    """[what the compiler made of a kernel]; one that is started with other constants counts as another"""
+    """[resources of a compiled kernel]; launches with other constants count as other kernels"""
     compiled = {}
 
     def compile(kernel, blocks, warps, stages, *arguments, **constants):
@@ -136,6 +136,6 @@ def amd_resources(asm):
 
 
 def compile_problem(operation, dtype, size, *targets):
-    """{target: what compile_for says of an operation with a dtype, by its name, and a head dim or number of classes}"""
+    """{target: the result of compile_for, for an operation, a dtype by name, and a head dim or number of classes}"""
     problem = PROBLEMS[operation]
     return {target: compile_for(target, lambda: problem(getattr(torch, dtype), size)) for target in targets}
