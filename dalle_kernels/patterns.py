@@ -110,7 +110,7 @@ class AttentionPattern:
             are neighbours).
 
     Raises:
-        ValueError: text_len is below 0 or the grid is empty.
+        ValueError: text_len is below 0, the grid is empty, or the name or layout is unknown.
     """
 
     name: str
