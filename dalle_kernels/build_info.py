@@ -20,7 +20,7 @@ def _call(function: str) -> str:
     try:
         call = library[function]
     except AttributeError as error:
-        raise OSError(f"libdalle_cpu.so was built from other sources, build it again (pip install): {error}") from None
+        raise OSError(f"libdalle_cpu.so was built from other sources; rebuild it (pip install): {error}") from None
     call.restype = ctypes.c_char_p
     return call().decode()
 

@@ -186,6 +186,9 @@ class AttentionPattern:
     def corner_conv(cls, text_len: int, grid: tuple[int, int], kernel: int = 5, dilation: int = 1) -> AttentionPattern:
         """A `kernel` x `kernel` window with spacing `dilation` whose lower right corner is the query (DALLE-pytorch's
         conv_like).
+
+        Raises:
+            ValueError: `kernel` or `dilation` is below 1.
         """
         kernel, dilation = _whole("kernel", kernel), _whole("dilation", dilation)
         for name, value in (("kernel", kernel), ("dilation", dilation)):
@@ -229,12 +232,12 @@ class AttentionPattern:
         ahead = torch.triu(mask, 1).nonzero()
         if len(ahead):
             raise ValueError(
-                f"mask looks ahead: query {ahead[0, 0]} sees key {ahead[0, 1]}; "
-                "clear what lies above the diagonal (mask.tril())"
+                f"mask is not causal: query {ahead[0, 0]} attends to key {ahead[0, 1]}; "
+                "clear the entries above the diagonal (mask.tril())"
             )
         blind = (~mask.diagonal()).nonzero()
         if len(blind):
-            raise ValueError(f"mask hides token {blind[0, 0]} from itself; set the diagonal to True")
+            raise ValueError(f"mask excludes token {blind[0, 0]} from its own keys; set the diagonal to True")
         if order is not None:
             order = [int(token) for token in order]
             if sorted(order) != list(range(n)):

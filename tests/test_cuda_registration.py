@@ -156,5 +156,5 @@ def test_what_it_cannot_take_is_said(cuda):
         ):
             with pytest.raises(NotImplementedError, match=reason):
                 dk.sparse_attention(q, q, q, pattern, backend="cuda")
-    with pytest.raises(NotImplementedError, match="it takes cuda tensors, not cpu"):
+    with pytest.raises(NotImplementedError, match="it supports cuda tensors, not cpu"):
         dk.sample_tokens(torch.zeros(2, 3), backend="cuda")

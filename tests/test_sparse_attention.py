@@ -132,7 +132,7 @@ def test_a_forced_backend_says_why_it_cannot():
     with pytest.raises(ValueError, match="backend='gpu' is not one of"):
         dk.sparse_attention(X, X, X, ROW, backend="gpu")
     with pytest.raises(
-        NotImplementedError, match=r"'cpu' cannot run sparse_attention here: it takes .* not torch.float64"
+        NotImplementedError, match=r"'cpu' cannot run sparse_attention here: it supports .* not torch.float64"
     ):
         dk.sparse_attention(X.double(), X.double(), X.double(), ROW, backend="cpu")
     wide = torch.zeros(1, 1, 8, 129)

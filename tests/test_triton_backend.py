@@ -32,7 +32,7 @@ assert "dalle_kernels.backends.triton.sparse_attention" not in sys.modules
     ("module", "problem"),
     [
         (None, "Triton cannot be imported"),
-        (SimpleNamespace(__version__="3.5.1"), "it takes Triton 3.6 or newer, not 3.5.1"),
+        (SimpleNamespace(__version__="3.5.1"), "it needs Triton 3.6 or newer, not 3.5.1"),
     ],
     ids=["missing", "old"],
 )
@@ -53,7 +53,7 @@ def test_without_triton_only_this_backend_is_missing(module, problem, monkeypatc
 def test_it_says_what_it_does_not_take():
     pattern = dk.AttentionPattern.row(2, (2, 2))
     q = torch.zeros(1, 1, 6, 8)
-    refused = (q.bfloat16(), "not torch.bfloat16") if interpreted() else (q, "it takes cuda tensors, not cpu")
+    refused = (q.bfloat16(), "not torch.bfloat16") if interpreted() else (q, "it supports cuda tensors, not cpu")
     with pytest.raises(NotImplementedError, match=refused[1]):
         dk.sparse_attention(refused[0], refused[0], refused[0], pattern, backend="triton")
     with FakeTensorMode():

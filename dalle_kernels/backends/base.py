@@ -54,11 +54,11 @@ class Backend:
         """Why `operation` cannot run on tensors with `tensor`'s device, dtype and last dimension; empty if it can."""
         kind, head_dim = tensor.device.type, tensor.shape[-1]
         if self.devices is not None and kind not in self.devices:
-            return (f"it takes {' and '.join(self.devices)} tensors, not {kind}",)
+            return (f"it supports {' and '.join(self.devices)} tensors, not {kind}",)
         if self.dtypes is not None and tensor.dtype not in self.dtypes:
-            return (f"it takes {', '.join(str(dtype) for dtype in self.dtypes)}, not {tensor.dtype}",)
+            return (f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, not {tensor.dtype}",)
         if self.max_head_dim is not None and operation.endswith("attention") and head_dim > self.max_head_dim:
-            return (f"it takes head dims up to {self.max_head_dim}, not {head_dim}",)
+            return (f"it supports head dims up to {self.max_head_dim}, not {head_dim}",)
         problem = self.problem or self.device_problem(operation, tensor)
         return (problem,) if problem else ()
 

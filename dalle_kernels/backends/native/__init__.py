@@ -43,7 +43,7 @@ class NativeBackend(Backend):
         try:
             self.load()
         except (AttributeError, RuntimeError) as error:  # an operation or a schema that torch does not know
-            return f"{file} was built from other sources, build it again (pip install): {error}"
+            return f"{file} was built from other sources; rebuild it (pip install): {error}"
         return None
 
     @property
@@ -78,11 +78,11 @@ class CudaBackend(NativeBackend):
             return None
         capability, shared_memory = gpu
         if capability < (8, 0):
-            return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
+            return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 and later)"
         wide = operation == "sparse_attention" and tensor.dtype == torch.float32 and tensor.shape[-1] > 64
         if wide and shared_memory < _WIDE_FLOAT32_BYTES:
             return (
-                f"in float32 it takes head dims up to 64 on this GPU, not {tensor.shape[-1]}: "
+                f"in float32 it supports head dims up to 64 on this GPU, not {tensor.shape[-1]}: "
                 f"a block may have {shared_memory} bytes of shared memory, and {_WIDE_FLOAT32_BYTES} are needed"
             )
         return None

@@ -66,7 +66,7 @@ def _load() -> str | None:
     except ImportError as error:
         return f"Triton cannot be imported: {error}"
     if tuple(map(int, compiler.__version__.split(".")[:2])) < OLDEST:
-        return f"it takes Triton {'.'.join(map(str, OLDEST))} or newer, not {compiler.__version__}"
+        return f"it needs Triton {'.'.join(map(str, OLDEST))} or newer, not {compiler.__version__}"
     triton.load()
     return None
 
@@ -82,7 +82,7 @@ def _gpu_problem(device: torch.device) -> str | None:
     if not torch.cuda.is_available():
         return None
     if not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0):
-        return "it takes GPUs of compute capability 8.0 or newer (A100, RTX 30 and later)"
+        return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 and later)"
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
         return "Triton compiles its launchers with a C compiler, and finds neither gcc nor clang, nor one that CC names"
     return None
