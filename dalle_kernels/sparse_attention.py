@@ -49,7 +49,7 @@ def sparse_attention(
     Args:
         q, k, v: [B, H, N, D] with N <= pattern.seq_len; float32, bfloat16 or float16 (float64 on "reference"), one
             dtype and device. Strides are arbitrary if the last dimension is contiguous; other tensors are copied. D
-            from 1 to 128; 32, 64 and 128 run without padding.
+            from 1 to 128; 32, 64 and 128 run without padding. Heads come before tokens: transpose(1, 2) a [B, N, H, D].
         pattern: which query attends to which key; its first N tokens are used.
         scale: factor of the scores; None: D ** -0.5.
         return_lse: also return the log-sum-exp of each query's scores.
