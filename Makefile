@@ -51,9 +51,10 @@ LONGEST := $(addprefix tests/test_,$(addsuffix .py,cuda_sanitizers cpu_sanitizer
 
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
 	$(PYTEST) --dist load --maxschedchunk 1 -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
-	TRITON_INTERPRET=1 $(PYTEST) $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
 
-test-full: test test-slow   ## all tests
+test-full: test test-slow   ## all tests, and those that are slow in Triton's interpreter
+	TRITON_INTERPRET=1 $(PYTEST) -m slow $(TRITON_TESTS) || [ $$? = 5 ]
 
 # A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice;
 # the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
