@@ -12,7 +12,8 @@ TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
 
-.PHONY: demo test test-optional test-slow test-full test-torch test-kernels fuzz lint docs bench gpu install shipped-model clean
+.PHONY: demo test test-optional test-slow test-full test-torch test-kernels fuzz lint docs bench gpu install \
+	shipped-model clean
 
 # -- set-up
 
@@ -51,7 +52,7 @@ LONGEST := $(addprefix tests/test_,$(addsuffix .py,cuda_sanitizers cpu_sanitizer
 
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
 	$(PYTEST) --dist load --maxschedchunk 1 -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(TRITON_TESTS) || [ $$? = 5 ]   # 5: there is no Triton, and all are skipped
+	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(TRITON_TESTS) || [ $$? = 5 ]   # 5: no Triton, and all are skipped
 
 test-full: test test-slow   ## all tests, and those that are slow in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -m slow $(TRITON_TESTS) || [ $$? = 5 ]
@@ -59,8 +60,8 @@ test-full: test test-slow   ## all tests, and those that are slow in Triton's in
 # A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice;
 # the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
 OTHER := build/torch-$(TORCH)
-KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile conformance cuda_backend decode_attention decode_schedule \
-	gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention triton_backend))
+KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile conformance cuda_backend decode_attention \
+	decode_schedule gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention triton_backend))
 
 test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
 	@test -n "$(TORCH)" || { echo "name the version of PyTorch: make test-torch TORCH=2.12"; exit 2; }

@@ -50,11 +50,7 @@ def cases(target: Target) -> list[Case]:
                 add(f"{layout} {dtype}", strided, dtype, layout)
     for check in (repeated_step, unseen_text, overflow, what_is_written):
         add(check.__name__.replace("_", " "), check)
-    if target.compiles and target.kernels:
-        add("torch.compile", one_graph)
-    if target.device != "cpu":
-        add("beyond 32 bits", beyond_32_bits)
-    return found.list
+    return found.completed(one_graph, beyond_32_bits)
 
 
 def plain_attention(q, k, v, mask, scale):

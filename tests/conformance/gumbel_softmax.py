@@ -56,11 +56,7 @@ def cases(target: Target) -> list[Case]:
         empty, *([double_backward] if target.kernels else []),
     ):  # fmt: skip
         add(check.__name__.replace("_", " "), check)
-    if target.compiles:
-        add("torch.compile", one_graph)
-    if target.device != "cpu":
-        add("beyond 32 bits", beyond_32_bits)
-    return found.list
+    return found.completed(one_graph, beyond_32_bits)
 
 
 def plain_gumbel_softmax(x, seed, tau, hard, dim):

@@ -41,11 +41,7 @@ def cases(target: Target) -> list[Case]:
         add(f"frequencies {options}", frequencies, options, rare=options != {"top_k": 8, "top_p": 0.8})
     if target.kernels:
         add("graph", graph)
-    if target.compiles:
-        add("torch.compile", one_graph)
-    if target.device != "cpu":
-        add("beyond 32 bits", beyond_32_bits)
-    return found.list
+    return found.completed(one_graph, beyond_32_bits)
 
 
 def kept(row, temperature, top_k, top_p):

@@ -56,11 +56,7 @@ def cases(target: Target) -> list[Case]:
         add(f"head dim {dim}", tiny_head_dim, dim, rare=dim > 1)
     for check in (strides, one_token, empty_batch, *([double_backward] if target.kernels else [])):
         add(check.__name__.replace("_", " "), check)
-    if target.compiles:
-        add("torch.compile", one_graph)
-    if target.device != "cpu":
-        add("beyond 32 bits", beyond_32_bits)
-    return found.list
+    return found.completed(one_graph, beyond_32_bits)
 
 
 def plain_attention(q, k, v, mask, scale):

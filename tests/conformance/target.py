@@ -95,6 +95,14 @@ class Cases:
         check = functools.partial(check, self.target, *args, **options)
         self.list.append(Case(f"{self.operation} {name}", check, slow or (rare and self.target.simulated)))
 
+    def completed(self, one_graph: Callable, beyond_32_bits: Callable) -> list[Case]:
+        """The list, with the cases of every operation: in torch.compile, and tensors beyond 32 bits on a GPU."""
+        if self.target.compiles:
+            self.add("torch.compile", one_graph)
+        if self.target.device != "cpu":
+            self.add("beyond 32 bits", beyond_32_bits)
+        return self.list
+
 
 def what(target: Target, operation: str, tensor: str, dtype: str) -> str:
     """The name of a result in accuracy reports."""
