@@ -57,7 +57,10 @@ def test_what_is_common_to_every_rule_is_added(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(("diagonals", 2, (2, 3)), "there is no pattern 'diagonals'"), (("row", 2, (2, 3), "rows"), "layout='rows' is not")],
+    [
+        (("diagonals", 2, (2, 3)), "there is no pattern 'diagonals'"),
+        (("row", 2, (2, 3), "rows"), "layout='rows' is not"),
+    ],
 )
 def test_unknown_names_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):

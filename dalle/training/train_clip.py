@@ -80,7 +80,8 @@ class CLIPTask:
         self.training, held_out = (WithReconstructions(split(source, part), self.dvae) for part in ("train", "heldout"))
         self.loader = ImageLoader(self.training, config.batch_size, config.seed)
         self.held_out = _first(held_out, HELD_OUT)
-        self.model = CLIP(model_config).to(self.device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
+        # pyrefly: ignore[no-matching-overload]
+        self.model = CLIP(model_config).to(self.device, memory_format=torch.channels_last)
         self.optimizer = adamw(self.model, betas=(0.9, 0.98), weight_decay=config.weight_decay)
 
     def learning_rate(self, step: int, fraction: float) -> float:

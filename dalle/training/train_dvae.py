@@ -83,7 +83,8 @@ class PixelTask(Generic[Config]):
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, prepare(config, self.name)
-        self.model = self.initial_model().to(self.device, memory_format=torch.channels_last)  # pyrefly: ignore[no-matching-overload]
+        # pyrefly: ignore[no-matching-overload]
+        self.model = self.initial_model().to(self.device, memory_format=torch.channels_last)
         source = open_source(config.data, self.model.config.image_size, font=config.font)
         training, held_out = split(source, "train"), split(source, "heldout")
         self.skipped = source.skipped
