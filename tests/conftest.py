@@ -18,8 +18,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.fuzz:
         accuracy.ratios = []
-    hypothesis.settings.register_profile("dalle", derandomize=not config.option.fuzz, database=None)
-    hypothesis.settings.load_profile("dalle")
+    chance = {"derandomize": not config.option.fuzz, "database": None, "deadline": None}
+    hypothesis.settings.register_profile("dalle", max_examples=40, **chance)
+    hypothesis.settings.register_profile("brief", max_examples=8, **chance)  # for sanitizers and simulated kernels
+    hypothesis.settings.load_profile("dalle")  # --hypothesis-profile comes after it
 
 
 @pytest.hookimpl(tryfirst=True)

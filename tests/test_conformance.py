@@ -9,7 +9,7 @@ import math
 import pytest
 import torch
 from cuda_emulation.backend import EMULATED
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import dalle_kernels as dk
@@ -59,7 +59,6 @@ def test_conforms(target, case, seed):
 
 
 @pytest.mark.skipif(FIRST.simulated, reason="too slow in the interpreter")
-@settings(deadline=None, max_examples=40)
 @given(
     batch=st.integers(1, 3),
     heads=st.integers(1, 3),
@@ -87,7 +86,6 @@ def test_sparse_attention_of_any_shape(batch, heads, dim, text_len, grid, name, 
 
 
 @pytest.mark.skipif(FIRST.simulated, reason="too slow in the interpreter")
-@settings(deadline=None, max_examples=40)
 @given(
     prompts=st.integers(1, 3),
     candidates=st.sampled_from([1, 2, 3, 4, 5, 31, 33]),
@@ -108,7 +106,6 @@ def test_decode_attention_of_any_shape(prompts, candidates, dim, text_len, grid,
     mostly(lambda: decode_attention.accuracy(FIRST, pattern, dtype, **sizes))
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     dims=st.lists(st.integers(1, 40), min_size=1, max_size=4),
     classes=st.sampled_from([1, 2, 3, 15, 16, 17, 31, 64, 65, 100, 255, 300, 1025]),
@@ -128,7 +125,6 @@ def test_gumbel_softmax_of_any_shape(dims, classes, data, hard, tau, dtype, layo
     mostly(lambda: gumbel_softmax.accuracy(FIRST, dtype, hard, shape, dim + 1, layout, taus=(tau,)))
 
 
-@settings(deadline=None, max_examples=80)
 @given(
     rows=st.integers(1, 5),
     vocabulary=st.sampled_from([1, 2, 3, 7, 16, 17, 63, 64, 255, 256, 257, 300, 1025]),

@@ -67,7 +67,7 @@ def start(package, isa):
         "PYTHONPATH": str(package),
     }
     selected = " or ".join(f"{file} and ({names})" for file, names in TESTS.items())
-    options = ["-q", "-s", "-p", "no:cacheprovider", "-m", "not slow", "-k", selected]
+    options = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile", "brief", "-m", "not slow", "-k", selected]
     return subprocess.Popen(
         [sys.executable, "-m", "pytest", *options, *(ROOT / "tests" / file for file in TESTS)],
         cwd=package, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

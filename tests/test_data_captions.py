@@ -209,7 +209,7 @@ def test_captions_of_an_image_stay_on_one_side_of_the_split(tmp_path):
 text = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1).filter(str.strip)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(listed=st.lists(st.tuples(st.sampled_from(["a.png", "sub/ü, b.png"]), text), max_size=8))
 def test_csv_and_jsonl_say_the_same(tmp_path_factory, listed):
     root = tmp_path_factory.mktemp("tables")

@@ -55,7 +55,7 @@ def test_scales_and_places_are_the_published_ones(crop, eighths, transposed, see
     assert along.max() - along.min() > 0.8 * (last - first)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     height=st.integers(1, 120), width=st.integers(1, 120), size=st.integers(1, 70), seed=st.integers(0, 2**32),
     crop=st.sampled_from([dvae_crop, prior_crop]),

@@ -43,7 +43,7 @@ def play(pattern, slot_of, reads):
     return True
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(
     text_len=st.integers(0, 9),
     grid=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -58,7 +58,7 @@ def test_small_presets(name, size, grid):
     assert model.decode(codes).shape == (1, 3, size, size)
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(groups=st.integers(1, 4), height=st.integers(1, 3), width=st.integers(1, 3), batch=st.integers(1, 3))
 def test_any_depth_and_oblong_images(groups, height, width, batch):
     factor = 2 ** (groups - 1)

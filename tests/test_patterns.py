@@ -39,7 +39,7 @@ def scalar_mask(name, text_len, grid):
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name != "mask"])
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(text_len=st.integers(0, 9), height=st.integers(1, 7), width=st.integers(1, 7))
 def test_patterns_equal_their_scalar_definitions(name, text_len, height, width):
     pattern = every_pattern(text_len, (height, width))[name]

@@ -55,7 +55,7 @@ def decode(packed):
     return mask
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(
     text_len=st.integers(0, 40),
     height=st.integers(1, 7),

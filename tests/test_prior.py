@@ -183,7 +183,7 @@ def generate_uncached(model, text, candidates, seeds, given=None, resample=None,
     return codes.unflatten(1, grid)
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     grid=st.tuples(st.integers(1, 5), st.integers(1, 5)).filter(lambda g: g[0] * g[1] > 1),
     text_len=st.integers(2, 6),

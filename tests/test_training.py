@@ -76,7 +76,7 @@ def test_cosine():
     assert [warmup(step, 4) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(size=st.integers(1, 30), batch_size=st.integers(1, 40), seed=st.integers(0, 2**31 - 1))
 def test_every_epoch_is_a_permutation(size, batch_size, seed):
     steps = 3 * size // batch_size + 2

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,16 +35,13 @@ def compile_library(csrc: Path, destination: Path, *, only: tuple[str, ...] = ()
     kernels = [p for p in sorted((csrc / "cuda").glob("*.cu")) if not only or p.stem in only]
     launchers = [p for p in sorted((csrc / "ops" / "cuda").glob("*.cpp")) if not only or p.stem in only]
     sources = [*kernels, *launchers, csrc / "ops" / "schemas.cpp", HERE / "emulation.cpp"]
-    headers = [*csrc.glob("common/*.h"), *csrc.glob("cuda/*.h"), *csrc.glob("ops/**/*.h"), *HERE.glob("*.h")]
     flags = _flags(csrc)
-    known = hashlib.sha256(repr((flags, torch.__version__)).encode())
-    for header in sorted(headers):
-        known.update(header.read_bytes())
     destination.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source):
-        digest = known.copy()
-        digest.update(source.read_bytes())
+        digest = hashlib.sha256(repr((flags, torch.__version__)).encode())
+        for file in _with_headers(source, (csrc, HERE)):
+            digest.update(file.read_bytes())
         target = destination / f"{source.parent.name}-{source.stem}-{digest.hexdigest()[:16]}.o"
         if not target.exists():
             part = target.with_suffix(f".{os.getpid()}")
@@ -61,6 +59,17 @@ def compile_library(csrc: Path, destination: Path, *, only: tuple[str, ...] = ()
         _run(["g++", "-shared", *_sanitizers(), *map(str, objects), str(torch_library), "-Wl,-z,defs", "-o", str(part)])
         part.replace(library)
     return library
+
+
+def _with_headers(source, folders):
+    """`source` and the headers in `folders` that it includes, directly or not."""
+    found = [source]
+    for file in found:
+        for name in re.findall(r'^ *# *include "(.+)"', file.read_text(), re.MULTILINE):
+            header = next((path for path in (folder / name for folder in folders) if path.exists()), None)
+            if header and header not in found:
+                found.append(header)
+    return found
 
 
 def _sanitizers():
