@@ -11,6 +11,7 @@ CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 TRITON_TESTS := $(shell grep -l "from triton_for_tests" tests/test_*.py)
 # Side by side, with one thread each: threads that wait for each other on busy cores cost many times that.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist worksteal
+ONE_BY_ONE := --dist load --maxschedchunk 1   # a process that runs a long test cannot give its next tests away
 
 .PHONY: demo test test-optional test-slow test-full test-torch test-kernels fuzz lint docs bench gpu install \
 	shipped-model clean
@@ -51,8 +52,9 @@ LONGEST := $(addprefix tests/test_,$(addsuffix .py,cuda_sanitizers cpu_sanitizer
 	cuda_registration instruction_sets learn_shapes data_shapes))
 
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
-	$(PYTEST) --dist load --maxschedchunk 1 -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
-	TRITON_INTERPRET=1 $(PYTEST) -m "not slow" $(TRITON_TESTS) || [ $$? = 5 ]   # 5: no Triton, and all are skipped
+	$(PYTEST) $(ONE_BY_ONE) -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+	TRITON_INTERPRET=1 $(PYTEST) $(ONE_BY_ONE) --hypothesis-profile brief -m "not slow" $(TRITON_TESTS) \
+		|| [ $$? = 5 ]   # 5: no Triton, and all are skipped
 
 test-full: test test-slow   ## all tests, and those that are slow in Triton's interpreter
 	TRITON_INTERPRET=1 $(PYTEST) -m slow $(TRITON_TESTS) || [ $$? = 5 ]
