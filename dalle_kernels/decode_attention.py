@@ -46,7 +46,7 @@ def decode_attention(
         raise NotImplementedError("decode_attention has no gradient; call it under torch.inference_mode()")
     stored = cache.layer(layer)
     run = backends.dispatch("decode_attention", q, backend)
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if scale <= 0:  # kernels take the maximum before scaling, which needs a positive scale
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)

@@ -67,7 +67,7 @@ def sparse_attention(
     _check(q, k, v, pattern)
     if scale is None:
         scale = q.shape[-1] ** -0.5
-    q, k, v = (rows_contiguous(x) for x in (q, k, v))
+    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     out, lse = backends.dispatch("sparse_attention", q, backend)(q, k, v, pattern, float(scale))
     return (out, lse) if return_lse else out
 

@@ -53,7 +53,11 @@ def select(operation: str, tensor: torch.Tensor, backend: str | None = None) -> 
     """
     name = backend or _forced.name
     if name is None:
-        return next(candidate for candidate in BACKENDS.values() if not candidate.reasons(operation, tensor))
+        kind = tensor.device.type  # compared first: composing reasons would take microseconds in every call
+        for candidate in BACKENDS.values():
+            if (candidate.devices is None or kind in candidate.devices) and not candidate.reasons(operation, tensor):
+                return candidate
+        name = reference.name
     check_name(name)
     reasons = BACKENDS[name].reasons(operation, tensor)
     if reasons:

@@ -25,6 +25,7 @@ class Backend:
         dtypes: supported dtypes; None: any floating-point dtype.
         max_head_dim: largest head dim of the attention operations; None: any.
         capturable: whether CUDA graphs can capture its operations, i.e. none synchronises with the device.
+        problem: why this installation cannot run any operation, or None.
         operations: the functions by name; empty if there is a `problem`.
     """
 
@@ -33,14 +34,10 @@ class Backend:
     dtypes: tuple[torch.dtype, ...] | None = (torch.float32, torch.bfloat16, torch.float16)
     max_head_dim: int | None = 128
     capturable: bool = True
+    problem: str | None = None
 
     def __init__(self) -> None:
         self.operations: dict[str, Callable] = {}
-
-    @property
-    def problem(self) -> str | None:
-        """Why this installation cannot run any operation, or None."""
-        return None
 
     def device_problem(self, operation: str, tensor: torch.Tensor) -> str | None:
         """Why the device that holds `tensor` cannot run `operation`, or None."""
@@ -52,13 +49,12 @@ class Backend:
 
     def reasons(self, operation: str, tensor: torch.Tensor) -> tuple[str, ...]:
         """Why `operation` cannot run on tensors with `tensor`'s device, dtype and last dimension; empty if it can."""
-        kind, head_dim = tensor.device.type, tensor.shape[-1]
-        if self.devices is not None and kind not in self.devices:
-            return (f"it supports {' and '.join(self.devices)} tensors, not {kind}",)
+        if self.devices is not None and tensor.device.type not in self.devices:
+            return (f"it supports {' and '.join(self.devices)} tensors, not {tensor.device.type}",)
         if self.dtypes is not None and tensor.dtype not in self.dtypes:
             return (f"it supports {', '.join(str(dtype) for dtype in self.dtypes)}, not {tensor.dtype}",)
-        if self.max_head_dim is not None and operation.endswith("attention") and head_dim > self.max_head_dim:
-            return (f"it supports head dims up to {self.max_head_dim}, not {head_dim}",)
+        if self.max_head_dim is not None and operation.endswith("attention") and tensor.shape[-1] > self.max_head_dim:
+            return (f"it supports head dims up to {self.max_head_dim}, not {tensor.shape[-1]}",)
         problem = self.problem or self.device_problem(operation, tensor)
         return (problem,) if problem else ()
 

@@ -29,7 +29,7 @@ class NativeBackend(Backend):
     def __init__(self, name: str, file: str, requirement: str | None = None) -> None:
         super().__init__()
         self.name, self.devices = name, (name,)
-        self.load_problem = requirement or self._load_library(file)
+        self.problem = self.load_problem = requirement or self._load_library(file)
 
     def _load_library(self, file: str) -> str | None:
         """Loads the library and binds its operations; returns the error message if that fails, else None."""
@@ -46,10 +46,6 @@ class NativeBackend(Backend):
             return f"{file} was built from other sources; rebuild it (pip install): {error}"
         return None
 
-    @property
-    def problem(self) -> str | None:
-        return self.load_problem
-
     def tiles(self, device: torch.device, head_dim: int, dtype: torch.dtype) -> Tiles:
         return tiles(device, head_dim, dtype)
 
@@ -59,11 +55,7 @@ class CpuBackend(NativeBackend):
 
     def __init__(self) -> None:
         super().__init__("cpu", "libdalle_cpu.so")
-        self.isa_problem = _isa_problem()
-
-    @property
-    def problem(self) -> str | None:
-        return self.load_problem or self.isa_problem
+        self.problem = self.load_problem or _isa_problem()
 
 
 class CudaBackend(NativeBackend):
