@@ -1,13 +1,16 @@
-"""torch.compile support: functions and values that are constants of a compiled graph."""
+"""Support for torch.compile and other tracers: functions and values that are constants of a graph."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Generator, Hashable
 from typing import TypeVar
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 Function = TypeVar("Function", bound=Callable)
 Value = TypeVar("Value")
@@ -44,3 +47,24 @@ def _keep(make: Callable, *args: Hashable) -> str:
     if not hasattr(_constants, name):
         setattr(_constants, name, make(*args))
     return name
+
+
+@contextlib.contextmanager
+def plain_tensors() -> Generator[None, None, None]:
+    """Tensors that are created in the block are ordinary ones, fit for a cache, even in inference mode (autograd cannot
+    save inference tensors), under FakeTensorMode, in a trace or in a transform of torch.func.
+    """
+    with torch.inference_mode(False), _disable_current_modes(), temporarily_clear_interpreter_stack():
+        yield
+
+
+def intercepted() -> bool:
+    """Whether a mode such as FakeTensorMode or that of make_fx intercepts operations."""
+    return torch._C._len_torch_dispatch_stack() > 0
+
+
+def lifted(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Cached tensors as arguments of operations: constants for the modes that intercept them."""
+    if torch.compiler.is_compiling() or not intercepted():
+        return tensors
+    return tuple(torch.ops.aten.lift_fresh.default(tensor) for tensor in tensors)

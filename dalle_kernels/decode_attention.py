@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from . import backends
+from . import autocast, backends
+from .arguments import differentiated
 from .backends.base import rows_contiguous
 from .decode_cache import DecodeCache
 
@@ -26,7 +27,7 @@ def decode_attention(
 
     Args:
         q, k, v: [P * C, H, D] in the cache's dtype. Strides are arbitrary if the last dimension is contiguous; other
-            tensors are copied.
+            tensors are copied. torch.autocast casts them to the cache's dtype.
         cache: the cache; its step is the position of the new token in the image.
         layer: index of a layer of the cache.
         scale: factor of the scores; None: D ** -0.5.
@@ -39,11 +40,12 @@ def decode_attention(
         ValueError: shapes or devices differ from the cache's, the layer does not exist or has no prefix yet, or the
             image is complete (detected on a CPU only; elsewhere the result is NaN).
         TypeError: the dtype differs from the cache's.
-        NotImplementedError: a gradient is required, or the backend cannot run the problem.
+        NotImplementedError: a derivative is required, or the backend cannot run the problem.
     """
+    q, k, v = autocast.attention(q, k, v, dtype=cache.dtype)
     cache.check_step(layer, q, k, v)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        raise NotImplementedError("decode_attention has no gradient; call it under torch.inference_mode()")
+    if differentiated(q, k, v):
+        raise NotImplementedError("decode_attention has no derivative; call it under torch.inference_mode()")
     stored = cache.layer(layer)
     run = backends.dispatch("decode_attention", q, backend)
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)

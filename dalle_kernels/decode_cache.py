@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from . import backends
+from . import autocast, backends
+from .arguments import check_dtype, usable_device
 from .backends.plans import schedule_tensor
+from .compile import intercepted, lifted
 from .decode_schedule import compile_schedule
 from .patterns import AttentionPattern
 
@@ -66,7 +68,8 @@ class DecodeCache:
         start: number of given image tokens (of an image to complete); decoding begins after them.
 
     Raises:
-        ValueError: a size is below 1, `start` is outside the image, or the patterns differ in text_len or seq_len.
+        ValueError: a size is below 1, `start` is outside the image, the patterns differ in text_len or seq_len, or
+            PyTorch cannot use the device.
         TypeError: dtype is not floating point, or `patterns` holds something else.
     """
 
@@ -87,14 +90,14 @@ class DecodeCache:
         for name, size in dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=head_dim).items():
             if size < 1:
                 raise ValueError(f"{name} must be at least 1; got {size}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a floating-point dtype; got {dtype}")
+        check_dtype("dtype", dtype)
         text = patterns[0].text_len
         self._steps = patterns[0].seq_len - text
         if not 0 <= start < self._steps:
             raise ValueError(
                 f"start must lie in [0, {self._steps - 1}] for an image of {self._steps} tokens; got {start}"
             )
+        device = usable_device(device)
         self.prompts, self.candidates, self.dtype, self.start = prompts, candidates, dtype, start
         self._prefix_shape = torch.Size((prompts, heads, text + start, head_dim))
         self._shape = torch.Size((prompts * candidates, heads, head_dim))
@@ -113,8 +116,10 @@ class DecodeCache:
 
         prefix = prompts, heads, pattern.text_len, head_dim
         image = heads, self._shape[0], schedule.slots, head_dim  # head-major: kernels read one head of all sequences
+        real = torch.device("cpu") if intercepted() else self.device  # the device of fake tensors need not exist
+        (packed,) = lifted(schedule_tensor(pattern, real))
         return CachedLayer(
-            schedule_tensor(pattern, self.device),
+            packed.to(self.device),
             empty(*prefix),
             empty(*prefix),
             empty(*image).transpose(0, 1),
@@ -142,11 +147,13 @@ class DecodeCache:
         Args:
             layer: index of a layer.
             k, v: [P, H, text_len + start, D] in the cache's dtype, once per prompt; its candidates share them.
+                torch.autocast casts them to it.
 
         Raises:
             ValueError, TypeError: no such layer, or a shape, device or dtype that differs from the cache's.
         """
         storage = self.layer(layer)
+        k, v = autocast.attention(k, v, dtype=self.dtype)
         self._check_tensors(self._prefix_shape, "[prompts, heads, text_len + start, head_dim]", k=k, v=v)
         text = storage.prefix_k.shape[2]
         for prefix, image, x in ((storage.prefix_k, storage.image_k, k), (storage.prefix_v, storage.image_v, v)):
@@ -191,7 +198,8 @@ class DecodeCache:
         if not self._prefilled[layer] and self._prefix_shape[2]:
             raise ValueError(f"layer {layer} has no prefix yet; call cache.prefill({layer}, k, v) first")
         # Only on a CPU is reading the step free, and it is impossible while tracing; the kernel checks again.
-        if self.device.type == "cpu" and not torch.compiler.is_compiling() and int(self.step) >= self._steps:
+        readable = self.device.type == "cpu" and not torch.compiler.is_compiling() and not intercepted()
+        if readable and int(self.step) >= self._steps:
             raise ValueError(_full(self._steps))
 
     def _check_tensors(self, shape, meaning, **tensors):

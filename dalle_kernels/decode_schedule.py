@@ -22,6 +22,7 @@ from enum import IntEnum
 
 import numpy as np
 
+from .compile import plain_tensors
 from .patterns import AttentionPattern
 
 MAGIC, VERSION, HEADER_WORDS, STEP_WORDS = 0x4443444B, 1, 16, 5
@@ -81,7 +82,8 @@ def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
         ValueError: the schedule is too large for int32.
     """
     text = pattern.text_len
-    order = pattern.decode_order().numpy()
+    with plain_tensors():
+        order = pattern.decode_order().numpy()
     order = order[order >= text] - text
     slots = _fewest_slots(order, _last_use(pattern))
     slot = np.empty(len(order), np.int64)

@@ -6,7 +6,8 @@ from typing import Literal, overload
 
 import torch
 
-from . import backends
+from . import autocast, backends
+from .arguments import check_dtype, differentiated
 from .philox import as_seed, fresh_seed
 
 FLOAT32_TINY = torch.finfo(torch.float32).tiny
@@ -16,14 +17,13 @@ def check_logits(logits: torch.Tensor) -> None:
     """Raises TypeError unless `logits` is a floating-point tensor."""
     if not isinstance(logits, torch.Tensor):
         raise TypeError(f"logits must be a tensor; got {type(logits).__name__}")
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must have a floating-point dtype; got {logits.dtype}")
+    check_dtype("the dtype of logits", logits.dtype)
 
 
 @overload
 def gumbel_softmax(
     logits: torch.Tensor,
-    tau: float = 1.0,
+    tau: float | torch.Tensor = 1.0,
     hard: bool = False,
     eps: float = 1e-10,
     dim: int = -1,
@@ -35,7 +35,7 @@ def gumbel_softmax(
 @overload
 def gumbel_softmax(
     logits: torch.Tensor,
-    tau: float = 1.0,
+    tau: float | torch.Tensor = 1.0,
     hard: bool = False,
     eps: float = 1e-10,
     dim: int = -1,
@@ -46,7 +46,7 @@ def gumbel_softmax(
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 def gumbel_softmax(
     logits: torch.Tensor,
-    tau: float = 1.0,
+    tau: float | torch.Tensor = 1.0,
     hard: bool = False,
     eps: float = 1e-10,
     dim: int = -1,
@@ -66,7 +66,7 @@ def gumbel_softmax(
             (float64 on "reference"). -inf excludes a class: its y and its gradient are 0. Any strides; C-contiguous
             logits are read without a copy and, on "cpu", also those with the classes last in memory (channels_last with
             dim 1).
-        tau: temperature, > 0.
+        tau: temperature, > 0; a number, or a tensor of one element. A gradient of tau is computed by "reference".
         hard: return the exact one-hot of the largest noisy logit, with the gradient of the soft y (straight-through).
         eps: ignored; accepted for compatibility.
         dim: the dimension of the classes.
@@ -75,23 +75,41 @@ def gumbel_softmax(
         backend: "cuda", "triton", "cpu" or "reference"; None: the first of these that can run the problem.
 
     Returns:
-        y in the logits' shape and dtype, with their strides if they were read without a copy. With `return_kl` the pair
+        y in the logits' shape and dtype, with their strides if they were read without a copy; in float32 where
+        torch.autocast computes softmax in it, i.e. not on a CPU. With `return_kl` the pair
         (y, kl): kl is float32 (float64 for float64 logits) in the logits' shape without `dim`. Both are differentiable.
         A row with NaN or +inf, or with -inf only, is NaN, as in torch.softmax.
 
     Raises:
         ValueError: `dim`, `tau` or `seed` is invalid.
         TypeError: the logits are not a floating-point tensor, or the seed is neither an int nor a tensor.
-        NotImplementedError: the backend cannot run the problem, or double backward (except on "reference").
+        NotImplementedError: the backend cannot run the problem, or (except on "reference") double backward, a gradient
+            of `tau`, or a forward-mode derivative.
     """
     check_logits(logits)
     if not -logits.ndim <= dim < logits.ndim:
         raise ValueError(f"dim must name one of the logits' {logits.ndim} dimensions; got {dim}")
     if logits.shape[dim] == 0:
         raise ValueError(f"dim {dim} must hold at least one class; the logits have shape {list(logits.shape)}")
+    if isinstance(tau, torch.Tensor) and tau.numel() != 1:
+        raise ValueError(f"tau must be one number; got a tensor of shape {list(tau.shape)}")
     if not FLOAT32_TINY <= tau < float("inf"):  # NaN fails too; the kernels divide in float32
         raise ValueError(f"tau must be a positive, finite number; got {tau}")
+    logits = autocast.softmax(logits)
     seed = fresh_seed((), logits.device) if seed is None else as_seed(seed, "seed", (), logits.device)
-    run = backends.dispatch("gumbel_softmax", logits, backend)
-    y, kl = run(logits, seed, float(tau), bool(hard), dim % logits.ndim, bool(return_kl))
+    if isinstance(tau, torch.Tensor) and differentiated(tau):
+        run, tau = _differentiable_in_tau(logits, backend), tau.reshape(())
+    else:
+        run, tau = backends.dispatch("gumbel_softmax", logits, backend), float(tau)
+    y, kl = run(logits, seed, tau, bool(hard), dim % logits.ndim, bool(return_kl))
     return (y, kl) if return_kl else y
+
+
+def _differentiable_in_tau(logits, backend):
+    chosen = backends.select("gumbel_softmax", logits, backend or backends.forced() or backends.reference.name)
+    if chosen is not backends.reference:
+        raise NotImplementedError(
+            f"backend {chosen.name!r} cannot run gumbel_softmax here: it has no gradient of tau; use 'reference', or "
+            "tau.detach()"
+        )
+    return chosen.operations["gumbel_softmax"]

@@ -53,6 +53,8 @@ class SparseAttention(nn.Module):
 
     def _heads(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Queries, keys and values, each [B, heads, N, D]."""
+        if x.ndim != 3 or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(f"x must have the shape [B, N, {self.qkv.in_features}]; got {list(x.shape)}")
         return self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def extra_repr(self) -> str:

@@ -122,8 +122,8 @@ class AttentionPattern:
     _order: bytes | None = field(default=None, repr=False)  # int64; bytes cache their hash, tuples do not
 
     def __post_init__(self) -> None:
-        height, width = self.grid
-        if self.text_len < 0 or height < 1 or width < 1:
+        height, width = (_whole("grid", size) for size in self.grid)
+        if _whole("text_len", self.text_len) < 0 or height < 1 or width < 1:
             raise ValueError(
                 f"text_len must be at least 0 and the grid at least 1x1; got text_len={self.text_len}, grid={self.grid}"
             )
@@ -216,6 +216,7 @@ class AttentionPattern:
 
         Raises:
             ValueError: the mask is not such a matrix, text_len is out of range, or `order` is not a permutation.
+            TypeError: text_len is not a whole number.
 
         The grid is (1, N - text_len); no operation needs another one.
 
@@ -227,6 +228,7 @@ class AttentionPattern:
             raise ValueError(f"mask must be a bool matrix [N, N], N at least 1; got {mask.dtype} {list(mask.shape)}")
         mask = mask.cpu().contiguous().clone()
         n = mask.shape[0]
+        text_len = _whole("text_len", text_len)
         if not 0 <= text_len < n:
             raise ValueError(f"text_len must lie in [0, {n - 1}] for a mask of {n} tokens; got {text_len}")
         ahead = torch.triu(mask, 1).nonzero()
@@ -243,7 +245,7 @@ class AttentionPattern:
             if sorted(order) != list(range(n)):
                 raise ValueError(f"order must be a permutation of the {n} tokens")
             order = np.array(order, np.int64).tobytes()
-        return cls("mask", int(text_len), (1, n - text_len), _mask=_MaskRule(mask), _order=order)
+        return cls("mask", text_len, (1, n - text_len), _mask=_MaskRule(mask), _order=order)
 
     # -- queries
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from . import backends
+from .arguments import check_dtype, usable_device
 from .patterns import AttentionPattern
 
 
@@ -34,13 +35,8 @@ def prepare(
     n = pattern.seq_len if n is None else n
     if not 1 <= n <= pattern.seq_len:
         raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
-    if not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating-point dtype; got {dtype}")
+    check_dtype("dtype", dtype)
     if head_dim < 1:
         raise ValueError(f"head_dim must be at least 1; got {head_dim}")
-    try:
-        like = torch.empty(0, head_dim, dtype=dtype, device=device)  # its device has an index ("cuda" -> "cuda:0")
-    except (AssertionError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"device must be one that this PyTorch can use; got {str(device)!r}: {reason}") from error
+    like = torch.empty(0, head_dim, dtype=dtype, device=usable_device(device))
     backends.select("sparse_attention", like).prepare(pattern, n, like)

@@ -127,7 +127,7 @@ def test_prepare_fills_the_cache_that_calls_read():
     [
         ({"n": 20}, ValueError, r"n must lie in \[1, 19\], the pattern's length; got 20"),
         ({"head_dim": 0}, ValueError, "head_dim must be at least 1; got 0"),
-        ({"dtype": torch.int32}, TypeError, "dtype must be a floating-point dtype; got torch.int32"),
+        ({"dtype": torch.int32}, TypeError, "dtype must be float32, bfloat16, float16 or float64; got torch.int32"),
         ({"device": "gpu"}, ValueError, "device must be one that this PyTorch can use; got 'gpu': "),
         ({"pattern": "row"}, TypeError, "pattern must be an AttentionPattern; got str"),
     ],

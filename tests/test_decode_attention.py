@@ -159,12 +159,21 @@ SIZES = dict(prompts=2, candidates=3, heads=2, head_dim=8, dtype=torch.float32)
         ([P.row(3, (2, 2))], {"candidates": 0}, ValueError, "candidates must be at least 1; got 0"),
         ([P.row(3, (2, 2))], {"start": 4}, ValueError, r"start must lie in \[0, 3\] .* got 4"),
         ([P.row(3, (2, 2))], {"start": -1}, ValueError, "got -1"),
-        ([P.row(3, (2, 2))], {"dtype": torch.int64}, TypeError, "floating-point dtype; got torch.int64"),
+        ([P.row(3, (2, 2))], {"device": "gpu"}, ValueError, "device must be one that this PyTorch can use; got 'gpu'"),
+        ([P.row(3, (2, 2))], {"device": "mps"}, ValueError, "got 'mps': Could not run 'aten::[^ ]*' with [^.]*$"),
+        ([P.row(3, (2, 2))], {"dtype": torch.float8_e5m2}, TypeError, "or float64; got torch.float8_e5m2"),
+        ([P.row(3, (2, 2))], {"dtype": torch.int64}, TypeError, "float16 or float64; got torch.int64"),
     ],
 )
 def test_a_cache_that_cannot_be(patterns, change, error, message):
     with pytest.raises(error, match=message):
         dk.DecodeCache(patterns, **{**SIZES, **change})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_cache_on_a_gpu_that_is_not_there():
+    with pytest.raises(ValueError, match=r"device must be one that this PyTorch can use; got 'cuda': [^.\n]*$"):
+        dk.DecodeCache([P.row(3, (2, 2))], **SIZES, device="cuda")
 
 
 def written_cache():
@@ -185,7 +194,7 @@ def written_cache():
             "k must have the cache's dtype torch.float32",
         ),
         ({"v": torch.zeros(6, 2, 8, device="meta")}, ValueError, "v must be on the cache's device cpu; got meta"),
-        ({"q": torch.zeros(6, 2, 8, requires_grad=True)}, NotImplementedError, "has no gradient"),
+        ({"q": torch.zeros(6, 2, 8, requires_grad=True)}, NotImplementedError, "has no derivative"),
         ({"cache": dk.DecodeCache([P.row(3, (2, 2))], **SIZES)}, ValueError, "layer 0 has no prefix yet"),
     ],
 )

@@ -15,6 +15,7 @@ from torch.profiler import profile
 import dalle_kernels as dk
 from conformance import Target, gumbel_softmax
 from conformance.target import DTYPES, same
+from dalle_kernels.philox import gumbel_noise
 from statistics_for_tests import REJECT, frequencies_p
 
 CPU = Target("cpu")
@@ -95,6 +96,44 @@ def test_gradients_of_the_reference_by_finite_differences(seed):
     assert torch.equal(hard, gumbel_softmax.one_hot(hard, 1))
     expected = torch.autograd.grad(soft(x)[0], x, grad)
     torch.testing.assert_close(torch.autograd.grad(hard, x, grad), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@pytest.mark.parametrize("hard", [False, True], ids=["soft", "hard"])
+def test_the_gradient_of_tau(hard, shape, seed, recwarn):
+    """As that of PyTorch's formula with the same noise, and as that of finite differences."""
+    x, grad = torch.randn(2, 4, 7, dtype=torch.float64).unbind(0)
+    tau = torch.full(shape, 0.6, dtype=torch.float64, requires_grad=True)
+    noisy = x + gumbel_noise(x.shape, torch.tensor(seed), torch.float64)
+
+    def soft(tau):
+        return dk.gumbel_softmax(x, tau, seed=seed, return_kl=True)
+
+    (expected,) = torch.autograd.grad((noisy / tau).softmax(-1), tau, grad)
+    y, _ = dk.gumbel_softmax(x, tau, hard, seed=seed, return_kl=True)
+    torch.testing.assert_close(torch.autograd.grad(y, tau, grad)[0], expected, rtol=1e-12, atol=1e-12)
+    torch.autograd.gradcheck(soft, tau)
+    torch.autograd.gradcheck(soft, tau, check_forward_ad=True, check_backward_ad=False)
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        low = tau.detach().float().requires_grad_()
+        y = dk.gumbel_softmax(x.to(dtype), low, hard, seed=seed)
+        close = torch.autograd.grad(y, low, grad.to(dtype))[0].double()
+        torch.testing.assert_close(close, expected, rtol=tolerance, atol=tolerance)
+        assert y.dtype == dtype and low.shape == shape
+        with torch.no_grad():  # the kernels run where no gradient is needed
+            torch.testing.assert_close(dk.gumbel_softmax(x.to(dtype), low, hard, seed=seed), y.detach())
+    assert not recwarn.list
+
+
+def test_kernels_refuse_a_gradient_of_tau():
+    tau = torch.tensor(0.5, requires_grad=True)
+    message = "backend 'cpu' cannot run gumbel_softmax here: it has no gradient of tau; use 'reference', or"
+    with pytest.raises(NotImplementedError, match=message):
+        dk.gumbel_softmax(X, tau, backend="cpu")
+    with pytest.raises(NotImplementedError, match=message), dk.use_backend("cpu"):
+        dk.gumbel_softmax(X, tau)
+    with dk.use_backend("reference"):
+        assert dk.gumbel_softmax(X, tau).requires_grad
 
 
 def test_seeds(seed):
@@ -194,7 +233,9 @@ X = torch.zeros(2, 3)
         ((X,), {"dim": 2}, ValueError, "one of the logits' 2 dimensions; got 2"),
         ((X.sum(),), {}, ValueError, "one of the logits' 0 dimensions"),
         ((X[:, :0],), {}, ValueError, r"at least one class; the logits have shape \[2, 0\]"),
-        ((X.int(),), {}, TypeError, "floating-point dtype; got torch.int32"),
+        ((X.int(),), {}, TypeError, "float32, bfloat16, float16 or float64; got torch.int32"),
+        ((X.to(torch.float8_e4m3fn),), {}, TypeError, "must be float32.*got torch.float8_e4m3fn"),
+        ((X, torch.ones(2)), {}, ValueError, r"tau must be one number; got a tensor of shape \[2\]"),
         (([1.0],), {}, TypeError, "must be a tensor; got list"),
         ((X,), {"seed": 1.5}, TypeError, "seed must be an int .* got float"),
         ((X,), {"seed": 2**63}, ValueError, "seed must fit in 64 bits"),

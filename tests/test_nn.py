@@ -1,5 +1,7 @@
 """dk.nn.SparseAttention against torch.nn.MultiheadAttention with the same weights and the pattern as a mask."""
 
+import re
+
 import pytest
 import torch
 
@@ -34,6 +36,13 @@ def test_is_an_ordinary_module(seed):
 def test_bad_sizes_are_refused(dim, heads):
     with pytest.raises(ValueError, match=f"dim={dim}, heads={heads}"):
         dk.nn.SparseAttention(dim, heads, dk.AttentionPattern.row(3, (2, 2)))
+
+
+@pytest.mark.parametrize("shape", [(7, 32), (1, 2, 7, 32), (1, 7, 31)], ids=str)
+def test_bad_shapes_are_refused(shape):
+    module = dk.nn.SparseAttention(32, 2, dk.AttentionPattern.row(3, (2, 2)))
+    with pytest.raises(ValueError, match=r"x must have the shape \[B, N, 32\]; got " + re.escape(str(list(shape)))):
+        module(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("candidates", [1, 3])

@@ -141,6 +141,7 @@ def test_equal_patterns_are_equal_and_hash_alike():
         (lambda: P.from_mask(torch.zeros(0, 0, dtype=torch.bool)), r"N at least 1; got torch.bool \[0, 0\]"),
         (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), order=[0, 0, 1]), "permutation of the 3 tokens"),
         (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), text_len=3), r"text_len must lie in \[0, 2\]"),
+        (lambda: P("row", 2, (2, 3), layout="x"), "layout='x' is not one of"),
     ],
 )
 def test_bad_patterns_are_refused_with_the_value(make, message):
@@ -148,7 +149,16 @@ def test_bad_patterns_are_refused_with_the_value(make, message):
         make()
 
 
-@pytest.mark.parametrize("make", [lambda: P.row(2.5, (3, 3)), lambda: P.conv(4, (4, 4), kernel=3.5)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: P.row(2.5, (3, 3)),
+        lambda: P.conv(4, (4, 4), kernel=3.5),
+        lambda: P.from_mask(torch.eye(3, dtype=torch.bool), text_len=1.5),
+        lambda: P("row", 1.5, (2, 2)),
+        lambda: P("row", 1, (2.5, 2)),
+    ],
+)
 def test_sizes_must_be_whole_numbers(make):
     with pytest.raises(TypeError, match="must be a whole number; got"):
         make()

@@ -59,7 +59,7 @@ X = torch.zeros(2, 3)
     [
         (X[0], {}, ValueError, r"shape \[R, V\] with at least one token; got \[3\]"),
         (X[:, :0], {}, ValueError, r"got \[2, 0\]"),
-        (X.int(), {}, TypeError, "floating-point dtype; got torch.int32"),
+        (X.int(), {}, TypeError, "float32, bfloat16, float16 or float64; got torch.int32"),
         ([[1.0]], {}, TypeError, "must be a tensor; got list"),
         (X, {"temperature": 0.0}, ValueError, r"temperature .* \(top_k=1 takes the most likely token\); got 0.0"),
         (X, {"temperature": math.nan}, ValueError, "got nan"),

@@ -8,6 +8,7 @@ import torch
 import dalle_kernels as dk
 from conformance import Target, sparse_attention
 from conformance.target import DTYPES, same
+from dalle_kernels.backends.base import rows_contiguous
 from dalle_kernels.backends.native.tiles import TILES
 from dalle_kernels.backends.plans import PlanSizes, plan_tensors
 from patterns_for_tests import NAMES, every_pattern
@@ -86,6 +87,31 @@ def test_gradients_of_the_reference_by_finite_differences(seed):
     torch.autograd.gradgradcheck(lambda *x: dk.sparse_attention(*x, pattern), leaves)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_overlapping_windows(backend, seed):
+    """Shifted windows of one buffer, of which two dimensions have stride 1."""
+    pattern = dk.AttentionPattern.row(4, (4, 4))
+    n = pattern.seq_len
+    base = torch.randn(3, 8 * n + 4)
+
+    def windows(x):
+        return x.as_strided((4, 1, n, 8), (1, 1, 8, 1), x.storage_offset())
+
+    def outputs(copy, backend):
+        leaves = base.clone().requires_grad_()
+        tensors = [windows(x).contiguous() if copy else windows(x) for x in leaves]
+        out = dk.sparse_attention(*tensors, pattern, backend=backend)
+        return out, torch.autograd.grad(out.square().sum(), leaves)[0]
+
+    for ours, expected in zip(outputs(False, backend), outputs(True, "reference")):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slice_of_a_projection_is_not_copied():
+    q, k, v = torch.zeros(2, 5, 3, 2, 16).permute(2, 0, 3, 1, 4).unbind(0)
+    assert all(rows_contiguous(x) is x for x in (q, k, v, q[:1].expand(4, -1, -1, -1)))
+
+
 @pytest.mark.parametrize("layout", ["bhnd", "qkv"])
 def test_opcheck(layout, seed):
     pattern = dk.AttentionPattern.column(5, (3, 4))
@@ -116,7 +142,8 @@ X = torch.zeros(1, 1, 8, 16)
         ((X[0], X[0], X[0], ROW), ValueError, r"one shape \[B, H, N, D\]; got \[1, 8, 16\]"),
         ((X, X[:, :, :4], X, ROW), ValueError, r"\[1, 1, 4, 16\]"),
         ((X, X.double(), X, ROW), TypeError, "torch.float64"),
-        ((X.int(), X.int(), X.int(), ROW), TypeError, "floating-point"),
+        ((X.to(torch.float8_e4m3fn),) * 3 + (ROW,), TypeError, "must be float32.*got torch.float8_e4m3fn"),
+        ((X.int(), X.int(), X.int(), ROW), TypeError, "must be float32, bfloat16, float16 or float64"),
         ((X, X.to("meta"), X, ROW), ValueError, "one device; got cpu, meta"),
         ((torch.zeros(1, 1, 9, 16),) * 3 + (ROW,), ValueError, r"N must lie in \[1, 8\].*got 9"),
         ((X[:, :, :0],) * 3 + (ROW,), ValueError, "got 0"),

@@ -71,5 +71,10 @@ class Backend:
 
 
 def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x` with a contiguous last dimension, which the kernels require; copies only if necessary."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    """`x` with a contiguous last dimension, which the kernels require; copies only if necessary.
+
+    No other dimension has stride 1 then, as those of overlapping windows may: the kernels' outputs, `empty_like` their
+    inputs, could get that dimension as their innermost one.
+    """
+    strides = x.stride()
+    return x if strides[-1] == 1 and strides.count(1) == 1 else x.contiguous()

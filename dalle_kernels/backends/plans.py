@@ -6,8 +6,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
 
+from ..compile import plain_tensors
 from ..decode_schedule import compile_schedule
 from ..patterns import AttentionPattern
 from ..plan import PlanHeader, Side, TileShape, compile_plan
@@ -43,8 +43,7 @@ def plan_tensor(
     """
     if not 1 <= n <= pattern.seq_len:
         raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
-    # An ordinary tensor even if the first use is in inference mode (autograd cannot save such tensors) or in a trace.
-    with torch.inference_mode(False), _disable_current_modes():
+    with plain_tensors():
         packed = compile_plan(pattern, n, shape, side).packed
         sizes = PlanSizes(*(int(packed[PlanHeader[name.upper()]]) for name in PlanSizes._fields))
         return torch.from_numpy(packed).to(device), sizes
@@ -65,4 +64,5 @@ def plan_tensors(
 @functools.lru_cache(maxsize=256)
 def schedule_tensor(pattern: AttentionPattern, device: torch.device) -> torch.Tensor:
     """The packed decode schedule of the pattern, int32 on `device`."""
-    return torch.from_numpy(compile_schedule(pattern).packed).to(device)
+    with plain_tensors():
+        return torch.from_numpy(compile_schedule(pattern).packed).to(device)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch
 from torch._ops import OpOverload
 
+from . import differentiable
+
 
 def fake(logits, seed, tau, hard, dim, return_kl):
     """(y, kl, stats), contiguous; kl and stats are empty without return_kl."""
@@ -36,29 +38,22 @@ def _setup_context(ctx, inputs, output):
     )
 
 
-def _no_double_backward(ctx, grad):
-    raise NotImplementedError(
-        "gumbel_softmax has no double backward; use backend='reference' where second derivatives are needed"
-    )
-
-
 def register_autograd(op: OpOverload, backward_op: OpOverload) -> Callable:
     """Registers `backward_op` as the gradient of `op`. Returns the backend's function: checked arguments -> (y, kl or
     None).
     """
 
-    def backward(ctx, grad_y, grad_kl, grad_stats):
+    def backward(gradient, ctx, grad_y, grad_kl, grad_stats):
         grad_kl = grad_kl if ctx.return_kl else None
-        grad = backward_op(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
+        grad = gradient(grad_y, grad_kl, *ctx.saved_tensors, ctx.hard, ctx.dim)
         return grad, None, None, None, None, None
 
-    torch.library.register_autograd(op.name(), backward, setup_context=_setup_context)
-    torch.library.register_autograd(backward_op.name(), _no_double_backward)
+    relax = differentiable(op, backward_op, _setup_context, backward)
 
     def gumbel_softmax(logits, seed, tau, hard, dim, return_kl):
         # A tensor, so that torch.compile does not recompile when tau changes; a float would be a constant of the graph.
         tau = torch.ones((), dtype=torch.float32, device=logits.device) * tau
-        y, kl, _ = op(logits, seed, tau, hard, dim, return_kl)
+        y, kl, _ = relax(logits, seed, tau, hard, dim, return_kl)
         return y, kl if return_kl else None
 
     return gumbel_softmax

@@ -2,6 +2,7 @@
 
 import torch
 
+from ... import autocast
 from ...decode_schedule import STEP_WORDS, ScheduleHeader
 
 
@@ -21,8 +22,9 @@ def decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, st
         shared = prefix.index_select(2, text).repeat_interleave(candidates, 0)
         return torch.cat([shared, slots.index_select(2, image)], 2).to(wide)
 
-    scores = q.to(wide)[:, :, None] @ gather(prefix_k, image_k).transpose(-1, -2) * scale
-    out = scores.softmax(-1) @ gather(prefix_v, image_v)
+    with autocast.disabled(q):
+        scores = q.to(wide)[:, :, None] @ gather(prefix_k, image_k).transpose(-1, -2) * scale
+        out = scores.softmax(-1) @ gather(prefix_v, image_v)
     return out[:, :, 0].to(q.dtype)
 
 

@@ -1,0 +1,34 @@
+"""Checks of arguments that several operations share."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raises TypeError unless the operations support the dtype."""
+    if dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {dtype}")
+
+
+def usable_device(device: torch.device | str | None) -> torch.device:
+    """`device` with its index ("cuda" -> "cuda:0"); None: torch's default device.
+
+    Raises:
+        ValueError: PyTorch cannot use it.
+    """
+    try:
+        return torch.empty(0, device=device).device
+    except (AssertionError, RuntimeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]  # the next sentences list what PyTorch supports
+        raise ValueError(f"device must be one that this PyTorch can use; got {str(device)!r}: {reason}") from error
+
+
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether a derivative with respect to one of the tensors is recorded, in reverse or in forward mode."""
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return True
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
