@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -28,6 +29,39 @@ def check(config: object, requirement: str, **valid: bool) -> None:
     for name, ok in valid.items():
         if not ok:
             raise UserError(f"{name} must {requirement}, not {getattr(config, name)}")
+
+
+LIMITS = {"candidates": 100_000, "ranked": 100_000, "batch_size": 1_000_000, "crops": 1_000, "threads": 1_024}
+
+
+def check_limits(config: object) -> None:
+    """Raises a UserError for the first field above its limit in LIMITS, before memory or hours are spent on it."""
+    for name, limit in LIMITS.items():
+        value = getattr(config, name, None)
+        check(config, f"be at most {limit:,}", **{name: not isinstance(value, int) or value <= limit})
+
+
+def check_types(config: object, cls: type) -> None:
+    """Raises a UserError for the first field of the dataclass `cls` that does not have its annotated type."""
+    for name, kind in typing.get_type_hints(cls).items():
+        check_type(name, getattr(config, name), *(typing.get_args(kind) or (kind,)))
+
+
+def check_type(name: str, value: object, *kinds: type) -> None:
+    """Raises a UserError, "NAME must be KIND, not VALUE", unless the value, maybe a number of NumPy's, is of a kind."""
+    for kind in kinds:
+        if isinstance(value, _KINDS[kind][0]) and (kind is bool or not isinstance(value, bool)):
+            return
+    raise UserError(f"{name} must be {' or '.join(_KINDS[kind][1] for kind in kinds)}, not {value!r}")
+
+
+_KINDS = {
+    int: (numbers.Integral, "a whole number"),
+    float: (numbers.Real, "a number"),
+    bool: (bool, "True or False"),
+    str: (str, "a string"),
+    type(None): (type(None), "None"),
+}
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from dalle.errors import UserError
+from dalle_kernels import backends
+from dalle_kernels.arguments import usable_device
 
 
 @dataclass(frozen=True)
@@ -32,13 +34,20 @@ OnStep = Callable[[Progress], None]
 
 
 def choose_device(name: str) -> torch.device:
-    """The PyTorch device of that name; raises a UserError if it cannot be used."""
+    """The PyTorch device of that name; raises a UserError if it cannot be used, or not by the backend that
+    DALLE_KERNELS_BACKEND forces.
+    """
     try:
-        device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        device = usable_device(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if device.type == "meta":
         raise UserError("device 'meta' cannot be used: it holds shapes but no numbers")
+    try:
+        for operation in backends.OPERATIONS if backends.forced() else ():
+            backends.select(operation, torch.empty(1, 1, device=device))
+    except (ValueError, NotImplementedError) as error:
+        raise UserError(f"{error}: unset DALLE_KERNELS_BACKEND, or choose another backend") from error
     return device
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import textwrap
+
 import torch
 from torch.autograd import forward_ad
 
@@ -22,8 +24,8 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     """
     try:
         return torch.empty(0, device=device).device
-    except (AssertionError, RuntimeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]  # the next sentences list what PyTorch supports
+    except (AssertionError, ImportError, RuntimeError) as error:
+        reason = textwrap.shorten(str(error).partition(". ")[0], 100, placeholder="...")  # without lists of devices
         raise ValueError(f"device must be one that this PyTorch can use; got {str(device)!r}: {reason}") from error
 
 

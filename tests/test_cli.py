@@ -234,6 +234,21 @@ def test_help_shows_every_command_and_every_default(capsys):
     assert "Images per step. (default: 32)" in text and "Side of the images in pixels. (default: 64)" in text
 
 
+def test_names_with_control_characters_are_escaped(capsys, here):
+    Path("data").mkdir()
+    for i in range(20):
+        Image.effect_noise((16, 16), 20 + i).save(f"data/{i:02}.png")
+        Path(f"data/{i:02}.txt").write_text("noise")
+    Path("data/\x1b[31mred\n.png").write_bytes(b"not an image")
+    Path("data/\x1b[31mred\n.txt").write_text("noise")
+    options = ("--steps", "1", "--batch-size", "4", *TINY)
+    code, _, err = run(capsys, "train", "dvae", "--out", "m", "--data", "data", *options)
+    assert code == 0 and "\x1b" not in err and r"  \x1b[31mred\n.png: " in err
+    assert [line.split(": ")[0] for line in Path("m/skipped.txt").read_text().splitlines()] == [r"\x1b[31mred\n.png"]
+    code, _, err = run(capsys, "reconstruct", "data/\x1b[31mred\n.png", "--model", "model")
+    assert code == 2 and "\x1b" not in err and r"\x1b[31mred" in err
+
+
 def test_training_skips_the_images_it_cannot_use(capsys, here):
     for i in range(20):
         Image.effect_noise((16, 16), 20 + i).save(f"broken/{i:02}.png")
@@ -273,7 +288,6 @@ TRAIN_HERE = (*TRAIN, "--out", "m")
 
 WRONG = [
     (("paint",), "'paint'"),
-    (("train",), "'train'"),
     (("train", "painter"), "'train painter'"),
     # Prompts
     (("generate", "--model", "model"), "no prompt"),
@@ -285,6 +299,9 @@ WRONG = [
     ((*GENERATE, "--candidates", "0"), ("candidates", "0")),
     ((*GENERATE, "--candidates", "-3"), ("candidates", "-3")),
     ((*GENERATE, "--batch-size", "0"), ("batch_size", "0")),
+    ((*GENERATE, "--candidates", "1000000000"), ("candidates", "at most 100,000", "1000000000")),
+    ((*GENERATE, "--candidates", str(10**20)), ("candidates", "at most 100,000", str(10**20))),
+    ((*GENERATE, "--batch-size", "1000000000"), ("batch_size", "at most 1,000,000")),
     ((*GENERATE, "--seed", "-1"), ("seed", "-1")),
     ((*GENERATE, "--temperature", "0"), ("temperature", "0")),
     ((*GENERATE, "--temperature", "nan"), ("temperature", "nan")),
@@ -351,6 +368,8 @@ WRONG = [
     (("train", "dvae", "--out", "m", "--data", "nothing"), ("nothing", "no images")),
     (("train", "dvae", "--out", "m", "--data", "file.txt"), "file.txt"),
     (("train", "dvae", "--out", "m", "--data", "shapes:many"), "shapes:many"),
+    (("train", "dvae", "--out", "m", "--data", f"shapes:{10**20 - 1}"), (f"shapes:{10**20 - 1}", "10,000,000")),
+    (("train", "dvae", "--out", "m", "--data", f"shapes-simple:{'9' * 5000}"), "10,000,000"),
     (("train", "dvae", "--out", "m", "--font", "missing.ttf"), "missing.ttf"),
     (("train", "dvae", "--out", "m", "--font", "file.txt"), "file.txt"),
     (("tokenize", "--out", "nothing"), ("nothing", "dvae.json")),
@@ -375,7 +394,11 @@ WRONG = [
     (("train", "prior", "--out", "m", "--warmup", "-1"), ("warmup", "-1")),
     (("train", "prior", "--out", "m", "--ema-decay", "1"), ("ema_decay", "1")),
     (("train", "prior", "--out", "m", "--bpe-dropout", "2"), ("bpe_dropout", "2")),
+    ((*TRAIN_HERE, "--batch-size", "1000000000"), ("batch_size", "at most 1,000,000")),
     ((*TRAIN_HERE, "--threads", "0"), ("threads", "0")),
+    ((*TRAIN_HERE, "--threads", "100000"), ("threads", "at most 1,024", "100000")),
+    (("evaluate", "--model", "model", "--out", "m", "--threads", "100000"), ("threads", "at most 1,024")),
+    (("tokenize", "--out", "model", "--batch-size", "1000000000"), ("batch_size", "at most 1,000,000")),
     ((*TRAIN_HERE, "--device", "toaster"), "toaster"),
     ((*TRAIN_HERE, "--model.image-size", "18"), "18"),
     ((*TRAIN_HERE, "--model.widths", "7"), "7"),
@@ -458,6 +481,15 @@ def test_without_raqm_training_on_emoji_says_so(capsys, here, monkeypatch):
     monkeypatch.setattr(emoji, "find_font", lambda path: path)
     code, _, err = run(capsys, "train", "dvae", "--out", "m")
     assert code == 2 and "lacks raqm" in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["cuda", "junk"])
+def test_a_backend_that_cannot_be_forced_is_one_line(name, here):
+    environment = os.environ | {"DALLE_KERNELS_BACKEND": name, "PYTHONPATH": str(Path(dalle.__file__).parents[1])}
+    command = [sys.executable, "-m", "dalle", *GENERATE, "--candidates", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert name in done.stderr and "unset DALLE_KERNELS_BACKEND" in done.stderr
 
 
 def test_a_bug_shows_its_traceback():

@@ -6,6 +6,7 @@ import shutil
 from dataclasses import fields, replace
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -337,7 +338,17 @@ def test_grey_images_of_16_bits_are_scaled_not_clipped(pipeline):
         (dict(prompts=["red", "blue"], seed=[1, -2]), r"seed must be in \[0, 2\^62\), not -2"),
         (dict(prompts="red", candidates=2, top=3), r"top must be in \[1, 2\], the candidates, not 3"),
         (dict(prompts="red", candidates=2, top=0), r"top must be in \[1, 2\], the candidates, not 0"),
-        (dict(prompts=[b"red"]), "must be a string"),
+        (dict(prompts=[b"red"]), "a prompt must be a string, not b'red'"),
+        (dict(prompts=None), "prompts must be a string or a sequence of strings, not None"),
+        (dict(prompts="red", candidates="3"), "candidates must be a whole number, not '3'"),
+        (dict(prompts="red", candidates=True), "candidates must be a whole number, not True"),
+        (dict(prompts="red", candidates=10**9), "candidates must be at most 100,000, not 1000000000"),
+        (dict(prompts="red", top=1.0), "top must be a whole number or None, not 1.0"),
+        (dict(prompts="red", temperature="hot"), "temperature must be a number, not 'hot'"),
+        (dict(prompts="red", truncate=1), "truncate must be True or False, not 1"),
+        (dict(prompts="red", batch_size=2.5), "batch_size must be a whole number or None, not 2.5"),
+        (dict(prompts="red", seed=1.5), "seed must be a whole number, not 1.5"),
+        (dict(prompts="red", seed="7"), "seed must be a whole number, not '7'"),
         (dict(prompts=[]), "there is no prompt"),
     ],
 )
@@ -351,6 +362,11 @@ def test_bad_requests(pipeline, arguments, reason):
     [
         (dict(rows=0), r"rows, the rows of codes to keep, must be in \[1, 4\), not 0"),
         (dict(rows=4), r"must be in \[1, 4\), not 4"),
+        (dict(rows=1.5), "rows must be a whole number, not 1.5"),
+        (dict(rows=2, prompt=None), "a prompt must be a string, not None"),
+        (dict(rows=2, image=torch.full((3, 16, 16), torch.nan)), "image as a tensor must be finite.* NaN"),
+        (dict(rows=2, image=torch.zeros(3, 16, 16, dtype=torch.int32)), "must be uint8 or float .*, not torch.int32"),
+        (dict(rows=2, image="red.png"), "an image must be a Pillow image or a tensor, not str"),
         (dict(), "give either rows or mask"),
         (dict(rows=2, mask=torch.ones(4, 4, dtype=torch.bool)), "give either rows or mask"),
         (dict(mask=torch.ones(4, 5, dtype=torch.bool)), r"bool \[4, 4\], not bool \[4, 5\]"),
@@ -367,6 +383,30 @@ def test_bad_requests(pipeline, arguments, reason):
 def test_bad_completions(pipeline, image, arguments, reason):
     with pytest.raises(UserError, match=reason):
         pipeline.complete(**dict(image=image, prompt="red") | arguments)
+
+
+def test_bad_images_to_score(ranking, image):
+    for images, reason in (
+        (torch.full((1, 3, 16, 16), torch.inf), "finite"),
+        ([image, "red.png"], "Pillow image or a tensor, not str"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            ranking.score(images, "red")
+    with pytest.raises(UserError, match="a prompt must be a string, not 3"):
+        ranking.score([image], 3)
+
+
+def test_numbers_of_numpy_are_numbers(pipeline):
+    options = dict(candidates=np.int64(2), temperature=np.float32(1), seed=np.int64(3), batch_size=np.int64(2))
+    theirs, ours = pipeline.generate("red", **options), pipeline.generate("red", candidates=2, seed=3)
+    assert torch.equal(codes(theirs), codes(ours))
+
+
+def test_unknown_arguments_of_loading(directory):
+    with pytest.raises(TypeError, match="from_pretrained has no argument 'foo'; it has device, revision"):
+        Pipeline.from_pretrained(directory, foo=1)
+    with pytest.raises(UserError, match="device must be one that this PyTorch can use; got 'toaster'"):
+        Pipeline.from_pretrained(directory, device="toaster")
 
 
 def test_a_long_prompt_can_be_truncated(ranking):

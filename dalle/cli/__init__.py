@@ -1,13 +1,14 @@
 """The command line, `dalle COMMAND`: one module per command; the `dalle train` commands share one.
 
-Exit codes: 0 for success, 2 for invalid input, which prints one line on stderr, and 130 for Ctrl-C. Any other exception
-is a bug and shows its traceback.
+Exit codes: 0 for success, also if the reader of the output left; 1 if the output could not be written; 2 for invalid
+input, which prints one line on stderr; and 130 for Ctrl-C. Any other exception is a bug and shows its traceback.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 
+from dalle.cli.output import printable, standard_streams
 from dalle.errors import UserError
 from dalle.extras import extras
 
@@ -26,14 +27,28 @@ COMMANDS = {
     "info": "describe a model directory or this installation",
 }  # a command's module is imported when it runs, because importing torch takes seconds
 
+HELP = ("-h", "--help", "help")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command in `argv`, by default sys.argv, and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    with standard_streams() as out:
+        code = _exit_code(arguments)
+        out.flush()
+        if out.failure is not None and not isinstance(out.failure, BrokenPipeError):
+            print(f"dalle: the output cannot be written: {out.failure.strerror}", file=sys.stderr)
+            code = code or 1
+    return code
+
+
+def _exit_code(arguments: list[str]) -> int:
     try:
         return _run(arguments)
+    except SystemExit as end:  # tyro's, after the help or a misspelt option
+        return int(end.code or 0)
     except UserError as error:
-        print("dalle:", " ".join(str(error).split()), file=sys.stderr)
+        print("dalle:", printable(" ".join(str(error).split())), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("dalle: interrupted", file=sys.stderr)
@@ -41,20 +56,29 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_overview())
+    first, *others = arguments or ["--help"]
+    if first in HELP:
+        print(_overview(COMMANDS))
+        return 0
+    if first in ("-V", "--version"):
+        from dalle_kernels import __version__
+
+        print("dalle", __version__)
+        return 0
+    if first == "train" and (not others or others[0] in HELP):
+        print(_overview({name: summary for name, summary in COMMANDS.items() if name.startswith("train ")}))
         return 0
     for words in (1, 2):
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             with extras():
-                return import_module(f"dalle.cli.{arguments[0]}").main(arguments[1:])
-    name = " ".join(arguments[:2]) if arguments[0] == "train" else arguments[0]
+                return import_module(f"dalle.cli.{first}").main(others)
+    name = " ".join(arguments[:2]) if first == "train" else first
     raise UserError(f"{name!r} is not a command: choose one of {', '.join(COMMANDS)}")
 
 
-def _overview() -> str:
-    lines = [f"  {name:<15}{summary}" for name, summary in COMMANDS.items()]
+def _overview(commands: Mapping[str, str]) -> str:
+    lines = [f"  {name:<15}{summary}" for name, summary in commands.items()]
     return "\n".join(
         [
             "usage: dalle COMMAND [OPTIONS]",
@@ -63,6 +87,6 @@ def _overview() -> str:
             "",
             *lines,
             "",
-            "dalle COMMAND --help lists the options of a command with their defaults.",
+            "dalle COMMAND --help lists the options of a command with their defaults, dalle --version the version.",
         ]
     )

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from dalle import config as configs
-from dalle.cli.output import png_path
+from dalle.cli.output import png_path, printable
 from dalle.generation.pipeline import GeneratedImage, GenerationOptions, Pipeline
 from dalle.images import image_grid, to_tensor
 from dalle.runtime import choose_device
@@ -71,4 +71,4 @@ def _seed_and_score(image: GeneratedImage) -> str:
 
 
 def _one_line(prompt: str) -> str:
-    return " ".join(prompt.split())
+    return printable(" ".join(prompt.split()))

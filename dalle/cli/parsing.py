@@ -1,6 +1,8 @@
 """Parses arguments into configurations: tyro derives the options from their fields, defaults and docstrings."""
 
 import io
+import os
+import shutil
 import sys
 from contextlib import redirect_stderr
 from dataclasses import replace
@@ -13,6 +15,7 @@ from dalle.errors import UserError
 
 Config = TypeVar("Config")
 
+NARROWEST = 40  # columns; tyro needs several for each of its own
 STYLE = (
     tyro.conf.AvoidSubcommands,  # a nested configuration that may be None is a group of options, not a subcommand
     tyro.conf.DisallowNone,
@@ -25,14 +28,19 @@ def parse(config_class: type[Config], command: str, argv: list[str], default: Co
     """Parses `argv`. Raises a UserError for an invalid value; exits with 2 for an unknown option."""
     instead: dict[str, Any] = {} if default is None else {"default": default}
     messages = io.StringIO()
+    if shutil.get_terminal_size().columns < NARROWEST:
+        os.environ["COLUMNS"] = str(NARROWEST)
+    tyro._experimental_options["ansi_codes"] = not os.environ.get("NO_COLOR")
     try:
         with redirect_stderr(messages):
-            return tyro.cli(config_class, prog=f"dalle {command}", args=argv, config=STYLE, **instead)
+            config = tyro.cli(config_class, prog=f"dalle {command}", args=argv, config=STYLE, **instead)
     except SystemExit as end:
         if (error := _refusal(end)) is not None:
             raise error from None
         sys.stderr.write(messages.getvalue())
         raise
+    configs.check_limits(config)
+    return config
 
 
 def parse_with_preset(config_class: type[Any], command: str, argv: list[str], presets: dict[str, Any]) -> Any:

@@ -8,7 +8,7 @@ import torch
 import tyro
 
 from dalle.cli.input import read_square
-from dalle.cli.output import png_path
+from dalle.cli.output import png_path, printable
 from dalle.cli.parsing import parse
 from dalle.errors import UserError
 from dalle.images import image_grid, save_png, to_tensor
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     save_png(image_grid(rows, scale=max(1, 128 // dvae.config.image_size)), out)
 
     for path, original, reconstruction in zip(config.images, originals, decoded, strict=True):
-        print(f"{path}: PSNR {psnr(original / 255, reconstruction):.2f} dB")
+        print(f"{printable(str(path))}: PSNR {psnr(original / 255, reconstruction):.2f} dB")
     used, _ = codebook_usage(codes, dvae.config.vocab)
     total = psnr(torch.stack(originals) / 255, decoded)
     print(f"all: PSNR {total:.2f} dB, {used} of {dvae.config.vocab} codes used, images in {out}")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dalle.cli.output import printable
 from dalle.cli.parsing import parse, parse_with_preset
 from dalle.cli.progress import numbers, shown
 from dalle.files import write_text
@@ -64,7 +65,8 @@ def report_skipped(skipped: list[tuple[str, str]], out: Path) -> None:
     if not skipped:
         return
     path = Path(out) / "skipped.txt"
-    write_text(path, "".join(f"{name}: {reason}\n" for name, reason in skipped))
-    print(f"{len(skipped)} files were skipped, all listed in {path}; the first:", file=sys.stderr)
-    for name, reason in skipped[:LISTED]:
-        print(f"  {name}: {reason}", file=sys.stderr)
+    lines = [printable(f"{name}: {reason}") for name, reason in skipped]
+    write_text(path, "".join(f"{line}\n" for line in lines))
+    print(f"{len(skipped)} files were skipped, all listed in {printable(str(path))}; the first:", file=sys.stderr)
+    for line in lines[:LISTED]:
+        print(f"  {line}", file=sys.stderr)

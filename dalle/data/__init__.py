@@ -6,6 +6,8 @@ from dalle.extras import extras
 
 __all__ = ["Sample", "Source", "UnreadableImage", "open_source", "split"]
 
+MAX_SCENES = 10_000_000
+
 
 def open_source(spec: str, image_size: int, *, font: str | None = None) -> Source:
     """Opens a source of captioned images.
@@ -53,6 +55,8 @@ def split(source: Source, part: Part) -> Source:
 
 
 def _count(spec: str, text: str) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) < 1:
-        raise UserError(f"{spec!r}: the number of scenes must be a positive integer, as in shapes:20000")
+    if not text.isascii() or not text.isdigit() or len(text) > 20 or not 1 <= int(text) <= MAX_SCENES:
+        raise UserError(
+            f"{spec!r}: the number of scenes must be a positive integer up to {MAX_SCENES:,}, as in shapes:20000"
+        )
     return int(text)

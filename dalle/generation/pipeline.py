@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from dalle.models.clip import CLIP
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.hub import model_directory
 from dalle.models.prior import Prior
-from dalle.runtime import free_memory
+from dalle.runtime import choose_device, free_memory
 from dalle.tokenizer import Tokenizer
 
 MAX_BATCH_SIZE = 512  # images; larger batches are no faster
+DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # arguments of from_pretrained
 MAX_BATCH_PIXELS = 2**20  # per pass of the dVAE and the CLIP
 
 MODEL_CARD = """---
@@ -67,6 +68,8 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for invalid fields."""
+        configs.check_types(self, GenerationOptions)
+        configs.check_limits(self)
         batch_size = 1 if self.batch_size is None else self.batch_size
         configs.check(self, "be at least 1", candidates=self.candidates >= 1, batch_size=batch_size >= 1)
         top = self.candidates if self.top is None else self.top
@@ -139,6 +142,9 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         Raises:
             UserError: the model does not exist, is incomplete or damaged, or its parts do not match.
         """
+        if unknown := sorted(set(download) - set(DOWNLOAD)):
+            raise TypeError(f"from_pretrained has no argument {unknown[0]!r}; it has device, {', '.join(DOWNLOAD)}")
+        choose_device(device)
         # The inherited method would require a config.json, and pass its unchecked content to __init__.
         return cls._from_pretrained(model_id=model, device=device, **download)
 
@@ -231,9 +237,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             truncate=truncate,
             batch_size=batch_size,
         )
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not prompts:
-            raise UserError("there is no prompt: give at least one")
+        prompts = _prompts([prompts] if isinstance(prompts, str) else prompts)
         return self._generate(prompts, first_seeds(seed, len(prompts)), options)
 
     def complete(
@@ -279,7 +283,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             batch_size=batch_size,
         )
         resample = self.completion_mask(rows, mask)
-        return self._generate([prompt], first_seeds(seed, 1), options, self.codes(image), resample)[0]
+        return self._generate(_prompts([prompt]), first_seeds(seed, 1), options, self.codes(image), resample)[0]
 
     def completion_mask(self, rows: int | None = None, mask: Tensor | None = None) -> Tensor:
         """Which codes `complete` regenerates for these arguments, bool [rows, columns]; raises UserError."""
@@ -288,6 +292,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             return torch.as_tensor(mask)
         if rows is None or mask is not None:
             raise UserError("it is not clear what to keep of the image: give either rows or mask")
+        configs.check_type("rows", rows, int)
         if not 1 <= rows < side:
             raise UserError(f"rows, the rows of codes to keep, must be in [1, {side}), not {rows}")
         return (torch.arange(side) >= rows)[:, None].expand(side, side)
@@ -304,8 +309,11 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         Raises:
             UserError: the model has no CLIP, or the images or the prompt do not match the model.
         """
-        text = self._clip().encode_text(self._clip().pack_text([self.tokenizer.encode(prompt)], truncate))
-        if not isinstance(images, Tensor):
+        ids = [self.tokenizer.encode(text) for text in _prompts([prompt])]
+        text = self._clip().encode_text(self._clip().pack_text(ids, truncate))
+        if isinstance(images, Tensor):
+            _check_pixels(images)
+        else:
             images = torch.cat([self._square(image).cpu() for image in images])
         scores = [self._clip().encode_images(batch.to(self.device)) @ text[0] for batch in self._batches(images)]
         return torch.cat(scores).float().cpu()
@@ -352,8 +360,8 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         self, text: Tensor, seeds: Tensor, options: GenerationOptions, given: Tensor | None, resample: Tensor | None
     ) -> Tensor:
         """Codes for seeds [P, C], int64 [P, C, rows, columns] on the CPU, generated in batches."""
-        batch_size = options.batch_size or self._fitting_batch_size(options.candidates)
-        prompts_per_batch = max(1, batch_size // options.candidates)
+        batch_size = int(options.batch_size or self._fitting_batch_size(options.candidates))  # may be NumPy's
+        prompts_per_batch = max(1, batch_size // int(options.candidates))
         results = []
         for rows, row_seeds in zip(text.split(prompts_per_batch), seeds.split(prompts_per_batch), strict=True):
             row_codes = []
@@ -389,6 +397,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         """An image as a batch of one of the model's size, [1, 3, S, S], on the device."""
         side = self.dvae.config.image_size
         pixels = to_tensor(square(image, side)) if isinstance(image, Image.Image) else image
+        _check_pixels(pixels)
         if pixels.shape != (3, side, side):
             raise UserError(f"an image as a tensor must be {[3, side, side]}, not {list(pixels.shape)}")
         return pixels[None].to(self.device)
@@ -410,9 +419,33 @@ def first_seeds(seed: int | Sequence[int] | None, count: int) -> list[int]:
     seeds = list(seed) if isinstance(seed, Sequence) else [seed] * count
     if len(seeds) != count:
         raise UserError(f"there are {len(seeds)} seeds for {count} prompts: give one for each, or one for all")
-    if bad := [s for s in seeds if not 0 <= s < 2**62]:
-        raise UserError(f"seed must be in [0, 2^62), not {bad[0]}")
+    for value in seeds:
+        configs.check_type("seed", value, int)
+        if not 0 <= value < 2**62:
+            raise UserError(f"seed must be in [0, 2^62), not {value}")
     return seeds
+
+
+def _prompts(prompts: object) -> list[str]:
+    """The prompts as a list; raises UserError unless they are strings, at least one."""
+    if not isinstance(prompts, Iterable):
+        raise UserError(f"prompts must be a string or a sequence of strings, not {prompts!r}")
+    found = list(prompts)
+    if not found:
+        raise UserError("there is no prompt: give at least one")
+    for prompt in found:
+        configs.check_type("a prompt", prompt, str)
+    return found
+
+
+def _check_pixels(image: object) -> None:
+    """Raises UserError unless `image` is a tensor of pixels."""
+    if not isinstance(image, Tensor):
+        raise UserError(f"an image must be a Pillow image or a tensor, not {type(image).__name__}")
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise UserError(f"an image as a tensor must be uint8 or float in [0, 1], not {image.dtype}")
+    if image.is_floating_point() and not image.isfinite().all():
+        raise UserError("an image as a tensor must be finite, and this one has NaN or infinite pixels")
 
 
 def _check_text_vocab(name: str, model: Prior | CLIP, tokenizer: Tokenizer) -> None:
