@@ -1,5 +1,6 @@
 """Conversions between tensors and Pillow images, and grids of images."""
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,14 +72,15 @@ def image_grid(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), sca
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "…") > width:
-        text = text[:-1]
-    return text + "…"
+    """The text in one line, cut to a width in pixels."""
+    start = " ".join(text[:width].split())  # no more characters fit than pixels; measuring a long text takes minutes
+    if len(text) <= width and font.getlength(start) <= width:
+        return start
+    fitting = bisect_right(range(1, len(start) + 1), width, key=lambda n: font.getlength(start[:n] + "…"))
+    return start[:fitting] + "…"
 
 
 def save_png(image: Image.Image, path: Path) -> None:
-    """Writes a PNG atomically."""
-    with atomic_write(path) as temporary:
+    """Writes a PNG atomically; a symbolic link stays one."""
+    with atomic_write(Path(path).resolve()) as temporary:
         image.save(temporary, format="PNG")
