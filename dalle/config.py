@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 Config = TypeVar("Config", bound="DataclassInstance")
+MAX_INT = 2**31  # in files: larger numbers are nonsense
 
 
 def preset(presets: Mapping[str, Config], name: str) -> Config:
@@ -75,24 +76,18 @@ def from_dict(cls: type[Config], data: dict[str, Any], origin: str) -> Config:
         raise UserError(f"{origin} holds {type(data).__name__}, not the fields of a {cls.__name__}")
     fields = typing.get_type_hints(cls)
     if unknown := sorted(set(data) - set(fields)):
-        raise UserError(f"{origin} has unknown fields for a {cls.__name__}: {', '.join(unknown)}")
+        raise UserError(f"{origin} has unknown fields for a {cls.__name__}: {_short(', '.join(unknown))}")
     required = {f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := sorted(required - set(data)):
         raise UserError(f"{origin} lacks the fields {', '.join(missing)} of a {cls.__name__}")
     try:
         return cls(**{name: _coerce(value, fields[name]) for name, value in data.items()})
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{origin} does not describe a {cls.__name__}: {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{origin} does not describe a {cls.__name__}: {_short(str(error))}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Parses a JSON file; raises a UserError that names the file if it is missing or invalid."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else text[:300] + "…"
 
 
 def _coerce(value: Any, kind: Any) -> Any:
@@ -113,4 +108,6 @@ def _coerce(value: Any, kind: Any) -> Any:
         return float(value)
     if kind in (int, float, str, bool) and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
         raise TypeError(f"{value!r} should be of type {kind.__name__}")
+    if kind is int and abs(value) > MAX_INT:
+        raise ValueError(f"{value} is not a size")
     return value

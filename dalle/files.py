@@ -1,19 +1,29 @@
-"""Atomic file writes, and reads whose errors name the file and the problem."""
+"""Atomic file writes, locks, and reads that believe nothing: errors name the file and the problem."""
 
+import fcntl
+import hashlib
 import json
 import os
+import stat
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from dalle import config as configs
 from dalle.errors import UserError
+
+METADATA = "dalle"  # key of a safetensors file's metadata: safetensors writes several keys in random order
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8, "BOOL": torch.bool,
+}  # of safetensors  # fmt: skip
 
 
 @contextmanager
@@ -23,7 +33,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     If the block raises, the previous file is kept. A failed write raises a UserError.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name[:48]}.{os.getpid()}.tmp")  # no longer than a name may be, as `path` may be
     try:
         yield temporary
         _sync(temporary)
@@ -34,7 +44,34 @@ def atomic_write(path: Path) -> Iterator[Path]:
             f"{path} cannot be written ({error}); the previous file is intact: free disk space or choose another path"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def sole_writer(directory: Path, *stems: str) -> Iterator[None]:
+    """Holds the lock of `directory` for the files whose names begin with `stems`; the first stem names the lock.
+
+    The lock ends with its process. Temporary files that a killed writer left are removed. Raises a UserError if another
+    process, or another thread, holds the lock.
+    """
+    try:
+        lock = open(directory / f".{stems[0]}.lock", "w")  # noqa: SIM115  # closed below, after another error
+    except OSError as error:
+        raise UserError(f"{directory} cannot be written to ({error.strerror}): choose another directory") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another process is writing {stems[0]} in {directory}: wait until it ends, or choose another directory"
+            ) from None
+        except OSError:
+            pass  # a file system without locks
+        for stem in stems:
+            for leftover in [*directory.glob(f".{stem}*.tmp"), *directory.glob(f"*/.{stem}*.tmp")]:
+                leftover.unlink(missing_ok=True)
+        yield
 
 
 def writable_directory(path: Path) -> Path:
@@ -56,30 +93,110 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def read_text(path: Path) -> str:
+    """Reads a UTF-8 text file; raises a UserError that names the file if it is missing or something else."""
+    _check_regular(path)
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read as text: {error}") from error
+
+
 def write_json(path: Path, config: Any) -> None:
     """Writes a configuration as JSON, atomically."""
     write_text(path, json.dumps(configs.to_dict(config), indent=2) + "\n")
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors, from any device, as a safetensors file, atomically."""
+def read_json(path: Path) -> Any:
+    """Parses a JSON file; raises a UserError that names the file if it is missing or invalid."""
+    text = read_text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors, from any device, as a safetensors file with a digest of its content, atomically."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = dict(metadata or {})
+    described = json.dumps(metadata | {"digest": _content_digest(tensors, metadata)}, sort_keys=True)
     with atomic_write(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode  # the umask's mode: safetensors makes files that only their owner can read
-        save_file(tensors, temporary, metadata)
+        save_file(tensors, temporary, {METADATA: described})
         temporary.chmod(mode)
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Reads a safetensors file: tensors on the CPU, and metadata. Raises UserError if it is missing or damaged."""
+def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads the header of a safetensors file: its tensors, on the meta device, and metadata. Errors: `read_tensors`."""
+    with _open_tensors(path) as file:
+        return _header(file), _metadata(file)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Reads a safetensors file: tensors on the CPU, and metadata.
+
+    Raises a UserError if it is missing, not a regular file, or damaged: whatever differs from what `write_tensors`
+    wrote. Files without a digest, from earlier versions, are believed if their header is valid.
+    """
+    with _open_tensors(path) as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in _header(file)}, _metadata(file)
+    if metadata.pop("digest", None) not in (None, _content_digest(tensors, metadata)):
+        raise UserError(f"{path} is damaged: its content is not what was written; create it again")
+    return tensors, metadata
+
+
+def digest(text: str) -> str:
+    """A short fingerprint of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@contextmanager
+def _open_tensors(path: Path) -> Iterator[Any]:
+    _check_regular(path)
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            yield file
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"{path} is damaged or not a safetensors file ({error}): create it again") from error
+
+
+def _header(file: Any) -> dict[str, Tensor]:
+    header = {}
+    for name in file.keys():  # noqa: SIM118
+        entry = file.get_slice(name)
+        if entry.get_dtype() not in DTYPES:
+            raise SafetensorError(f"{name} has the type {entry.get_dtype()}, which is never written")
+        header[name] = torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device="meta")
+    return header
+
+
+def _metadata(file: Any) -> dict[str, str]:
+    written = file.metadata() or {}
+    metadata = json.loads(written[METADATA]) if METADATA in written else written  # files of earlier versions
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are not text by name")
+    return metadata
+
+
+def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    content = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        content.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        content.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return content.hexdigest()
+
+
+def _check_regular(path: Path) -> None:
+    try:
+        mode = os.stat(path).st_mode
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged or not a safetensors file ({error}): create it again") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(mode):  # opening a pipe would wait forever
+        raise UserError(f"{path} is not a regular file: remove it, or choose another directory")
 
 
 def _sync(path: Path) -> None:

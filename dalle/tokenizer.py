@@ -15,8 +15,13 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from dalle.errors import UserError
+from dalle.files import read_text
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())  # the 256 bytes, so that any text can be encoded
+BPE_OPTIONS = (
+    "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
+    "ignore_merges",
+)  # fmt: skip
 MAX_WORD = 64  # longer words are split before merging with dropout, because the merge loop is quadratic
 
 
@@ -38,11 +43,7 @@ class Tokenizer:
         """
         if vocab_size < len(ALPHABET):
             raise UserError(f"vocabulary size {vocab_size} is too small: the bytes alone take {len(ALPHABET)}")
-        bpe = tokenizers.Tokenizer(models.BPE())
-        collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
-        bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *collapse])
-        bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word has the same tokens when first
-        bpe.decoder = decoders.ByteLevel()
+        bpe = _untrained()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=ALPHABET, show_progress=False)
         bpe.train_from_iterator(captions, trainer)
         return cls(bpe)
@@ -93,11 +94,9 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Reads a file that ``save`` wrote; raises UserError if it is missing, damaged or of another kind."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the tokenizer {path}: {error}") from error
-        try:
-            bpe = tokenizers.Tokenizer.from_str(text)
+            bpe = tokenizers.Tokenizer.from_str(read_text(Path(path)))
+        except UserError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path} is not a tokenizer file, or is damaged: {error}") from error
         if not _is_ours(bpe):
@@ -141,15 +140,32 @@ def _check_text(text: str) -> None:
         raise UserError(f"the text {text!r} is not valid Unicode: give UTF-8 text") from None
 
 
+def _untrained() -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(models.BPE())
+    collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *collapse])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word has the same tokens when first
+    bpe.decoder = decoders.ByteLevel()
+    return bpe
+
+
 def _is_ours(bpe: tokenizers.Tokenizer) -> bool:
+    """Whether it differs from a tokenizer of `Tokenizer.train` in the vocabulary and the merges alone."""
+    if not isinstance(bpe.model, models.BPE) or bpe.get_added_tokens_decoder():
+        return False
+    vocab = bpe.get_vocab()
     return (
-        isinstance(bpe.model, models.BPE)
-        and bpe.model.dropout is None
-        and isinstance(bpe.pre_tokenizer, pre_tokenizers.ByteLevel)
-        and isinstance(bpe.normalizer, normalizers.Sequence)
-        and bpe.post_processor is None
-        and bpe.truncation is None
-        and bpe.padding is None
-        and not bpe.get_added_tokens_decoder()
-        and all(byte in bpe.get_vocab() for byte in ALPHABET)
+        _settings(bpe) == _settings(_untrained())
+        and set(vocab.values()) == set(range(len(vocab)))
+        and vocab.keys() >= set(ALPHABET)
     )
+
+
+def _settings(bpe: tokenizers.Tokenizer) -> list:
+    components = bpe.normalizer, bpe.pre_tokenizer, bpe.decoder, bpe.post_processor
+    return [
+        *(component and component.__getstate__() for component in components),
+        bpe.truncation,
+        bpe.padding,
+        *(getattr(bpe.model, name) for name in BPE_OPTIONS),
+    ]

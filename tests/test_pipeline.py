@@ -100,6 +100,7 @@ def test_saving_that_fails_leaves_the_earlier_model(pipeline, directory, monkeyp
         pipeline.save_pretrained(directory / "dvae.json")
 
 
+@pytest.mark.filterwarnings("ignore:.*of an earlier version")
 def test_the_shipped_model(directory, monkeypatch):
     """Its weights are stored in float16 and loaded as float32."""
     for path in directory.glob("*.safetensors"):

@@ -20,11 +20,11 @@ import dalle.files
 from dalle import DiscreteVAE, DiscreteVAEConfig, PriorConfig, UserError
 from dalle.data import open_source, split
 from dalle.data.crops import dvae_crop
-from dalle.files import read_tensors, write_tensors, write_text
+from dalle.files import digest, read_tensors, write_tensors, write_text
 from dalle.models.checkpoint import load_dvae, load_prior, load_weights, save_part
 from dalle.models.dvae import PRESETS as DVAE_PRESETS
 from dalle.models.prior import PRESETS as PRIOR_PRESETS
-from dalle.models.tokens import digest, load_tokens
+from dalle.models.tokens import load_tokens
 from dalle.training import loader
 from dalle.training.loader import ImageLoader, batch_indices, choose_caption
 from dalle.training.optimizer import adamw, ema

@@ -53,6 +53,9 @@ class EmojiSource(Source):
     def key(self, index: int) -> str:
         return _code_points(self._emoji[index])
 
+    def version(self, index: int) -> str:
+        return f"{self.key(index)} {Path(self.font).stat().st_size}"  # other releases of the font draw other emoji
+
     def captions_of(self, index: int) -> tuple[str]:
         return (emoji.EMOJI_DATA[self._emoji[index]]["en"].strip(":").replace("_", " ").lower(),)
 

@@ -1,5 +1,6 @@
 """A folder of captioned images as a source, searched recursively."""
 
+import hashlib
 import os
 import stat
 import warnings
@@ -18,6 +19,8 @@ from dalle.images import square, to_tensor, upright
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other formats that Pillow can parse add attack surface
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
+
+END_BYTES = 4096  # of a file, to tell it from a replacement of the same size
 
 
 class FolderSource(Source):
@@ -55,6 +58,17 @@ class FolderSource(Source):
 
     def key(self, index: int) -> str:
         return self._items[index][0]
+
+    def version(self, index: int) -> str:
+        """The name, size and end of the file: reading all of a large folder would take minutes."""
+        path = self.root / self.key(index)
+        try:
+            with open(path, "rb") as file:
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - END_BYTES))
+                return f"{self.key(index)} {size} {hashlib.sha256(file.read()).hexdigest()}"
+        except OSError:
+            return self.key(index)  # removed since; unreadable images are skipped when they are used
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         return self._items[index][1]

@@ -43,6 +43,10 @@ class Source(Sequence[Sample]):
         """The name of an image, unique within the source."""
         raise NotImplementedError
 
+    def version(self, index: int) -> str:
+        """A text that differs if the image does, without decoding it: the name, if a name means one image forever."""
+        return self.key(index)
+
     def captions_of(self, index: int) -> tuple[str, ...]:
         """All captions of an image, at least one."""
         raise NotImplementedError
@@ -109,6 +113,9 @@ class Subset(Source, Generic[OfSource]):
 
     def key(self, index: int) -> str:
         return self.source.key(self.indices[index])
+
+    def version(self, index: int) -> str:
+        return self.source.version(self.indices[index])
 
     def captions_of(self, index: int) -> tuple[str, ...]:
         return self.source.captions_of(self.indices[index])

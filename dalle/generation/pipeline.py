@@ -19,7 +19,7 @@ from dalle.errors import UserError
 from dalle.files import atomic_write, writable_directory, write_text
 from dalle.generation.sampler import generate_codes, sequence_bytes
 from dalle.images import square, to_pil, to_tensor, to_uint8
-from dalle.models.checkpoint import load_clip, load_dvae, load_prior, save_part
+from dalle.models.checkpoint import load_parts, made_with, save_part
 from dalle.models.clip import CLIP
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.hub import model_directory
@@ -150,11 +150,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str | os.PathLike | None, device: str = "cpu", **download: Any) -> Pipeline:
-        directory = model_directory(model_id, **download)
-        dvae, prior = load_dvae(directory), load_prior(directory)
-        tokenizer = Tokenizer.load(directory / "tokenizer.json")
-        clip = load_clip(directory) if (directory / "clip.json").exists() else None
-        return cls(dvae, prior, tokenizer, clip).to(device)
+        return cls(*load_parts(model_directory(model_id, **download))).to(device)
 
     def save_pretrained(  # pyrefly: ignore[bad-override-param-name]
         self, directory: str | os.PathLike, *, model_card_kwargs: dict[str, Any] | None = None, **push: Any
@@ -171,11 +167,12 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
 
     def _save_pretrained(self, save_directory: Path) -> None:
         save_part(save_directory, "dvae", self.dvae)
-        save_part(save_directory, "prior", self.prior)
         with atomic_write(save_directory / "tokenizer.json") as temporary:
             self.tokenizer.save(temporary)
+        belongs = made_with(save_directory, self.dvae)
+        save_part(save_directory, "prior", self.prior, belongs)
         if self.clip is not None:
-            save_part(save_directory, "clip", self.clip)
+            save_part(save_directory, "clip", self.clip, belongs)
         else:  # an earlier model's CLIP must not score this model's images
             for name in ("clip.json", "clip.safetensors"):
                 (save_directory / name).unlink(missing_ok=True)

@@ -65,6 +65,11 @@ class CLIPConfig:
                             f"a head may have at most 128 of the {self.text_width} channels")
 
     @property
+    def residual_blocks(self) -> int:
+        """Residual blocks of the image and the text encoder."""
+        return len(self.widths) * self.blocks + self.text_layers
+
+    @property
     def downsampling(self) -> int:
         """The factor by which the image encoder reduces the side."""
         return 2 ** len(self.widths)

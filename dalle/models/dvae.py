@@ -14,6 +14,7 @@ from dalle import config as configs
 from dalle.errors import UserError
 from dalle.models.blocks import DECODER_KERNELS, ENCODER_KERNELS, bottleneck_groups
 
+MAX_IMAGE_SIZE = 8192  # no weight depends on it, so that nothing else bounds what a file may ask for
 PIXEL_EPS = 0.1  # pixels are mapped to (eps, 1 - eps), where the logit-Laplace density is well behaved (App. A.3)
 
 
@@ -43,6 +44,7 @@ class DiscreteVAEConfig:
         decoder_widths, decoder_blocks = self.decoder_size
         if min(self.image_size, self.vocab, self.blocks, decoder_blocks, self.codebook_dim) < 1 or not self.widths:
             raise UserError(f"every size of a dVAE must be at least 1, not {self}")
+        configs.check(self, f"be at most {MAX_IMAGE_SIZE}", image_size=self.image_size <= MAX_IMAGE_SIZE)
         configs.check(
             self, "be positive and finite", codebook_std=self.codebook_std is None or 0 < self.codebook_std < math.inf
         )
@@ -63,6 +65,11 @@ class DiscreteVAEConfig:
             self.widths if self.decoder_widths is None else self.decoder_widths,
             self.blocks if self.decoder_blocks is None else self.decoder_blocks,
         )
+
+    @property
+    def residual_blocks(self) -> int:
+        """Residual blocks of encoder and decoder."""
+        return len(self.widths) * (self.blocks + self.decoder_size[1])
 
     @property
     def downsampling(self) -> int:

@@ -64,6 +64,11 @@ class PriorConfig:
         return self.grid[0] * self.grid[1]
 
     @property
+    def residual_blocks(self) -> int:
+        """Residual blocks of the model."""
+        return self.layers
+
+    @property
     def start_id(self) -> int:
         """Token id of the start token at position 0; as a target, the same id means "end of text"."""
         return self.text_vocab

@@ -1,17 +1,17 @@
 """The tokenized dataset in a model directory: image codes with captions, on which the prior is trained."""
 
-import hashlib
 import json
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dalle.config import read_json
 from dalle.errors import UserError
-from dalle.files import read_tensors, write_tensors, write_text
-from dalle.models.checkpoint import fingerprint
+from dalle.files import digest, read_json, read_tensors, read_text, write_tensors, write_text
+from dalle.models.checkpoint import check_made_with, made_with
 from dalle.models.dvae import DiscreteVAE
 
 PARTS = ("train", "heldout")
@@ -35,10 +35,10 @@ class Tokens:
 
 
 def save_tokens(directory: Path, dvae: DiscreteVAE, parts: dict[str, Tokens], data: str) -> None:
-    """Writes codes.safetensors and captions.json; `data` names the source of the images."""
+    """Writes codes.safetensors and captions.json, next to tokenizer.json; `data` names the source of the images."""
     listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
     text = json.dumps(listing, ensure_ascii=False)
-    metadata = {"dvae": fingerprint(dvae.encoder), "captions": digest(text), "data": data}
+    metadata = made_with(directory, dvae) | {"captions": digest(text), "data": data}
     write_text(directory / "captions.json", text)
     # int16 takes a quarter of the space of int64; vocabularies are far below 32,768.
     narrow = torch.int16 if dvae.config.vocab <= 2**15 else torch.int32
@@ -51,16 +51,29 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
     if not codes_path.exists():
         raise UserError(f"{directory} holds no codes ({codes_path.name} is missing): run `dalle tokenize` first")
     codes, metadata = read_tensors(codes_path)
-    if metadata.get("dvae") != fingerprint(dvae.encoder):
-        raise UserError(f"{codes_path} was made with another dVAE than {directory} holds: run `dalle tokenize` again")
-    listing = read_json(captions_path)
-    if metadata.get("captions") != digest(captions_path.read_text(encoding="utf-8")):
-        raise UserError(f"{captions_path} does not belong to {codes_path.name}: run `dalle tokenize` again")
-    if any(isinstance(captions, str) for part in PARTS for captions in listing[part]["captions"]):
-        raise UserError(f"{captions_path} is of an earlier version: run `dalle tokenize` again")
-    return {part: Tokens(codes[part].long(), **listing[part]) for part in PARTS}
+    again = "run `dalle tokenize` again"
+    check_made_with(codes_path, metadata, made_with(directory, dvae), again)
+    text, listing = read_text(captions_path), read_json(captions_path)
+    if metadata.get("captions") != digest(text):
+        raise UserError(f"{captions_path} does not belong to {codes_path.name}: {again}")
+    try:
+        return {part: _tokens(codes[part], listing[part], dvae) for part in PARTS}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{codes_path} and {captions_path.name} are damaged or of an earlier version: {again}"
+        ) from error
 
 
-def digest(text: str) -> str:
-    """A short fingerprint of a text."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+def _tokens(codes: Tensor, listing: dict[str, Any], dvae: DiscreteVAE) -> Tokens:
+    """Raises KeyError, TypeError or ValueError if the codes and captions are not those of images for this dVAE."""
+    tokens = Tokens(codes.long(), **listing)
+    side, count = dvae.config.grid, len(tokens.captions)
+    if codes.is_floating_point() or codes.shape != (count, side, side) or len(tokens.keys) != count:
+        raise ValueError("there must be a grid of codes for every image")
+    if count and not 0 <= tokens.codes.min() <= tokens.codes.max() < dvae.config.vocab:
+        raise ValueError("a code is outside the vocabulary")
+    if not isinstance(tokens.keys, list) or not all(isinstance(texts, list) and texts for texts in tokens.captions):
+        raise ValueError("an image has no list of captions")
+    if not all(isinstance(text, str) for text in chain(tokens.keys, *tokens.captions)):
+        raise ValueError("a caption is not a string")
+    return tokens

@@ -1,6 +1,7 @@
 """Training checkpoints: one safetensors file, replaced atomically, from which training resumes exactly."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from dalle.models.checkpoint import load_weights
 FORMAT = "dalle training run 1"
 EMA_PREFIX = "average"  # of the EMA weights in the file
 OLD_NAMES = {"average_decay": "ema_decay", "pictures": "images"}  # keys of the identity in older checkpoints
+ADDED = {"digest of the images"}  # keys that older checkpoints lack
+ELSEWHERE = "choose another directory"
+SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of the parameter's shape, besides "step"
 
 
 @dataclass
@@ -28,6 +32,8 @@ class TrainingState:
     """Steps done."""
     elapsed: float = 0.0
     """Seconds of training, including those before a resume."""
+    saved: int = 0
+    """The step of the last checkpoint."""
 
 
 def save(path: Path, state: TrainingState, identity: dict) -> None:
@@ -38,6 +44,7 @@ def save(path: Path, state: TrainingState, identity: dict) -> None:
         tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
     header = {"format": FORMAT, "step": state.step, "elapsed": state.elapsed, "identity": identity}
     write_tensors(path, tensors, {key: json.dumps(value) for key, value in header.items()})
+    state.saved = state.step
 
 
 def load(path: Path, state: TrainingState, identity: dict) -> None:
@@ -49,7 +56,7 @@ def load(path: Path, state: TrainingState, identity: dict) -> None:
     tensors, metadata = read_tensors(path)
     header = _header(metadata, path)
     theirs = {OLD_NAMES.get(key, key): value for key, value in header["identity"].items()}
-    for key in sorted(identity.keys() | theirs.keys()):
+    for key in sorted((identity.keys() | theirs.keys()) - (ADDED - theirs.keys())):
         if identity.get(key) != theirs.get(key):
             raise UserError(
                 f"{path} was trained with {key} = {theirs.get(key)!r}, not {identity.get(key)!r}: "
@@ -57,17 +64,23 @@ def load(path: Path, state: TrainingState, identity: dict) -> None:
             )
     load_weights(state.model, _part(tensors, "model"), str(path))
     load_weights(state.ema, _part(tensors, EMA_PREFIX), str(path))
-    _load_optimizer(state.optimizer, _part(tensors, "optimizer"))
-    state.step, state.elapsed = header["step"], header["elapsed"]
+    if int(state.ema.n_averaged) != header["step"]:
+        raise UserError(f"{path} is damaged: step {header['step']} is not that of its weights; {ELSEWHERE}")
+    _load_optimizer(state.optimizer, _part(tensors, "optimizer"), path)
+    state.step, state.elapsed, state.saved = header["step"], header["elapsed"], header["step"]
 
 
 def _header(metadata: dict[str, str], path: Path) -> dict:
     try:
         header = {key: json.loads(value) for key, value in metadata.items()}
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         header = {}
     if header.get("format") != FORMAT:
         raise UserError(f"{path} is not a training checkpoint of this version: choose another directory")
+    step, elapsed, identity = (header.get(key) for key in ("step", "elapsed", "identity"))
+    whole = type(step) is int and step >= 0 and isinstance(identity, dict)
+    if not whole or not isinstance(elapsed, (int, float)) or not 0 <= elapsed < math.inf:
+        raise UserError(f"{path} is damaged: its header gives no valid step, time and identity; {ELSEWHERE}")
     return header
 
 
@@ -75,14 +88,25 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], path: Path) -> None:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {}
+    state: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        index, slot = name.split(".")
-        parameter = parameters[int(index)]
-        if tensor.shape == parameter.shape:
+        index, _, slot = name.partition(".")
+        state.setdefault(index, {})[slot] = tensor
+    for index, slots in state.items():
+        parameter = parameters[int(index)] if index in map(str, range(len(parameters))) else None
+        # The fused optimiser writes as far as the parameter reaches, whatever the size of a slot.
+        if parameter is None or not _are_slots_of(parameter, slots):
+            raise UserError(f"{path} is damaged: optimizer.{index} is not the state of a parameter; {ELSEWHERE}")
+        for name in SLOTS:
             # In the parameter's memory format (channels last), because the fused optimiser needs equal strides.
-            tensor = torch.empty_like(parameter, requires_grad=False, device="cpu").copy_(tensor)
-        state.setdefault(int(index), {})[slot] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+            slots[name] = torch.empty_like(parameter, requires_grad=False, device="cpu").copy_(slots[name])
+    slots_of = {int(index): slots for index, slots in state.items()}
+    optimizer.load_state_dict({"state": slots_of, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _are_slots_of(parameter: Tensor, slots: dict[str, Tensor]) -> bool:
+    found = {name: (slot.shape, slot.dtype) for name, slot in slots.items()}
+    expected = dict.fromkeys(SLOTS, (parameter.shape, parameter.dtype)) | {"step": (torch.Size(), torch.float32)}
+    return found == expected and all(slot.isfinite().all() for slot in slots.values())

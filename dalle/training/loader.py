@@ -13,6 +13,7 @@ from torch import Tensor
 from dalle.data import Source
 from dalle.data.crops import Crop
 from dalle.errors import UserError
+from dalle.files import digest
 
 CACHE_BYTES = 4 << 30  # of decoded images kept in memory
 
@@ -34,6 +35,11 @@ def _permutation(size: int, seed: int, epoch: int) -> Tensor:
 def step_seed(seed: int, step: int) -> int:
     """A distinct seed for every step of a training run."""
     return (seed << 32) + step
+
+
+def images_digest(source: Source) -> str:
+    """A digest of the images of a source and their order, from `Source.version`."""
+    return digest("\n".join(map(source.version, range(len(source)))))
 
 
 def choose_caption(captions: Sequence[str], seed: int, step: int, index: int) -> str:

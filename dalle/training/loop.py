@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle import config as configs
 from dalle.errors import UserError
 from dalle.extras import extras
-from dalle.files import writable_directory
+from dalle.files import sole_writer, writable_directory
 from dalle.runtime import OnStep, Progress, choose_device
 from dalle.training import checkpoint
 from dalle.training.checkpoint import TrainingState
@@ -81,6 +81,10 @@ class Result:
     """Unusable images, as (name, reason)."""
 
 
+class Diverged(UserError):
+    """The loss or the weights are no longer finite: the last checkpoint is worth more than the present weights."""
+
+
 class Task(Protocol):
     """A model to train: its losses, schedule, evaluation and files."""
 
@@ -116,8 +120,8 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
         on_step: called with the progress after every `log_every` steps.
 
     Raises:
-        UserError: a file cannot be written, the checkpoint to resume is missing, damaged or of another run, or the loss
-            is not finite.
+        UserError: a file cannot be written, the checkpoint to resume is damaged or of another run, the images can no
+            longer be read, or the loss is not finite. In all cases but the last, the steps done are saved first.
     """
     path = checkpoint_path(config, task.name)
     identity = identity | {k: v for k, v in configs.to_dict(config).items() if k not in MAY_CHANGE_ON_RESUME}
@@ -127,13 +131,14 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
 
     def save() -> None:
         if not all(p.isfinite().all() for p in state.model.parameters()):
-            raise UserError(f"the weights are no longer finite at step {state.step}: try a smaller --lr")
-        task.write_model(state.ema.module, _fraction(config, state) == 1)
+            raise Diverged(f"the weights are no longer finite at step {state.step}: try a smaller --lr")
+        writable_directory(config.out)  # again, in case it was removed
         checkpoint.save(path, state, identity)
+        task.write_model(state.ema.module, _fraction(config, state) == 1)
 
     began = time.monotonic() - state.elapsed
     log, last = _Logger(config, on_step), {}
-    with _signals() as interrupted, log:
+    with _signals() as interrupted, _saving_before_errors(state, save), log:
         while (fraction := _fraction(config, state)) < 1 and not interrupted():
             losses = _update(task, config, state, fraction)
             state.step += 1
@@ -157,18 +162,24 @@ def autocast(config: TrainConfig) -> AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if wanted else nullcontext()
 
 
-def prepare(config: TrainConfig, name: str) -> torch.device:
-    """Checks the output directory, sets the threads and the seed of the initial weights, and returns the device.
+@contextmanager
+def output_directory(config: TrainConfig, name: str, *stems: str) -> Iterator[None]:
+    """Holds the lock of the output directory for the files of `stems`, by default those of the part `name`.
 
-    Raises UserError if the directory is not writable, the checkpoint of `name` is missing (to resume) or exists
-    (otherwise), or the device cannot be used.
+    Raises UserError if the directory is not writable, another training of these files is at work in it, or the
+    checkpoint of `name` is missing (to resume) or exists (otherwise).
     """
     path = checkpoint_path(config, name)
-    writable_directory(config.out)
-    if config.resume and not path.exists():
+    if config.resume and not path.exists():  # checked before the directory is made
         raise UserError(f"{path} does not exist, so there is nothing to resume: omit --resume")
-    if not config.resume and path.exists():
-        raise UserError(f"{path} holds a training run: add --resume to continue it, or delete it to restart")
+    with sole_writer(writable_directory(config.out), *stems or (name,)):
+        if not config.resume and path.exists():
+            raise UserError(f"{path} holds a training run: add --resume to continue it, or delete it to restart")
+        yield
+
+
+def prepare(config: TrainConfig) -> torch.device:
+    """Sets the threads and the seed of the initial weights, and returns the device; UserError if it is unusable."""
     if config.threads is not None:
         if config.threads < 1:
             raise UserError(f"threads must be at least 1, not {config.threads}")
@@ -243,7 +254,7 @@ class _Logger:
         count, seconds = len(self.losses), max(time.monotonic() - self.since, 1e-9)
         metrics = _means(self.losses)
         if not math.isfinite(metrics["loss"]):
-            raise UserError(f"the loss became {metrics['loss']} at step {state.step}: try a smaller --lr")
+            raise Diverged(f"the loss became {metrics['loss']} at step {state.step}: try a smaller --lr")
         self.since, self.losses = time.monotonic(), []
         if self.curves:
             for name, value in [*metrics.items(), *((f"heldout {name}", x) for name, x in evaluation.items())]:
@@ -258,6 +269,28 @@ def _means(losses: list[dict[str, Tensor]]) -> dict[str, float]:
     return {
         name: torch.stack([entry[name] for entry in losses]).mean().item() for name in (losses[0] if losses else ())
     }
+
+
+@contextmanager
+def _saving_before_errors(state: TrainingState, save: Callable[[], None]) -> Iterator[None]:
+    """Saves before an error ends the training, so that it costs no more steps than Ctrl-C."""
+    try:
+        yield
+    except Diverged:
+        raise
+    except Exception as error:
+        lost = state.step - state.saved
+        if not lost:
+            raise
+        try:
+            save()
+        except UserError:
+            outcome = f"the checkpoint cannot be written either, so that the last {lost} steps are lost"
+        else:
+            outcome = f"a checkpoint of step {state.step} is saved: once that is mended, resume with --resume"
+        if not isinstance(error, UserError):
+            raise
+        raise UserError(f"{error}; {outcome}") from error
 
 
 @contextmanager

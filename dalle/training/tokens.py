@@ -12,7 +12,7 @@ from dalle import config as configs
 from dalle.data import Sample, Source, open_source, split
 from dalle.data.crops import prior_crop
 from dalle.errors import UserError
-from dalle.files import atomic_write, writable_directory
+from dalle.files import atomic_write, sole_writer, writable_directory
 from dalle.models.checkpoint import load_dvae
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.tokens import PARTS, Tokens, save_tokens
@@ -55,6 +55,11 @@ def tokenize(config: TokenizeConfig, *, on_step: OnStep | None = None) -> dict[s
     tokenizer.
     """
     out = writable_directory(config.out)
+    with sole_writer(out, "tokenizer", "captions", "codes"):
+        return _tokenize(config, out, on_step)
+
+
+def _tokenize(config: TokenizeConfig, out: Path, on_step: OnStep | None) -> dict[str, Tokens]:
     dvae = load_dvae(out)
     source = open_source(config.data, dvae.config.image_size, font=config.font)
     tokenizer = Tokenizer.train(split(source, "train").captions(), config.text_vocab)

@@ -12,16 +12,16 @@ from dalle import config as configs
 from dalle.data import Sample, Source, open_source, split
 from dalle.data.source import Subset
 from dalle.errors import UserError
+from dalle.files import digest
 from dalle.images import image_grid, save_png, to_uint8
 from dalle.metrics import retrieval_rank
-from dalle.models.checkpoint import fingerprint, load_dvae, save_part
+from dalle.models.checkpoint import fingerprint, load_dvae, made_with, save_part
 from dalle.models.clip import CLIP, CLIPConfig
 from dalle.models.dvae import DiscreteVAE
-from dalle.models.tokens import digest
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
-from dalle.training.loader import ImageLoader, choose_caption
-from dalle.training.loop import Result, TrainConfig, prepare, train
+from dalle.training.loader import ImageLoader, choose_caption, images_digest
+from dalle.training.loop import Result, TrainConfig, output_directory, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
 
@@ -70,9 +70,10 @@ class CLIPTask:
     ema_decay = 0.999
 
     def __init__(self, config: TrainCLIPConfig) -> None:
-        self.config, self.device = config, prepare(config, self.name)
+        self.config, self.device = config, prepare(config)
         self.dvae = load_dvae(config.out).to(self.device)
         self.tokenizer = _load_tokenizer(config.out)
+        self.made_with = made_with(config.out, self.dvae)
         side = self.dvae.config.image_size
         model_config = config.model or CLIPConfig.preset(config.preset)
         model_config = replace(model_config, image_size=side, text_vocab=self.tokenizer.vocab_size)
@@ -126,7 +127,7 @@ class CLIPTask:
         save_png(image_grid(rows, [captions[i] for i in chosen], scale), path)
 
     def write_model(self, model: nn.Module, done: bool) -> None:
-        save_part(self.config.out, "clip", model)
+        save_part(self.config.out, "clip", model, self.made_with)
 
     def pack(self, captions: list[str]) -> Tensor:
         """Token ids of captions for the model, int64 [B, text_len]; too long captions are truncated."""
@@ -176,8 +177,9 @@ def _load_tokenizer(directory: Path) -> Tokenizer:
 
 def train_clip(config: TrainCLIPConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a CLIP; `on_step` receives the progress. Raises UserError for invalid input."""
-    task = CLIPTask(config)
-    identity = {"dvae, decoder included": fingerprint(task.dvae)}
-    identity["captions"] = digest("\n".join(task.training.captions()))
-    identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))
-    return replace(train(task, config, identity, on_step), skipped=task.training.skipped)
+    with output_directory(config, "clip"):
+        task = CLIPTask(config)
+        identity = {"dvae, decoder included": fingerprint(task.dvae), "tokenizer": task.made_with["tokenizer"]}
+        identity["captions"] = digest("\n".join(task.training.captions()))
+        identity["digest of the images"] = images_digest(task.training)
+        return replace(train(task, config, identity, on_step), skipped=task.training.skipped)

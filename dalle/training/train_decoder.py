@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dalle.models.checkpoint import fingerprint, load_dvae
 from dalle.models.dvae import DiscreteVAE, logit_laplace_nll
 from dalle.runtime import OnStep
-from dalle.training.loop import Result, train
+from dalle.training.loop import Result, output_directory, train
 from dalle.training.train_dvae import PixelConfig, PixelTask
 
 
@@ -57,6 +57,7 @@ class DecoderTask(PixelTask[TrainDecoderConfig]):
 
 def train_decoder(config: TrainDecoderConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a decoder; `on_step` receives the progress. Raises UserError for invalid input."""
-    task = DecoderTask(config)
-    identity = {"images": task.count, "encoder": fingerprint(task.model.encoder)}
-    return replace(train(task, config, identity, on_step), skipped=task.skipped)
+    with output_directory(config, "decoder", "dvae", "decoder"):
+        task = DecoderTask(config)
+        identity = task.identity | {"encoder": fingerprint(task.model.encoder)}
+        return replace(train(task, config, identity, on_step), skipped=task.skipped)

@@ -17,8 +17,8 @@ from dalle.metrics import codebook_usage, psnr
 from dalle.models.checkpoint import save_part
 from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig, logit_laplace_nll, to_range
 from dalle.runtime import OnStep
-from dalle.training.loader import ImageLoader, step_seed
-from dalle.training.loop import Result, TrainConfig, checkpoint_path, prepare, train
+from dalle.training.loader import ImageLoader, images_digest, step_seed
+from dalle.training.loop import Result, TrainConfig, checkpoint_path, output_directory, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine
 
@@ -82,7 +82,7 @@ class PixelTask(Generic[Config]):
     max_grad_norm = math.inf
 
     def __init__(self, config: Config) -> None:
-        self.config, self.device = config, prepare(config, self.name)
+        self.config, self.device = config, prepare(config)
         # pyrefly: ignore[no-matching-overload]
         self.model = self.initial_model().to(self.device, memory_format=torch.channels_last)
         source = open_source(config.data, self.model.config.image_size, font=config.font)
@@ -91,7 +91,7 @@ class PixelTask(Generic[Config]):
         crop = dvae_crop if config.crops == "published" else None
         self.loader = ImageLoader(training, config.batch_size, config.seed, crop)
         self.held_out = [sample.image for _, sample in held_out.readable(range(min(HELD_OUT, len(held_out))))]
-        self.count = len(training)
+        self.identity = {"images": len(training), "digest of the images": images_digest(training)}
         self.optimizer = adamw(self.model, betas=(0.9, 0.999), weight_decay=1e-4)
 
     def initial_model(self) -> DiscreteVAE:
@@ -158,6 +158,11 @@ def train_dvae(config: TrainDVAEConfig, *, on_step: OnStep | None = None) -> Res
     """Trains a dVAE; `on_step` receives the progress. Raises UserError for invalid input."""
     if config.resume and (decoder := checkpoint_path(config, "decoder")).exists():
         raise UserError(f"{decoder} holds a later training run, which resuming the dVAE would undo: delete it first")
-    task = DVAETask(config)
-    result = train(task, config, {"images": task.count}, on_step)
-    return replace(result, skipped=task.skipped)
+    later = next((name for name in ("prior.json", "clip.json") if (config.out / name).exists()), None)
+    if later and not config.resume:
+        raise UserError(
+            f"{config.out} holds a model ({later}) of a dVAE that would be replaced: choose another --out, or delete it"
+        )
+    with output_directory(config, "dvae", "dvae", "decoder"):
+        task = DVAETask(config)
+        return replace(train(task, config, task.identity, on_step), skipped=task.skipped)

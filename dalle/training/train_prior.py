@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from dalle import config as configs
+from dalle.files import digest
 from dalle.generation.sampler import generate_codes
 from dalle.images import image_grid, save_png
-from dalle.models.checkpoint import fingerprint, load_dvae, save_part
+from dalle.models.checkpoint import load_dvae, made_with, save_part
 from dalle.models.prior import Prior, PriorConfig
-from dalle.models.tokens import Tokens, digest, load_tokens
+from dalle.models.tokens import Tokens, load_tokens
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
 from dalle.training.loader import batch_indices, choose_caption, step_seed
-from dalle.training.loop import Result, TrainConfig, prepare, train
+from dalle.training.loop import Result, TrainConfig, output_directory, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
 
@@ -58,12 +59,13 @@ class PriorTask:
     max_grad_norm = 4.0
 
     def __init__(self, config: TrainPriorConfig) -> None:
-        self.config, self.device = config, prepare(config, self.name)
+        self.config, self.device = config, prepare(config)
         self.ema_decay = config.ema_decay
         self.dvae = load_dvae(config.out).to(self.device)
         tokens = load_tokens(config.out, self.dvae)
         self.training, self.held_out = tokens["train"], tokens["heldout"]
         self.tokenizer = Tokenizer.load(config.out / "tokenizer.json")
+        self.made_with = made_with(config.out, self.dvae)
         rows, columns = self.training.codes.shape[1:]
         model_config = replace(
             config.model or PriorConfig.preset(config.preset),
@@ -117,7 +119,7 @@ class PriorTask:
         save_png(image_grid([list(row) for row in images], captions, scale), path)
 
     def write_model(self, model: nn.Module, done: bool) -> None:
-        save_part(self.config.out, "prior", model)
+        save_part(self.config.out, "prior", model, self.made_with)
 
     def pack(self, captions: list[list[int]]) -> Tensor:
         """Token ids for the model, int64 [B, text_len]; captions that BPE dropout makes too long are truncated."""
@@ -126,7 +128,7 @@ class PriorTask:
 
 def train_prior(config: TrainPriorConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a prior; `on_step` receives the progress. Raises UserError for invalid input."""
-    task = PriorTask(config)
-    identity = {"dvae": fingerprint(task.dvae.encoder), "captions": digest("\n".join(chain(*task.training.captions)))}
-    identity["tokenizer"] = digest((config.out / "tokenizer.json").read_text(encoding="utf-8"))
-    return train(task, config, identity, on_step)
+    with output_directory(config, "prior"):
+        task = PriorTask(config)
+        identity = task.made_with | {"captions": digest("\n".join(chain(*task.training.captions)))}
+        return train(task, config, identity, on_step)
