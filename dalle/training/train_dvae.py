@@ -158,11 +158,12 @@ def train_dvae(config: TrainDVAEConfig, *, on_step: OnStep | None = None) -> Res
     """Trains a dVAE; `on_step` receives the progress. Raises UserError for invalid input."""
     if config.resume and (decoder := checkpoint_path(config, "decoder")).exists():
         raise UserError(f"{decoder} holds a later training run, which resuming the dVAE would undo: delete it first")
-    later = next((name for name in ("prior.json", "clip.json") if (config.out / name).exists()), None)
-    if later and not config.resume:
-        raise UserError(
-            f"{config.out} holds a model ({later}) of a dVAE that would be replaced: choose another --out, or delete it"
-        )
     with output_directory(config, "dvae", "dvae", "decoder"):
+        for later in ("prior.json", "clip.json"):
+            if (config.out / later).exists():
+                raise UserError(
+                    f"{config.out} holds a model ({later}) of the dVAE, which would be replaced: choose another --out, "
+                    f"or delete {later}"
+                )
         task = DVAETask(config)
         return replace(train(task, config, task.identity, on_step), skipped=task.skipped)
