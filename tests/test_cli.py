@@ -328,6 +328,7 @@ WRONG = [
     ((*COMPLETE, "--rows", "2", "--device", "toaster"), "toaster"),
     ((*COMPLETE, "--rows", "2", "--out", "missing/grid.png"), "missing/grid.png"),
     ((*COMPLETE, "--rows", "2", "--out", "folder.png"), ("folder.png", "directory")),
+    ((*COMPLETE, "--rows", "2", "--out", "a" * 304 + ".png"), "File name too long"),
     (("complete", "image.png", "", "--rows", "2", "--model", "model"), "''"),
     (("complete", "image.png", "red " * 50, "--rows", "2", "--model", "model"), ("50 tokens", "--truncate")),
     (("complete", "missing.png", "red", "--rows", "2", "--model", "model"), "missing.png"),

@@ -5,6 +5,7 @@ input, which prints one line on stderr; and 130 for Ctrl-C. Any other exception 
 """
 
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 
@@ -33,7 +34,8 @@ HELP = ("-h", "--help", "help")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command in `argv`, by default sys.argv, and returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    with standard_streams() as out:
+    with standard_streams() as out, warnings.catch_warnings():
+        warnings.showwarning = _show_warning
         code = _exit_code(arguments)
         out.flush()
         if out.failure is not None and not isinstance(out.failure, BrokenPipeError):
@@ -48,11 +50,20 @@ def _exit_code(arguments: list[str]) -> int:
     except SystemExit as end:  # tyro's, after the help or a misspelt option
         return int(end.code or 0)
     except UserError as error:
-        print("dalle:", printable(" ".join(str(error).split())), file=sys.stderr)
+        _say(str(error))
         return 2
     except KeyboardInterrupt:
-        print("dalle: interrupted", file=sys.stderr)
+        _say("interrupted")
         return 130
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    _say(f"warning: {message}")
+
+
+def _say(message: str) -> None:
+    """Prints a message as one line on stderr."""
+    print("dalle:", printable(" ".join(message.split())), file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:

@@ -71,9 +71,9 @@ def png_path(path: Path) -> Path:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"{path} is not the name of a PNG file: choose one that ends in .png")
-    if path.is_dir():
-        raise UserError(f"{path} is a directory: choose a file name")
     try:
+        if path.is_dir():
+            raise UserError(f"{path} is a directory: choose a file name")
         with tempfile.TemporaryFile(dir=path.parent):
             return path
     except OSError as error:

@@ -9,6 +9,7 @@ UserError. Any other exception, a crash, a hang or a silent wrong result is a bu
   checkpoint is one more entry of `LIES`.
 - `test_writes.py`: a disk that is full, and a process killed, at the n-th write of a small run. Another command that
   writes is one more entry of `COMMANDS`.
+- `test_kill.py`: SIGKILL at random moments of a training.
 - `test_belonging.py`: parts of different models in one directory, and data replaced between two runs.
 - `test_losses.py`: data, directories and labels that fail in the course of the work; two writers of one directory.
 

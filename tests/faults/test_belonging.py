@@ -97,12 +97,16 @@ def test_a_rounded_encoder_belongs_to_the_model_it_is_saved_with(model):
     Pipeline.from_pretrained(model.parent / "rounded")
 
 
-def test_models_of_an_earlier_version_load_with_one_warning(model, other):
+def test_models_of_an_earlier_version_load_with_one_warning(model, capsys):
     for path in (model / "prior.safetensors", model / "clip.safetensors"):
         save_file(load_file(path), path)
     with pytest.warns(UserWarning, match=r"prior\.safetensors and clip\.safetensors.*do not say") as record:
         pipeline = Pipeline.from_pretrained(model)
     assert len(record) == 1
+    capsys.readouterr()
+    assert main(["generate", "red", "--model", str(model), "--candidates", "1", "--out", str(model / "red.png")]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert line.startswith(f"dalle: warning: {model}: prior.safetensors and clip.safetensors, of an earlier version")
     pipeline.save_pretrained(model.parent / "again")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
