@@ -50,13 +50,15 @@ test-optional: $(DEV_STAMP)   ## of these, those that are skipped without the em
 # They start first, and every process takes one test at a time, so that all end together.
 LONGEST := $(addprefix tests/test_,$(addsuffix .py,cuda_sanitizers cpu_sanitizers distribution triton_compile \
 	cuda_registration instruction_sets learn_shapes data_shapes))
+ORDERED := $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
 
 test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instruction sets, longer trainings
-	$(PYTEST) $(ONE_BY_ONE) -m slow $(LONGEST) $(filter-out $(LONGEST),$(wildcard tests/test_*.py))
+	$(PYTEST) $(ONE_BY_ONE) -m "slow and not full" $(ORDERED)
 	TRITON_INTERPRET=1 $(PYTEST) $(ONE_BY_ONE) --hypothesis-profile brief -m "not slow" $(TRITON_TESTS) \
 		|| [ $$? = 5 ]   # 5: no Triton, and all are skipped
 
-test-full: test test-slow   ## all tests, and those that are slow in Triton's interpreter
+test-full: test test-slow   ## all tests: every size and instruction set, and those that are slow in Triton's interpreter
+	$(PYTEST) $(ONE_BY_ONE) -m full $(ORDERED)
 	TRITON_INTERPRET=1 $(PYTEST) -m slow $(TRITON_TESTS) || [ $$? = 5 ]
 
 # A copy of the tracked files, so that its build leaves the libraries here alone. Triton's version is torch's choice;

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitized"
 BEST = [isa for isa, supported in build_info.cpu_isas().items() if supported][-1]
 ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # instruction sets whose kernels complete other tables
-ISAS = list(dict.fromkeys(["portable", *ON_TOP.get(BEST, []), BEST]))
+ISAS = [BEST, *([pytest.param("portable", marks=pytest.mark.full)] if BEST != "portable" else [])]
 TESTS = {
     "test_conformance.py": "any_shape or cpu and (hidden or broken or bits or unseen or offset or unaligned)",
     "test_sparse_attention.py": "depend and (conv or causal-bfloat16)",
@@ -36,29 +36,30 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def package(tmp_path_factory):
-    """A folder with the Python package and the library built with sanitizers."""
+@pytest.fixture
+def package(isa, tmp_path):
+    """A folder with the Python package and the library with the kernels of `isa`, built with sanitizers."""
+    build = BUILD / isa
     options = {
         "CMAKE_MAKE_PROGRAM": TOOLS[1],
         "DALLE_SANITIZE": "ON",
-        "DALLE_ISAS": ";".join(ISAS),
+        "DALLE_ISAS": ";".join([*ON_TOP.get(isa, []), isa]),
         "DALLE_TORCH_DIR": Path(torch.__file__).parent,
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": BUILD,
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build,
     }
-    configure = [TOOLS[0], "-G", "Ninja", "-S", ROOT, "-B", BUILD, *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, [TOOLS[0], "--build", BUILD]):
+    configure = [TOOLS[0], "-G", "Ninja", "-S", ROOT, "-B", build, *(f"-D{k}={v}" for k, v in options.items())]
+    for command in (configure, [TOOLS[0], "--build", build]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    folder = tmp_path_factory.mktemp("sanitized")
     source, without = Path(dalle_kernels.__file__).parent, shutil.ignore_patterns("libdalle_*.so", "__pycache__")
-    shutil.copytree(source, folder / "dalle_kernels", copy_function=os.symlink, ignore=without)
-    (folder / "dalle_kernels" / "libdalle_cpu.so").symlink_to(BUILD / "libdalle_cpu.so")
-    return folder
+    shutil.copytree(source, tmp_path / "dalle_kernels", copy_function=os.symlink, ignore=without)
+    (tmp_path / "dalle_kernels" / "libdalle_cpu.so").symlink_to(build / "libdalle_cpu.so")
+    return tmp_path
 
 
-def start(package, isa):
-    """Runs the tests with the kernels of one instruction set; the working directory is first on Python's path."""
+@pytest.mark.parametrize("isa", ISAS)
+def test_no_report(package, isa):
+    """The working directory is first on Python's path."""
     environment = {
         **os.environ,
         "DALLE_KERNELS_CPU_ISA": isa,
@@ -68,14 +69,9 @@ def start(package, isa):
     }
     selected = " or ".join(f"{file} and ({names})" for file, names in TESTS.items())
     options = ["-q", "-s", "-p", "no:cacheprovider", "--hypothesis-profile", "brief", "-m", "not slow", "-k", selected]
-    return subprocess.Popen(
+    done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, *(ROOT / "tests" / file for file in TESTS)],
         cwd=package, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
-
-
-def test_no_report(package):
-    runs = [start(package, isa) for isa in dict.fromkeys(["portable", BEST])]
-    for run, output in [(run, run.communicate()[0]) for run in runs]:
-        assert not any(report in output for report in REPORTS), output[-20000:]
-        assert run.returncode == 0, output[-5000:]
+    assert not any(report in done.stdout for report in REPORTS), done.stdout[-20000:]
+    assert done.returncode == 0, done.stdout[-5000:]

@@ -30,6 +30,7 @@ def run_sanitized(command):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.full
 def test_no_report(monkeypatch):
     monkeypatch.setenv(emulated.SANITIZE, "1")  # compiled here, because the compiler must not run with these libraries
     emulated.compile_library(emulated.ROOT / "csrc", emulated.ROOT / "build" / "cuda_emulation_sanitized")

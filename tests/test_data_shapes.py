@@ -63,6 +63,7 @@ def test_parser_is_exact_on_rendered_images(size, seed):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_parser_reads_every_scene_of_the_grammar(seed):
     rng, size = random.Random(seed), 32  # the hardest size
     for scene in itertools.chain.from_iterable(map(shapes.all_scenes, KINDS)):

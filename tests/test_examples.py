@@ -179,6 +179,7 @@ def test_the_drop_in_example_trains(seed):
 
 
 @pytest.mark.slow
+@pytest.mark.full
 def test_the_build_runs(tmp_path):
     """The lines of CONTRIBUTING.md that build, in a copy of the sources."""
     copy = tmp_path / "copy"

@@ -35,7 +35,7 @@ def cases(target: Target) -> list[Case]:
             add(f"{n} tokens {dtype}", accuracy, "column", dtype, dim=32, n=n, rare=n not in (1, 65))
         for scale in (0.0, 0.37, -0.2):
             add(f"scale {scale} {dtype}", accuracy, "causal", dtype, dim=32, n=90, scale=scale, rare=scale > 0)
-        for name in ("row", "column", "conv"):
+        for name in ("row", "column", "conv") if target.kernels else ():
             often = target.simulated and name == "row" and dtype != "float32"
             add(f"{name} {dtype}, the paper's size", papers_size, name, dtype, slow=not often)
         for split in splits:
