@@ -57,7 +57,7 @@ test-slow: $(DEV_STAMP)   ## the others: compilers, emulators, sanitizers, instr
 	TRITON_INTERPRET=1 $(PYTEST) $(ONE_BY_ONE) --hypothesis-profile brief -m "not slow" $(TRITON_TESTS) \
 		|| [ $$? = 5 ]   # 5: no Triton, and all are skipped
 
-test-full: test test-slow   ## all tests: every size and instruction set, and those that are slow in Triton's interpreter
+test-full: test test-slow   ## all: more sizes and instruction sets, and what is slow in Triton's interpreter
 	$(PYTEST) $(ONE_BY_ONE) -m full $(ORDERED)
 	TRITON_INTERPRET=1 $(PYTEST) -m slow $(TRITON_TESTS) || [ $$? = 5 ]
 
@@ -65,7 +65,7 @@ test-full: test test-slow   ## all tests: every size and instruction set, and th
 # the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
 OTHER := build/torch-$(TORCH)
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile conformance cuda_backend decode_attention \
-	decode_schedule gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention triton_backend))
+	decode_schedule gumbel_softmax info nn patterns philox plan sample_tokens sparse_attention transforms triton_backend))
 
 test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
 	@test -n "$(TORCH)" || { echo "name the version of PyTorch: make test-torch TORCH=2.12"; exit 2; }
