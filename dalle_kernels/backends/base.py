@@ -77,4 +77,4 @@ def rows_contiguous(x: torch.Tensor) -> torch.Tensor:
     inputs, could get that dimension as their innermost one.
     """
     strides = x.stride()
-    return x if strides[-1] == 1 and strides.count(1) == 1 else x.contiguous()
+    return x if strides[-1] == 1 and 1 not in strides[:-1] else x.contiguous()
