@@ -393,7 +393,7 @@ def test_plots(model, tmp_path, capsys, monkeypatch):
         (["--data", "shapes:x"], "positive integer"),
         (["--data", "emoji", "--font", "nowhere.ttf"], "nowhere.ttf"),
         (["--model", "nowhere"], "nowhere does not exist"),
-        (["--device", "warp"], "device 'warp' cannot be used"),
+        (["--device", "warp"], "device must be one that this PyTorch can use; got 'warp'"),
         (["--out", "/proc/x"], "/proc/x"),
     ],
 )

@@ -314,7 +314,7 @@ def test_weights_of_another_shape(tmp_path):
         (dict(minutes=math.nan), "minutes must be positive"),
         (dict(seed=-1), "seed must be in"),
         (dict(threads=0), "threads must be at least 1"),
-        (dict(device="abacus"), "device 'abacus' cannot be used"),
+        (dict(device="abacus"), "device must be one that this PyTorch can use; got 'abacus'"),
         (dict(device="meta"), "device 'meta' cannot be used"),
         (dict(preset="huge"), "no preset 'huge'"),
     ],
