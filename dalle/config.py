@@ -39,7 +39,7 @@ def check_limits(config: object) -> None:
     """Raises a UserError for the first field above its limit in LIMITS, before memory or hours are spent on it."""
     for name, limit in LIMITS.items():
         value = getattr(config, name, None)
-        check(config, f"be at most {limit:,}", **{name: not isinstance(value, int) or value <= limit})
+        check(config, f"be at most {limit:,}", **{name: not isinstance(value, numbers.Integral) or value <= limit})
 
 
 def check_types(config: object, cls: type) -> None:

@@ -8,6 +8,7 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from torch import Tensor
 from dalle import config as configs
 from dalle.errors import UserError
 
+MAX_TEXT = 64 << 20  # bytes; a tokenizer of half a million tokens has 30 MB
+MAX_JSON = 1 << 20  # bytes of a configuration; parsed, it may take 30 times that
+SAMPLES = "samples"  # the folder of a model directory for images made in the course of training
 METADATA = "dalle"  # key of a safetensors file's metadata: safetensors writes several keys in random order
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -55,11 +59,15 @@ def sole_writer(directory: Path, *stems: str) -> Iterator[None]:
     The lock ends with its process. Temporary files that a killed writer left are removed. Raises a UserError if another
     process, or another thread, holds the lock.
     """
+    path = directory / f".{stems[0]}.lock"
     try:
-        lock = open(directory / f".{stems[0]}.lock", "w")  # noqa: SIM115  # closed below, after another error
+        # Neither through a symbolic link nor waiting for the other end of a pipe, which a stranger may have put there.
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        lock = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
     except OSError as error:
-        raise UserError(f"{directory} cannot be written to ({error.strerror}): choose another directory") from error
+        raise UserError(f"{path} cannot be written ({error.strerror}): choose another directory") from error
     with lock:
+        _check_regular(lock.fileno(), path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -68,9 +76,10 @@ def sole_writer(directory: Path, *stems: str) -> Iterator[None]:
             ) from None
         except OSError:
             pass  # a file system without locks
-        for stem in stems:
-            for leftover in [*directory.glob(f".{stem}*.tmp"), *directory.glob(f"*/.{stem}*.tmp")]:
-                leftover.unlink(missing_ok=True)
+        for folder in (directory, directory / SAMPLES):
+            for leftover in chain.from_iterable(folder.glob(f".{stem}*.tmp") for stem in stems):
+                if not folder.is_symlink():
+                    leftover.unlink(missing_ok=True)
         yield
 
 
@@ -93,9 +102,11 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def read_text(path: Path) -> str:
-    """Reads a UTF-8 text file; raises a UserError that names the file if it is missing or something else."""
-    _check_regular(path)
+def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
+    """Reads a UTF-8 text file; raises a UserError that names the file if it is missing, something else, or larger."""
+    size = _check_regular(path, path)
+    if size > max_bytes:
+        raise UserError(f"{path} is damaged: it has {size:,} bytes, and at most {max_bytes:,} make sense")
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -109,11 +120,15 @@ def write_json(path: Path, config: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Parses a JSON file; raises a UserError that names the file if it is missing or invalid."""
-    text = read_text(path)
+    return parse_json(read_text(path, MAX_JSON), path)
+
+
+def parse_json(text: str, origin: Path) -> Any:
+    """Parses JSON from the file `origin`; raises a UserError that names it if the JSON is invalid."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+        raise UserError(f"{origin} cannot be read as JSON: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -154,7 +169,7 @@ def digest(text: str) -> str:
 
 @contextmanager
 def _open_tensors(path: Path) -> Iterator[Any]:
-    _check_regular(path)
+    _check_regular(path, path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -177,6 +192,8 @@ def _metadata(file: Any) -> dict[str, str]:
     metadata = json.loads(written[METADATA]) if METADATA in written else written  # files of earlier versions
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("its metadata are not text by name")
+    if METADATA in written and "digest" not in metadata:
+        raise ValueError("its digest is missing")
     return metadata
 
 
@@ -188,15 +205,17 @@ def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     return content.hexdigest()
 
 
-def _check_regular(path: Path) -> None:
+def _check_regular(file: Path | int, path: Path) -> int:
+    """The size of a regular file, given by its path or as an open descriptor; raises a UserError for others."""
     try:
-        mode = os.stat(path).st_mode
+        status = os.stat(file)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    if not stat.S_ISREG(mode):  # opening a pipe would wait forever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
         raise UserError(f"{path} is not a regular file: remove it, or choose another directory")
+    return status.st_size
 
 
 def _sync(path: Path) -> None:

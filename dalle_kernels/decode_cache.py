@@ -116,10 +116,9 @@ class DecodeCache:
 
         prefix = prompts, heads, pattern.text_len, head_dim
         image = heads, self._shape[0], schedule.slots, head_dim  # head-major: kernels read one head of all sequences
-        real = torch.device("cpu") if intercepted() else self.device  # the device of fake tensors need not exist
-        (packed,) = lifted(schedule_tensor(pattern, real))
+        (packed,) = lifted(schedule_tensor(pattern, self.device))
         return CachedLayer(
-            packed.to(self.device),
+            packed,
             empty(*prefix),
             empty(*prefix),
             empty(*image).transpose(0, 1),

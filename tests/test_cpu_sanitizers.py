@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "sanitized"
 BEST = [isa for isa, supported in build_info.cpu_isas().items() if supported][-1]
 ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # instruction sets whose kernels complete other tables
+BUILT = list(dict.fromkeys(["portable", *ON_TOP.get(BEST, []), BEST]))
 ISAS = [BEST, *([pytest.param("portable", marks=pytest.mark.full)] if BEST != "portable" else [])]
 TESTS = {
     "test_conformance.py": "any_shape or cpu and (hidden or broken or bits or unseen or offset or unaligned)",
@@ -37,23 +38,22 @@ pytestmark = [
 
 
 @pytest.fixture
-def package(isa, tmp_path):
-    """A folder with the Python package and the library with the kernels of `isa`, built with sanitizers."""
-    build = BUILD / isa
+def package(tmp_path):
+    """A folder with the Python package and the library built with sanitizers."""
     options = {
         "CMAKE_MAKE_PROGRAM": TOOLS[1],
         "DALLE_SANITIZE": "ON",
-        "DALLE_ISAS": ";".join([*ON_TOP.get(isa, []), isa]),
+        "DALLE_ISAS": ";".join(BUILT),
         "DALLE_TORCH_DIR": Path(torch.__file__).parent,
-        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": build,
+        "CMAKE_LIBRARY_OUTPUT_DIRECTORY": BUILD,
     }
-    configure = [TOOLS[0], "-G", "Ninja", "-S", ROOT, "-B", build, *(f"-D{k}={v}" for k, v in options.items())]
-    for command in (configure, [TOOLS[0], "--build", build]):
+    configure = [TOOLS[0], "-G", "Ninja", "-S", ROOT, "-B", BUILD, *(f"-D{k}={v}" for k, v in options.items())]
+    for command in (configure, [TOOLS[0], "--build", BUILD]):
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     source, without = Path(dalle_kernels.__file__).parent, shutil.ignore_patterns("libdalle_*.so", "__pycache__")
     shutil.copytree(source, tmp_path / "dalle_kernels", copy_function=os.symlink, ignore=without)
-    (tmp_path / "dalle_kernels" / "libdalle_cpu.so").symlink_to(build / "libdalle_cpu.so")
+    (tmp_path / "dalle_kernels" / "libdalle_cpu.so").symlink_to(BUILD / "libdalle_cpu.so")
     return tmp_path
 
 

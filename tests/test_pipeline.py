@@ -344,6 +344,7 @@ def test_grey_images_of_16_bits_are_scaled_not_clipped(pipeline):
         (dict(prompts="red", candidates="3"), "candidates must be a whole number, not '3'"),
         (dict(prompts="red", candidates=True), "candidates must be a whole number, not True"),
         (dict(prompts="red", candidates=10**9), "candidates must be at most 100,000, not 1000000000"),
+        (dict(prompts="red", candidates=np.int64(10**9)), "candidates must be at most 100,000, not 1000000000"),
         (dict(prompts="red", top=1.0), "top must be a whole number or None, not 1.0"),
         (dict(prompts="red", temperature="hot"), "temperature must be a number, not 'hot'"),
         (dict(prompts="red", truncate=1), "truncate must be True or False, not 1"),

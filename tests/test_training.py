@@ -439,7 +439,7 @@ def test_a_prior_does_not_resume_on_other_captions(tokenized):
         tokenize(TokenizeConfig(out=tokenized, data="shapes-simple:44"))
     (tokenized / "prior.json").unlink()
     tokenize(TokenizeConfig(out=tokenized, data="shapes-simple:44"))
-    with pytest.raises(UserError, match="was trained with captions"):
+    with pytest.raises(UserError, match="was trained with other captions"):
         train_prior(prior_config(tokenized, steps=2, resume=True))
 
 

@@ -57,7 +57,7 @@ def _exit_code(arguments: list[str]) -> int:
         return 130
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _say(f"warning: {message}")
 
 

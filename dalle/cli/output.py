@@ -72,9 +72,11 @@ def png_path(path: Path) -> Path:
     if path.suffix.lower() != ".png":
         raise UserError(f"{path} is not the name of a PNG file: choose one that ends in .png")
     try:
-        if path.is_dir():
+        target = path.resolve()  # images are written through symbolic links
+        if target.is_dir():
             raise UserError(f"{path} is a directory: choose a file name")
-        with tempfile.TemporaryFile(dir=path.parent):
+        with tempfile.TemporaryFile(dir=target.parent):
             return path
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror}): choose another path") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: symbolic links in a circle
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be written ({reason}): choose another path") from error

@@ -60,8 +60,8 @@ def load_parts(directory: Path) -> Parts:
         unknown += [path.name] if not ours.keys() <= metadata.keys() else []
     if unknown:
         warnings.warn(
-            f"{directory}: {' and '.join(unknown)}, of an earlier version, do not say which dVAE and tokenizer they "
-            "belong to: if images look wrong, train them again (`dalle export` records what belongs together)",
+            f"{directory} was written by an earlier version, and does not record which dVAE and tokenizer belong to "
+            f"{' and '.join(unknown)}: if images look wrong, train again (`dalle export` records it)",
             stacklevel=2,
         )
     return Parts(dvae, prior, tokenizer, clip)
@@ -148,7 +148,9 @@ class _WithoutNoise(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)  # `init` passes it by name
+        if func is nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def _check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:

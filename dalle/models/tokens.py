@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from dalle.errors import UserError
-from dalle.files import digest, read_json, read_tensors, read_text, write_tensors, write_text
+from dalle.files import digest, parse_json, read_tensors, read_text, write_tensors, write_text
 from dalle.models.checkpoint import check_made_with, made_with
 from dalle.models.dvae import DiscreteVAE
 
 PARTS = ("train", "heldout")
+MAX_CAPTIONS = 4 << 30  # bytes: some twenty million images
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,10 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
     codes, metadata = read_tensors(codes_path)
     again = "run `dalle tokenize` again"
     check_made_with(codes_path, metadata, made_with(directory, dvae), again)
-    text, listing = read_text(captions_path), read_json(captions_path)
+    text = read_text(captions_path, MAX_CAPTIONS)
     if metadata.get("captions") != digest(text):
         raise UserError(f"{captions_path} does not belong to {codes_path.name}: {again}")
+    listing = parse_json(text, captions_path)
     try:
         return {part: _tokens(codes[part], listing[part], dvae) for part in PARTS}
     except (KeyError, TypeError, ValueError) as error:

@@ -16,6 +16,14 @@ from dalle.models.checkpoint import load_weights
 FORMAT = "dalle training run 1"
 EMA_PREFIX = "average"  # of the EMA weights in the file
 OLD_NAMES = {"average_decay": "ema_decay", "pictures": "images"}  # keys of the identity in older checkpoints
+FINGERPRINTS = {
+    "digest of the images": "other images",
+    "captions": "other captions",
+    "tokenizer": "another tokenizer",
+    "dvae": "another dVAE",
+    "dvae, decoder included": "another dVAE",
+    "encoder": "another encoder",
+}  # keys of the identity whose values say nothing to people
 ADDED = {"digest of the images"}  # keys that older checkpoints lack
 ELSEWHERE = "choose another directory"
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of the parameter's shape, besides "step"
@@ -34,16 +42,23 @@ class TrainingState:
     """Seconds of training, including those before a resume."""
     saved: int = 0
     """The step of the last checkpoint."""
+    torn: bool = False
+    """Whether an update has begun and not ended, so that weights, EMA and optimizer are not those of one step."""
+
+
+def state_tensors(state: TrainingState) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, by name; not copies."""
+    found = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    found |= {f"{EMA_PREFIX}.{name}": tensor for name, tensor in state.ema.state_dict().items()}
+    for index, slots in state.optimizer.state_dict()["state"].items():
+        found |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
+    return found
 
 
 def save(path: Path, state: TrainingState, identity: dict) -> None:
     """Writes a checkpoint; a run can resume from it only if it has the same `identity`."""
-    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
-    tensors |= {f"{EMA_PREFIX}.{name}": tensor for name, tensor in state.ema.state_dict().items()}
-    for index, slots in state.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": tensor for name, tensor in slots.items()}
     header = {"format": FORMAT, "step": state.step, "elapsed": state.elapsed, "identity": identity}
-    write_tensors(path, tensors, {key: json.dumps(value) for key, value in header.items()})
+    write_tensors(path, state_tensors(state), {key: json.dumps(value) for key, value in header.items()})
     state.saved = state.step
 
 
@@ -58,10 +73,8 @@ def load(path: Path, state: TrainingState, identity: dict) -> None:
     theirs = {OLD_NAMES.get(key, key): value for key, value in header["identity"].items()}
     for key in sorted((identity.keys() | theirs.keys()) - (ADDED - theirs.keys())):
         if identity.get(key) != theirs.get(key):
-            raise UserError(
-                f"{path} was trained with {key} = {theirs.get(key)!r}, not {identity.get(key)!r}: "
-                "resume with the former, or choose another directory"
-            )
+            what = FINGERPRINTS.get(key, f"{key} = {theirs.get(key)!r}, not {identity.get(key)!r}")
+            raise UserError(f"{path} was trained with {what}: resume with the former, or {ELSEWHERE}")
     load_weights(state.model, _part(tensors, "model"), str(path))
     load_weights(state.ema, _part(tensors, EMA_PREFIX), str(path))
     if int(state.ema.n_averaged) != header["step"]:

@@ -3,7 +3,7 @@
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle import config as configs
 from dalle.errors import UserError
 from dalle.extras import extras
-from dalle.files import sole_writer, writable_directory
+from dalle.files import SAMPLES, sole_writer, writable_directory
 from dalle.runtime import OnStep, Progress, choose_device
 from dalle.training import checkpoint
 from dalle.training.checkpoint import TrainingState
@@ -130,7 +130,7 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
         checkpoint.load(path, state, identity)
 
     def save() -> None:
-        if not all(p.isfinite().all() for p in state.model.parameters()):
+        if not all(tensor.isfinite().all() for tensor in checkpoint.state_tensors(state).values()):
             raise Diverged(f"the weights are no longer finite at step {state.step}: try a smaller --lr")
         writable_directory(config.out)  # again, in case it was removed
         checkpoint.save(path, state, identity)
@@ -141,7 +141,6 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
     with _signals() as interrupted, _saving_before_errors(state, save), log:
         while (fraction := _fraction(config, state)) < 1 and not interrupted():
             losses = _update(task, config, state, fraction)
-            state.step += 1
             state.elapsed = time.monotonic() - began
             fraction, evaluation = _fraction(config, state), {}
             if fraction == 1 or (config.eval_every and state.step % config.eval_every == 0):
@@ -163,8 +162,8 @@ def autocast(config: TrainConfig) -> AbstractContextManager:
 
 
 @contextmanager
-def output_directory(config: TrainConfig, name: str, *stems: str) -> Iterator[None]:
-    """Holds the lock of the output directory for the files of `stems`, by default those of the part `name`.
+def output_directory(config: TrainConfig, name: str, *, writes: Sequence[str] = ()) -> Iterator[None]:
+    """Holds the lock of the output directory for the files of the parts that are written, by default of `name` only.
 
     Raises UserError if the directory is not writable, another training of these files is at work in it, or the
     checkpoint of `name` is missing (to resume) or exists (otherwise).
@@ -172,7 +171,7 @@ def output_directory(config: TrainConfig, name: str, *stems: str) -> Iterator[No
     path = checkpoint_path(config, name)
     if config.resume and not path.exists():  # checked before the directory is made
         raise UserError(f"{path} does not exist, so there is nothing to resume: omit --resume")
-    with sole_writer(writable_directory(config.out), *stems or (name,)):
+    with sole_writer(writable_directory(config.out), *writes or (name,)):
         if not config.resume and path.exists():
             raise UserError(f"{path} holds a training run: add --resume to continue it, or delete it to restart")
         yield
@@ -213,15 +212,18 @@ def _update(task: Task, config: TrainConfig, state: TrainingState, fraction: flo
     losses["loss"].backward()
     if task.max_grad_norm < math.inf:
         nn.utils.clip_grad_norm_(state.model.parameters(), task.max_grad_norm)
+    state.torn = True
     state.optimizer.step()
     state.ema.update_parameters(state.model)
+    state.step += 1
+    state.torn = False
     return {name: value.detach() for name, value in losses.items()}
 
 
 def _evaluate(task: Task, config: TrainConfig, state: TrainingState) -> dict[str, float]:
     model = state.ema.module.eval()
     with torch.inference_mode(), autocast(config):
-        task.save_samples(model, writable_directory(config.out / "samples") / f"{task.name}-{state.step:07}.png")
+        task.save_samples(model, writable_directory(config.out / SAMPLES) / f"{task.name}-{state.step:07}.png")
         return task.evaluate(model)
 
 
@@ -280,7 +282,7 @@ def _saving_before_errors(state: TrainingState, save: Callable[[], None]) -> Ite
         raise
     except Exception as error:
         lost = state.step - state.saved
-        if not lost:
+        if not lost or state.torn:
             raise
         try:
             save()

@@ -57,7 +57,7 @@ class DecoderTask(PixelTask[TrainDecoderConfig]):
 
 def train_decoder(config: TrainDecoderConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a decoder; `on_step` receives the progress. Raises UserError for invalid input."""
-    with output_directory(config, "decoder", "dvae", "decoder"):
+    with output_directory(config, "decoder", writes=("dvae", "decoder")):
         task = DecoderTask(config)
         identity = task.identity | {"encoder": fingerprint(task.model.encoder)}
         return replace(train(task, config, identity, on_step), skipped=task.skipped)

@@ -158,7 +158,7 @@ def train_dvae(config: TrainDVAEConfig, *, on_step: OnStep | None = None) -> Res
     """Trains a dVAE; `on_step` receives the progress. Raises UserError for invalid input."""
     if config.resume and (decoder := checkpoint_path(config, "decoder")).exists():
         raise UserError(f"{decoder} holds a later training run, which resuming the dVAE would undo: delete it first")
-    with output_directory(config, "dvae", "dvae", "decoder"):
+    with output_directory(config, "dvae", writes=("dvae", "decoder")):
         for later in ("prior.json", "clip.json"):
             if (config.out / later).exists():
                 raise UserError(

@@ -130,7 +130,14 @@ def test_weights_that_are_not_finite(model, part, value):
         Pipeline.from_pretrained(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*of an earlier version")
+def test_a_digest_cannot_be_lost(model):
+    path = model / "dvae.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"digest", b"digits", 1))
+    with pytest.raises(UserError, match=r"dvae\.safetensors is damaged .*its digest is missing"):
+        load_dvae(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*by an earlier version")
 def test_files_without_a_digest_load(model):
     """As earlier versions wrote them, with weights in float32 or, exported, in float16."""
     expected = [model.state_dict() for model in (load_dvae(model), load_prior(model))]

@@ -118,6 +118,13 @@ def test_sizes_that_the_weights_do_not_have(model, bounded_memory, name, change)
     assert time.process_time() - began < 5
 
 
+@pytest.mark.parametrize("name", ["dvae.json", "tokenizer.json", "captions.json"])
+def test_text_of_a_size_that_makes_no_sense(model, name):
+    os.truncate(model / name, 6 << 30)  # takes no space
+    with pytest.raises(UserError, match=rf"{name} is damaged: it has 6,442,450,944 bytes"):
+        load_tokens(model, load_dvae(model))
+
+
 def test_comparing_shapes_draws_no_noise(model, monkeypatch):
     """On the meta device, which would import torch._dynamo for it, in two seconds."""
     drawn, draw = [], torch.nn.init._no_grad_normal_

@@ -1,5 +1,6 @@
 """Whatever fails after work was done, the work is kept; and one directory has one writer."""
 
+import os
 import shutil
 
 import pytest
@@ -7,13 +8,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
+from torch.optim.swa_utils import AveragedModel
 from training_for_tests import assert_same_weights
 
 from dalle import UserError, images
+from dalle.cli.output import png_path
 from dalle.files import sole_writer, write_text
 from dalle.images import image_grid, save_png
 from dalle.training import loader
-from faults.models_for_tests import run_clip, run_dvae, run_prior, run_tokenize
+from dalle.training.loop import train
+from dalle.training.train_dvae import DVAETask, TrainDVAEConfig
+from faults.models_for_tests import DATA, DVAE, SHORT, run_clip, run_dvae, run_prior, run_tokenize
 
 # Labels
 
@@ -91,6 +96,15 @@ def test_an_image_is_written_through_a_symbolic_link(tmp_path):
         assert Image.open(tmp_path / "target.png").getpixel((0, 0)) == ((255, 0, 0) if colour == "red" else (0, 0, 255))
 
 
+@pytest.mark.parametrize("target", ["loop.png", "missing/grid.png", "folder.png"])
+def test_a_link_to_where_nothing_can_be_written_is_noticed_at_once(tmp_path, target):
+    (tmp_path / "folder.png").mkdir()
+    path = tmp_path / "loop.png"
+    path.symlink_to(target)
+    with pytest.raises(UserError, match=r"loop\.png (cannot be written|is a directory)"):
+        png_path(path)
+
+
 def test_resuming_in_a_mistyped_directory_leaves_nothing(tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         run_dvae(tmp_path / "typo", resume=True)
@@ -142,6 +156,39 @@ def test_a_checkpoint_that_cannot_be_written_is_told(tmp_path):
         run_dvae(tmp_path / "out", at_step(2, replace_by_a_file), steps=4, save_every=3)
 
 
+@pytest.mark.parametrize("part", ["optimizer", "ema"])
+def test_a_half_done_update_is_not_saved(tmp_path, monkeypatch, part):
+    """The error comes within the third update, after `part` was updated."""
+    owner, name = {"optimizer": (torch.optim.AdamW, "step"), "ema": (AveragedModel, "update_parameters")}[part]
+    update, calls = getattr(owner, name), iter(range(2))
+
+    def fail(*arguments, **options):
+        update(*arguments, **options)
+        if next(calls, None) is None:
+            raise RuntimeError("out of memory")
+
+    run_dvae(tmp_path / "whole", steps=4, save_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            run_dvae(tmp_path / "broken", steps=4, save_every=2)
+    run_dvae(tmp_path / "broken", resume=True, steps=4, save_every=2)
+    assert_same_weights(tmp_path / "whole" / "dvae.run.safetensors", tmp_path / "broken" / "dvae.run.safetensors")
+
+
+def test_what_could_not_be_resumed_is_not_saved(tmp_path):
+    """Gradients so large that their squares overflow, which the weights survive."""
+
+    class Huge(DVAETask):
+        def losses(self, step, fraction):
+            return {name: 1e27 * value for name, value in super().losses(step, fraction).items()}
+
+    config = TrainDVAEConfig(out=tmp_path, model=DVAE, data=DATA, **SHORT)
+    with pytest.raises(UserError, match="no longer finite"):
+        train(Huge(config), config, {})
+    assert not (tmp_path / "dvae.run.safetensors").exists()
+
+
 def test_an_error_of_another_kind_keeps_the_steps_and_its_traceback(tmp_path):
     def fail():
         raise RuntimeError("out of memory")
@@ -179,9 +226,35 @@ def test_a_second_training_is_refused(model):
 
 def test_temporary_files_of_a_killed_writer_are_removed(tmp_path):
     (tmp_path / "samples").mkdir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / ".dvae.safetensors.7.tmp").touch()  # another model's
     mine = [".dvae.run.safetensors.7.tmp", "samples/.dvae-0000001.png.7.tmp", ".decoder.run.safetensors.7.tmp"]
     others = ".prior.safetensors.7.tmp"  # of a training that may be at work
     for name in (*mine, others):
         (tmp_path / name).touch()
     run_dvae(tmp_path)
-    assert [path.name for path in tmp_path.rglob("*.tmp")] == [others]
+    assert sorted(path.name for path in tmp_path.rglob("*.tmp")) == [".dvae.safetensors.7.tmp", others]
+
+
+def test_samples_in_another_place_are_not_swept(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".dvae-0000001.png.7.tmp").touch()
+    (tmp_path / "samples").symlink_to(elsewhere)
+    with sole_writer(tmp_path, "dvae"):
+        assert list(elsewhere.iterdir())
+
+
+def test_a_lock_is_not_taken_through_a_link(tmp_path):
+    precious = tmp_path / "precious.txt"
+    precious.write_text("kept")
+    (tmp_path / ".dvae.lock").symlink_to(precious)
+    with pytest.raises(UserError, match=r"\.dvae\.lock cannot be written"), sole_writer(tmp_path, "dvae"):
+        pass
+    assert precious.read_text() == "kept"
+
+
+def test_a_lock_does_not_wait_for_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / ".dvae.lock")
+    with pytest.raises(UserError, match=r"\.dvae\.lock is not a regular file"), sole_writer(tmp_path, "dvae"):
+        pass
