@@ -160,7 +160,7 @@ def train_dvae(config: TrainDVAEConfig, *, on_step: OnStep | None = None) -> Res
         raise UserError(f"{decoder} holds a later training run, which resuming the dVAE would undo: delete it first")
     with output_directory(config, "dvae", writes=("dvae", "decoder")):
         for later in ("prior.json", "clip.json"):
-            if (config.out / later).exists():
+            if (config.out / later).exists() and not config.resume:
                 raise UserError(
                     f"{config.out} holds a model ({later}) of the dVAE, which would be replaced: choose another --out, "
                     f"or delete {later}"

@@ -17,13 +17,6 @@ def run_dvae(out, on_step=None, **change):
     return train_dvae(TrainDVAEConfig(out=out, **dict(model=DVAE, data=DATA) | SHORT | change), on_step=on_step)
 
 
-def resume_dvae(out):
-    """Trains the dVAE further, which is possible as long as no prior or CLIP depends on it."""
-    for name in ("prior.json", "clip.json"):
-        (out / name).unlink()
-    return run_dvae(out, resume=True, steps=3)
-
-
 def run_tokenize(out, **change):
     return tokenize(TokenizeConfig(out=out, **dict(data=DATA, text_vocab=300) | change))
 

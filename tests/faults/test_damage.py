@@ -14,7 +14,7 @@ from dalle.files import read_tensors
 from dalle.models.checkpoint import load_clip, load_dvae, load_parts, load_prior
 from dalle.models.tokens import load_tokens
 from dalle.training import checkpoint
-from faults.models_for_tests import resume_dvae
+from faults.models_for_tests import run_dvae
 
 FLIPS = 12  # damaged copies of each file, half of them within the first bytes, where a header is
 HEADER = 400
@@ -115,7 +115,7 @@ def test_damaged_weights_of_a_checkpoint_stop_the_resume(model):
     content[-5] ^= 64
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"dvae\.run\.safetensors is damaged"):
-        resume_dvae(model)
+        run_dvae(model, resume=True, steps=3)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -18,7 +18,7 @@ from dalle.files import digest, read_tensors, write_tensors, write_text
 from dalle.models.checkpoint import load_clip, load_dvae, load_prior
 from dalle.models.tokens import load_tokens
 from dalle.tokenizer import ALPHABET, Tokenizer
-from faults.models_for_tests import resume_dvae, run_prior
+from faults.models_for_tests import run_dvae, run_prior
 
 MEMORY = 1 << 30  # that loading a tiny model may take
 PARTS = {"dvae": load_dvae, "prior": load_prior, "clip": load_clip}
@@ -229,7 +229,7 @@ def test_checkpoints_that_lie(model, lie):
     LIES[lie](tensors, header)
     write_tensors(path, tensors, header)
     with pytest.raises(UserError, match=r"dvae\.run\.safetensors (is damaged|is not|belongs to another)"):
-        resume_dvae(model)
+        run_dvae(model, resume=True, steps=3)
 
 
 @pytest.mark.parametrize("code", [-1, 32, 2000])
@@ -258,4 +258,4 @@ def test_a_pipe_is_not_waited_for(model, name):
     (model / name).unlink()
     os.mkfifo(model / name)
     with pytest.raises(UserError, match=rf"{name} is not a regular file"):
-        resume_dvae(model) if ".run." in name else run_prior(model, resume=True, steps=3)
+        run_dvae(model, resume=True, steps=3) if ".run." in name else run_prior(model, resume=True, steps=3)
