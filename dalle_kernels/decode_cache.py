@@ -116,9 +116,10 @@ class DecodeCache:
 
         prefix = prompts, heads, pattern.text_len, head_dim
         image = heads, self._shape[0], schedule.slots, head_dim  # head-major: kernels read one head of all sequences
-        (packed,) = lifted(schedule_tensor(pattern, self.device))
+        real = torch.device("cpu") if intercepted() else self.device  # the device of fake tensors need not exist
+        (packed,) = lifted(schedule_tensor(pattern, real))
         return CachedLayer(
-            packed,
+            packed.to(self.device),
             empty(*prefix),
             empty(*prefix),
             empty(*image).transpose(0, 1),
