@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import operator
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, SupportsIndex, TypeVar
@@ -78,15 +79,34 @@ _RULES = {
 
 
 LAYOUTS = ("raster", "columns", "patches")
+ROWS = 64  # of a mask that are read at a time
+_CAUSAL_FIX = {
+    "mask": "clear the entries above the diagonal (mask.tril())",
+    "mask_mod": "return mask_mod(b, h, q_idx, kv_idx) & (kv_idx <= q_idx)",
+}
 SHADES = " ░▒▓█"  # characters of a printed mask, by density
 
 
 class _MaskRule:
-    """The rule of a pattern given as a mask; compares by content."""
+    """The rule of a pattern given as a mask, in one bit per pair; compares by content and pickles compressed."""
 
-    def __init__(self, mask: torch.Tensor):
-        self.mask = mask
-        self.digest = hashlib.sha256(mask.numpy().tobytes()).hexdigest()[:16]
+    def __init__(self, bits: torch.Tensor):
+        """`bits`: uint8 [N, ceil(N / 8)], a row per query; the first key has the lowest bit."""
+        self.bits = bits
+        self.digest = hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
+
+    @classmethod
+    def unpickled(cls, compressed: bytes, tokens: int) -> _MaskRule:
+        bits = torch.frombuffer(bytearray(zlib.decompress(compressed)), dtype=torch.uint8)
+        return cls(bits.view(tokens, -1))
+
+    def __reduce__(self) -> tuple:
+        return self.unpickled, (zlib.compress(self.bits.numpy().tobytes()), len(self.bits))
+
+    def allowed(self, q: Positions, k: Positions) -> Positions:
+        bits = self.bits.to(q.device) if isinstance(q, torch.Tensor) else self.bits.numpy()
+        # pyrefly: ignore[bad-return]  # the result has the type of q
+        return (bits[q, k // 8] >> (k % 8)) & 1 != 0
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _MaskRule) and self.digest == other.digest
@@ -98,7 +118,7 @@ class _MaskRule:
 @dataclass(frozen=True)
 class AttentionPattern:
     """A static attention pattern over `text_len + H * W` tokens. Use the constructors `row`, `column`, `conv`,
-    `axial_row`, `corner_conv`, `causal`, `from_mask`.
+    `axial_row`, `corner_conv`, `causal`, `from_mask`, `from_mask_mod`.
 
     Attributes:
         name: the rule, as in the constructor.
@@ -226,26 +246,71 @@ class AttentionPattern:
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.numel() == 0 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be a bool matrix [N, N], N at least 1; got {mask.dtype} {list(mask.shape)}")
-        mask = mask.cpu().contiguous().clone()
-        n = mask.shape[0]
+        return cls._from_rows("mask", lambda begin, end: mask[begin:end], len(mask), text_len, order)
+
+    @classmethod
+    def from_mask_mod(
+        cls,
+        mask_mod: Callable[..., torch.Tensor],
+        seq_len: int,
+        *,
+        text_len: int = 0,
+        order: Sequence[int] | torch.Tensor | None = None,
+    ) -> AttentionPattern:
+        """The static mask of a FlexAttention mask_mod(b, h, q_idx, kv_idx). It is called with b = h = 0 and blocks of
+        positions, so that no N x N tensor is made; the pattern keeps one bit per pair.
+
+        Args:
+            mask_mod: returns bool; causal, with every token attending to itself.
+            seq_len: number of tokens N.
+            text_len, order, and what is raised: as in `from_mask`.
+        """
+        seq_len = _whole("seq_len", seq_len)
+        if seq_len < 1:
+            raise ValueError(f"seq_len must be at least 1; got {seq_len}")
+        zero = torch.zeros((), dtype=torch.int64, device="cpu")
+        tokens = torch.arange(seq_len, device="cpu")
+
+        def rows(begin, end):
+            queries = tokens[begin:end, None]
+            allowed = mask_mod(zero, zero, queries, tokens[None])
+            if not isinstance(allowed, torch.Tensor) or allowed.dtype != torch.bool:
+                kind = allowed.dtype if isinstance(allowed, torch.Tensor) else type(allowed).__name__
+                raise ValueError(f"mask_mod must return a bool tensor; got {kind}")
+            return allowed.expand(len(queries), seq_len)
+
+        return cls._from_rows("mask_mod", rows, seq_len, text_len, order)
+
+    @classmethod
+    def _from_rows(cls, what, rows, n, text_len, order):
+        """The pattern of a mask, given by rows(begin, end) -> bool [end - begin, n]; `what` names it in errors."""
         text_len = _whole("text_len", text_len)
         if not 0 <= text_len < n:
             raise ValueError(f"text_len must lie in [0, {n - 1}] for a mask of {n} tokens; got {text_len}")
-        ahead = torch.triu(mask, 1).nonzero()
-        if len(ahead):
-            raise ValueError(
-                f"mask is not causal: query {ahead[0, 0]} attends to key {ahead[0, 1]}; "
-                "clear the entries above the diagonal (mask.tril())"
-            )
-        blind = (~mask.diagonal()).nonzero()
-        if len(blind):
-            raise ValueError(f"mask excludes token {blind[0, 0]} from its own keys; set the diagonal to True")
         if order is not None:
             order = [int(token) for token in order]
             if sorted(order) != list(range(n)):
                 raise ValueError(f"order must be a permutation of the {n} tokens")
             order = np.array(order, np.int64).tobytes()
-        return cls("mask", text_len, (1, n - text_len), _mask=_MaskRule(mask), _order=order)
+        bits, ahead, first = np.empty((n, -(-n // 8)), np.uint8), 0, (0, 0)
+        for begin in range(0, n, ROWS):
+            block = rows(begin, min(begin + ROWS, n)).cpu()
+            later = block.triu(begin + 1)
+            if not ahead and later.any():
+                query, key = later.nonzero()[0].tolist()
+                first = begin + query, key
+            ahead += int(later.sum())
+            blind = (~block.diagonal(begin)).nonzero()
+            if len(blind):
+                token = begin + blind[0, 0]
+                raise ValueError(f"{what} excludes token {token} from its own keys; set the diagonal to True")
+            bits[begin : begin + len(block)] = np.packbits(block.numpy(), axis=1, bitorder="little")
+        if ahead:
+            raise ValueError(
+                f"{what} is not causal: {ahead:,} pairs have a key after their query, the first of them query "
+                f"{first[0]} and key {first[1]}; {_CAUSAL_FIX[what]}"
+            )
+        return cls("mask", text_len, (1, n - text_len), _mask=_MaskRule(torch.from_numpy(bits)), _order=order)
 
     # -- queries
 
@@ -297,9 +362,7 @@ class AttentionPattern:
             bool, in the broadcast shape.
         """
         if self._mask is not None:
-            mask = self._mask.mask
-            # pyrefly: ignore[bad-return]  # the result has the type of q
-            return mask.to(q.device)[q, k] if isinstance(q, torch.Tensor) else mask.numpy()[q, k]
+            return self._mask.allowed(q, k)
         text = self.text_len
         rule = _RULES[self.name](q - text, k - text, *self.grid, **dict(self.options))
         return (k == q) | ((k <= q) & ((k < text) | rule))

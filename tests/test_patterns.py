@@ -1,5 +1,7 @@
 """Patterns against independent scalar definitions, and against counts from other sources."""
 
+import pickle
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -114,6 +116,40 @@ def test_rows_nnz_order_and_mask_mod_agree_with_dense(name, seed):
     assert torch.equal(pattern.mask_mod(0, 0, q, k), dense)
 
 
+@settings(max_examples=25)
+@given(n=st.integers(1, 200), window=st.integers(0, 70), parts=st.integers(1, 4), data=st.data())
+def test_a_mask_mod_is_its_mask(n, window, parts, data):
+    document = torch.tensor(sorted(data.draw(st.lists(st.integers(1, parts), min_size=n, max_size=n))))
+    text_len = data.draw(st.integers(0, n - 1))
+
+    def mask_mod(b, h, q, k):
+        return (k <= q) & (q - k <= window) & (document[q] == document[k])
+
+    token = torch.arange(n)
+    mask = mask_mod(0, 0, token[:, None], token)
+    pattern = P.from_mask_mod(mask_mod, n, text_len=text_len)
+    assert torch.equal(pattern.dense(), mask) and pattern == P.from_mask(mask, text_len=text_len)
+    assert pattern == P.from_mask_mod(pattern.mask_mod, n, text_len=text_len)
+
+
+def test_a_mask_mod_is_never_a_whole_matrix():
+    shapes = set()
+
+    def causal(b, h, q, k):
+        shapes.add(((q <= k).numel(), b.ndim, h.ndim))
+        return k <= q
+
+    pattern = P.from_mask_mod(causal, 4000)
+    assert max(shapes) == (64 * 4000, 0, 0) and pattern.nnz == 4000 * 4001 // 2
+
+
+def test_a_mask_pickles_compressed(seed):
+    pattern = P.from_mask(P.conv(256, (32, 32)).dense(), text_len=256, order=torch.randperm(1280))
+    pickled = pickle.dumps(pattern)
+    assert len(pickled) < 40_000 and pickle.loads(pickled) == pattern
+    assert torch.equal(pickle.loads(pickled).dense(), pattern.dense())
+
+
 def test_equal_patterns_are_equal_and_hash_alike():
     mask = torch.ones(5, 5, dtype=torch.bool).tril()
     assert P.row(4, (2, 3)) == P.row(4, [2, 3]) and P.row(4, (2, 3)) != P.row(4, (3, 2))
@@ -135,9 +171,14 @@ def test_equal_patterns_are_equal_and_hash_alike():
         (lambda: P.conv(4, (4, 4), kernel=4), "kernel must be odd and at least 1; got 4"),
         (lambda: P.conv(4, (4, 4), edge="zero"), "edge='zero'"),
         (lambda: P.corner_conv(4, (4, 4), dilation=0), "dilation must be at least 1; got 0"),
-        (lambda: P.from_mask(torch.ones(3, 3, dtype=torch.bool)), "query 0 attends to key 1"),
+        (lambda: P.from_mask(torch.ones(3, 3, dtype=torch.bool)), r"3 pairs .* query 0 and key 1; .*mask\.tril\(\)"),
         (lambda: P.from_mask(torch.zeros(3, 3, dtype=torch.bool)), "excludes token 0 from its own keys"),
         (lambda: P.from_mask(torch.eye(3)), "bool matrix"),
+        (lambda: P.from_mask_mod(lambda b, h, q, k: k >= q, 100), r"4,950 pairs .* query 0 and key 1; return mask_mod\(.*"),
+        (lambda: P.from_mask_mod(lambda b, h, q, k: k < q, 100), "mask_mod excludes token 0 from its own keys"),
+        (lambda: P.from_mask_mod(lambda b, h, q, k: (k <= q).float(), 9), "must return a bool tensor; got torch.float32"),
+        (lambda: P.from_mask_mod(lambda b, h, q, k: True, 9), "must return a bool tensor; got bool"),
+        (lambda: P.from_mask_mod(lambda b, h, q, k: k <= q, 0), "seq_len must be at least 1; got 0"),
         (lambda: P.from_mask(torch.zeros(0, 0, dtype=torch.bool)), r"N at least 1; got torch.bool \[0, 0\]"),
         (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), order=[0, 0, 1]), "permutation of the 3 tokens"),
         (lambda: P.from_mask(torch.eye(3, dtype=torch.bool), text_len=3), r"text_len must lie in \[0, 2\]"),
