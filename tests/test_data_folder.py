@@ -4,6 +4,8 @@ import io
 import os
 import random
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -34,6 +36,27 @@ def png_header(width, height):
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("allowed", "says"),
+    [("", "skipped"), ("168992000", "used 1"), ("168991999", "skipped"), ("a lot", "not 'a lot'"), ("0", "not '0'")],
+)
+def test_the_user_may_allow_larger_images(tmp_path, allowed, says):
+    """10,562 x 16,000 pixels, as in a collection of clip art."""
+    (tmp_path / "large.png").write_bytes(png_header(10_562, 16_000))
+    (tmp_path / "large.txt").write_text("a caption")
+    code = f"""
+from dalle.errors import UserError
+try:
+    from dalle.data import open_source
+    print("used", len(open_source({str(tmp_path)!r}, 32)))
+except UserError as error:
+    print(error)
+"""
+    environment = os.environ | {"DALLE_MAX_PIXELS": allowed}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert says in done.stdout and not done.stderr
 
 
 def test_reads_every_format_recursively_in_the_order_of_names(tmp_path):

@@ -36,6 +36,15 @@ def batch(config, size):
     return captions, torch.randint(config.image_vocab, (size, config.image_len))
 
 
+def test_exports_with_a_dynamic_batch(seed):
+    prior = make()
+    text, codes = torch.randint(11, (2, 5)), torch.randint(9, (2, 12))
+    size = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(prior, (text, codes), dynamic_shapes=({0: size}, {0: size}))
+    more = torch.randint(11, (7, 5)), torch.randint(9, (7, 12))
+    torch.testing.assert_close(exported.module()(*more), prior(*more), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("name", "billions"), [("dalle-2.8b", 2.83), ("dalle-5.6b", 5.55), ("dalle-12b", 12.09)])
 def test_published_sizes(name, billions):
     with torch.device("meta"):

@@ -18,9 +18,19 @@ from dalle.images import square, to_tensor, upright
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")  # other formats that Pillow can parse add attack surface
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-MAX_PIXELS = 89_478_485  # Pillow's own threshold for a decompression bomb: 256 MiB of RGB
-
 END_BYTES = 4096  # of a file, to tell it from a replacement of the same size
+
+
+def _max_pixels() -> int:
+    """Pillow's own threshold for a decompression bomb, 256 MiB of RGB, or what DALLE_MAX_PIXELS allows."""
+    allowed = os.environ.get("DALLE_MAX_PIXELS") or str(89_478_485)
+    if not allowed.isdecimal() or int(allowed) < 1:
+        raise UserError(f"DALLE_MAX_PIXELS must be a whole number, at least 1, not {allowed!r}")
+    return int(allowed)
+
+
+MAX_PIXELS = _max_pixels()
+Image.MAX_IMAGE_PIXELS = max(MAX_PIXELS, Image.MAX_IMAGE_PIXELS or 0)
 
 
 class FolderSource(Source):
@@ -136,11 +146,13 @@ def _open(path: Path) -> Image.Image:
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage(f"not an image in one of the formats {', '.join(FORMATS)}") from error
     except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"more than {MAX_PIXELS} pixels") from error
+        raise UnreadableImage(f"more than {MAX_PIXELS} pixels: DALLE_MAX_PIXELS=N sets another limit") from error
     width, height = image.size
     if not 0 < width * height <= MAX_PIXELS:
         image.close()
-        raise UnreadableImage(f"{width}x{height} is not between 1 and {MAX_PIXELS} pixels")
+        raise UnreadableImage(
+            f"{width}x{height} is not between 1 and {MAX_PIXELS} pixels: DALLE_MAX_PIXELS=N sets another limit"
+        )
     return image
 
 

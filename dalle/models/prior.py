@@ -227,8 +227,8 @@ class Prior(nn.Module):
         config = self.config
         if text.ndim != 2 or text.shape[1] != config.text_len:
             raise UserError(f"text must be [B, {config.text_len}], from pack_text, not {list(text.shape)}")
-        if codes.ndim != 2 or codes.shape[1] > config.image_len or len(codes) != len(text):
-            raise UserError(f"codes must be [{len(text)}, at most {config.image_len}], not {list(codes.shape)}")
+        if codes.ndim != 2 or codes.shape[1] > config.image_len or codes.shape[0] != text.shape[0]:
+            raise UserError(f"codes must be [{text.shape[0]}, at most {config.image_len}], not {list(codes.shape)}")
         positions = torch.arange(codes.shape[1], device=codes.device)
         x = torch.cat([self.text_embedding(text) + self.text_position.weight, self._embed_codes(codes, positions)], 1)
         for i, layer in enumerate(self.layers):
