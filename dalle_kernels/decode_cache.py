@@ -218,6 +218,8 @@ def _check_patterns(patterns):
     for pattern in patterns:
         if not isinstance(pattern, AttentionPattern):
             raise TypeError(f"patterns must be AttentionPatterns; got {type(pattern).__name__}")
+        if not pattern.is_causal:
+            raise ValueError("patterns must be causal, to generate one token after another; got one that is not")
     sizes = {(pattern.text_len, pattern.seq_len) for pattern in patterns}
     if len(sizes) > 1:
         raise ValueError(f"patterns must share text_len and seq_len; got the pairs {sorted(sizes)}")

@@ -1,10 +1,10 @@
 """Attention patterns: which query attends to which key.
 
 A sequence is `text_len` text tokens followed by an image of `grid = (H, W)` tokens in raster order. In every pattern
-attention is causal, every token attends to itself, text attends to the text before it, and image tokens attend to all
-text. Patterns differ in the image keys of an image query: one rule on two image positions, in plain arithmetic that
-works on NumPy arrays, on tensors and in FlexAttention. Patterns are frozen and hashable; equal patterns share their
-compiled plans.
+every token attends to itself. In those with a name attention is causal, text attends to the text before it, and image
+tokens attend to all text. Patterns differ in the image keys of an image query: one rule on two image positions, in
+plain arithmetic that works on NumPy arrays, on tensors and in FlexAttention. Patterns are frozen and hashable; equal
+patterns share their compiled plans.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ _RULES = {
 LAYOUTS = ("raster", "columns", "patches")
 ROWS = 64  # of a mask that are read at a time
 _CAUSAL_FIX = {
-    "mask": "clear the entries above the diagonal (mask.tril())",
-    "mask_mod": "return mask_mod(b, h, q_idx, kv_idx) & (kv_idx <= q_idx)",
+    "mask": "clear the entries above the diagonal (mask.tril()), or pass causal=False",
+    "mask_mod": "return mask_mod(b, h, q_idx, kv_idx) & (kv_idx <= q_idx), or pass causal=False",
 }
 SHADES = " ░▒▓█"  # characters of a printed mask, by density
 
@@ -90,18 +90,18 @@ SHADES = " ░▒▓█"  # characters of a printed mask, by density
 class _MaskRule:
     """The rule of a pattern given as a mask, in one bit per pair; compares by content and pickles compressed."""
 
-    def __init__(self, bits: torch.Tensor):
+    def __init__(self, bits: torch.Tensor, causal: bool):
         """`bits`: uint8 [N, ceil(N / 8)], a row per query; the first key has the lowest bit."""
-        self.bits = bits
+        self.bits, self.causal = bits, causal
         self.digest = hashlib.sha256(bits.numpy().tobytes()).hexdigest()[:16]
 
     @classmethod
-    def unpickled(cls, compressed: bytes, tokens: int) -> _MaskRule:
+    def unpickled(cls, compressed: bytes, tokens: int, causal: bool) -> _MaskRule:
         bits = torch.frombuffer(bytearray(zlib.decompress(compressed)), dtype=torch.uint8)
-        return cls(bits.view(tokens, -1))
+        return cls(bits.view(tokens, -1), causal)
 
     def __reduce__(self) -> tuple:
-        return self.unpickled, (zlib.compress(self.bits.numpy().tobytes()), len(self.bits))
+        return self.unpickled, (zlib.compress(self.bits.numpy().tobytes()), len(self.bits), self.causal)
 
     def allowed(self, q: Positions, k: Positions) -> Positions:
         bits = self.bits.to(q.device) if isinstance(q, torch.Tensor) else self.bits.numpy()
@@ -223,16 +223,23 @@ class AttentionPattern:
 
     @classmethod
     def from_mask(
-        cls, mask: torch.Tensor | np.ndarray, text_len: int = 0, order: Sequence[int] | torch.Tensor | None = None
+        cls,
+        mask: torch.Tensor | np.ndarray,
+        text_len: int = 0,
+        order: Sequence[int] | torch.Tensor | None = None,
+        *,
+        causal: bool = True,
     ) -> AttentionPattern:
         """Any static mask.
 
         Args:
-            mask: bool [N, N], True where the query (row) attends to the key (column); causal, with a True diagonal.
+            mask: bool [N, N], True where the query (row) attends to the key (column), with a True diagonal.
             text_len: number of leading text tokens, which `DecodeCache` stores once per prompt. Nothing is added for
                 them: the mask defines the keys of text, and which queries attend to text.
             order: a permutation of the N tokens (sequence of int) that places queries with similar keys next to each
                 other; None: raster order.
+            causal: whether to insist that no query attends to a later key. False also allows bidirectional attention;
+                `DecodeCache` and the GPU kernels do not.
 
         Raises:
             ValueError: the mask is not such a matrix, text_len is out of range, or `order` is not a permutation.
@@ -246,7 +253,7 @@ class AttentionPattern:
         mask = torch.as_tensor(mask)
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.numel() == 0 or mask.dtype != torch.bool:
             raise ValueError(f"mask must be a bool matrix [N, N], N at least 1; got {mask.dtype} {list(mask.shape)}")
-        return cls._from_rows("mask", lambda begin, end: mask[begin:end], len(mask), text_len, order)
+        return cls._from_rows("mask", lambda begin, end: mask[begin:end], len(mask), text_len, order, causal)
 
     @classmethod
     def from_mask_mod(
@@ -256,14 +263,15 @@ class AttentionPattern:
         *,
         text_len: int = 0,
         order: Sequence[int] | torch.Tensor | None = None,
+        causal: bool = True,
     ) -> AttentionPattern:
         """The static mask of a FlexAttention mask_mod(b, h, q_idx, kv_idx). It is called with b = h = 0 and blocks of
         positions, so that no N x N tensor is made; the pattern keeps one bit per pair.
 
         Args:
-            mask_mod: returns bool; causal, with every token attending to itself.
+            mask_mod: returns bool; every token attends to itself.
             seq_len: number of tokens N.
-            text_len, order, and what is raised: as in `from_mask`.
+            text_len, order, causal, and what is raised: as in `from_mask`.
         """
         seq_len = _whole("seq_len", seq_len)
         if seq_len < 1:
@@ -279,10 +287,10 @@ class AttentionPattern:
                 raise ValueError(f"mask_mod must return a bool tensor; got {kind}")
             return allowed.expand(len(queries), seq_len)
 
-        return cls._from_rows("mask_mod", rows, seq_len, text_len, order)
+        return cls._from_rows("mask_mod", rows, seq_len, text_len, order, causal)
 
     @classmethod
-    def _from_rows(cls, what, rows, n, text_len, order):
+    def _from_rows(cls, what, rows, n, text_len, order, causal):
         """The pattern of a mask, given by rows(begin, end) -> bool [end - begin, n]; `what` names it in errors."""
         text_len = _whole("text_len", text_len)
         if not 0 <= text_len < n:
@@ -305,12 +313,13 @@ class AttentionPattern:
                 token = begin + blind[0, 0]
                 raise ValueError(f"{what} excludes token {token} from its own keys; set the diagonal to True")
             bits[begin : begin + len(block)] = np.packbits(block.numpy(), axis=1, bitorder="little")
-        if ahead:
+        if ahead and causal:
             raise ValueError(
                 f"{what} is not causal: {ahead:,} pairs have a key after their query, the first of them query "
                 f"{first[0]} and key {first[1]}; {_CAUSAL_FIX[what]}"
             )
-        return cls("mask", text_len, (1, n - text_len), _mask=_MaskRule(torch.from_numpy(bits)), _order=order)
+        rule = _MaskRule(torch.from_numpy(bits), causal=not ahead)
+        return cls("mask", text_len, (1, n - text_len), _mask=rule, _order=order)
 
     # -- queries
 
@@ -318,6 +327,11 @@ class AttentionPattern:
     def seq_len(self) -> int:
         """Number of tokens N = text_len + H * W."""
         return self.text_len + self.grid[0] * self.grid[1]
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no query attends to a later key."""
+        return self._mask is None or self._mask.causal
 
     @property
     def nnz(self) -> int:

@@ -89,6 +89,21 @@ def as_seed(
     return torch.full(shape, seed, dtype=torch.int64, device=device)  # pyrefly: ignore[no-matching-overload]  # SymInt
 
 
+def seeds_of(seed: int | torch.SymInt | torch.Tensor | None, count: int, device: torch.device) -> torch.Tensor:
+    """One seed for each of `count` sequences, int64 [count]: those of a tensor; for sequence b the random bits of an
+    int at offset -1 and indices 2 b (the high ones) and 2 b + 1; None: new ones from torch's generator.
+
+    Raises: as `as_seed`.
+    """
+    if seed is None:
+        return fresh_seed((count,), device)
+    if isinstance(seed, torch.Tensor):
+        return as_seed(seed, "seed", (count,), device)
+    index = torch.arange(2 * count, device=device)
+    bits = random_bits(as_seed(seed, "seed", (), device), torch.full_like(index, -1), index).view(count, 2)
+    return (bits[:, 0] << 32) + bits[:, 1]
+
+
 def fresh_seed(shape: Sequence[int], device: torch.device) -> torch.Tensor:
     """New seeds from torch's generator of `device`: int64 of `shape`."""
     return torch.randint(-(2**63), 2**63 - 1, shape, dtype=torch.int64, device=device)

@@ -8,7 +8,7 @@ backend. Its sections begin at multiples of four words:
 
     header [24]    magic, version, n, rows, columns, tiles, entries, gathered groups, masks, work items, partial
                    results, split tiles, the most columns of any tile, the offset of each of the following sections,
-                   total length; the rest is 0
+                   total length, text_len, first query; the rest is 0
     tile rows      [tiles, rows]        token of each row, -1 where the tile is not full
     tile begin     [tiles + 1]          first entry of each tile
     entries        [entries, 4]         keys, groups, mask, live: `keys` >= 0 is the first token of `groups` consecutive
@@ -36,7 +36,7 @@ import numpy as np
 
 from .patterns import AttentionPattern
 
-MAGIC, VERSION, HEADER_WORDS = 0x4B50444B, 2, 24
+MAGIC, VERSION, HEADER_WORDS = 0x4B50444B, 3, 24
 Side = Literal["query", "key"]
 
 
@@ -64,6 +64,8 @@ class PlanHeader(IntEnum):
     ITEMS_AT = 18
     SPLIT_TILES_AT = 19
     LENGTH = 20
+    TEXT_LEN = 21
+    FIRST = 22
 
 
 @dataclass(frozen=True)
@@ -105,31 +107,34 @@ class Plan:
         return int(self.entries[:, 1].sum()) * self.gathered.shape[1] * self.rows.shape[1]
 
 
-def compile_plan(pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: Side = "query") -> Plan:
+def compile_plan(
+    pattern: AttentionPattern, n: int, shape: TileShape = TileShape(), side: Side = "query", first: int = 0
+) -> Plan:
     """Compiles the first `n` tokens of `pattern` for tiles of `shape`. The rows of tiles are queries or, with
-    side="key", keys.
+    side="key", keys. The queries are the tokens from `first` on, the keys all tokens.
 
     Raises:
         ValueError: the plan is too large for int32.
     """
     order = pattern.order().numpy()
     order = order[order < n].astype(np.int32)
-    tiles = -(-n // shape.rows)
+    listed = order[order >= first] if side == "query" else order
+    tiles = -(-len(listed) // shape.rows)
     rows = np.full(tiles * shape.rows, -1, np.int32)
-    rows[:n] = order
+    rows[: len(listed)] = listed
     rows = rows.reshape(tiles, shape.rows)
     builder = _Builder(shape, np.argsort(order))
     for tile in rows:
-        builder.add_tile(*_tile_block(pattern, n, tile[tile >= 0], side))
-    return builder.finish(n, rows)
+        builder.add_tile(*_tile_block(pattern, n, tile[tile >= 0], side, first))
+    return builder.finish(rows, {"N": n, "FIRST": first, "TEXT_LEN": pattern.text_len})
 
 
-def _tile_block(pattern, n, tokens, side):
+def _tile_block(pattern, n, tokens, side, first):
     """The columns that a tile's tokens may need, and the allowed pairs, bool [tokens, columns]."""
     if side == "query":
-        columns = np.arange(tokens.max() + 1, dtype=np.int32)
+        columns = np.arange(tokens.max() + 1 if pattern.is_causal else n, dtype=np.int32)
         return columns, pattern.allowed(tokens[:, None], columns[None, :])
-    columns = np.arange(tokens.min(), n, dtype=np.int32)
+    columns = np.arange(max(tokens.min(), first) if pattern.is_causal else first, n, dtype=np.int32)
     return columns, pattern.allowed(columns[None, :], tokens[:, None])
 
 
@@ -206,7 +211,7 @@ class _Builder:
         items.sort(key=lambda item: groups[item[1]] - groups[item[2]])
         return items, split, partials
 
-    def finish(self, n, rows):
+    def finish(self, rows, facts):
         shape = self.shape
         items, split, partials = self._items()
         parts = {
@@ -221,12 +226,12 @@ class _Builder:
         offsets = HEADER_WORDS + np.cumsum([0] + [-(-part.size // 4) * 4 for part in parts.values()])
         if offsets[-1] >= 2**31:
             raise ValueError(
-                f"the plan of this pattern over {n} tokens needs {offsets[-1]} words, more than int32 can address; "
-                "use a sparser pattern"
+                f"the plan of this pattern over {facts['N']} tokens needs {offsets[-1]} words, more than int32 can "
+                "address; use a sparser pattern"
             )
         packed = np.zeros(offsets[-1], np.int32)
         header = {
-            "MAGIC": MAGIC, "VERSION": VERSION, "N": n, "ROWS": shape.rows, "COLUMNS": shape.columns,
+            **facts, "MAGIC": MAGIC, "VERSION": VERSION, "ROWS": shape.rows, "COLUMNS": shape.columns,
             "TILES": len(rows), "ENTRIES": len(self.entries), "GATHERED": len(self.gathered), "MASKS": len(self.masks),
             "ITEMS": len(items), "PARTIALS": partials, "SPLIT_TILES": len(split), "MOST_COLUMNS": self.most_columns,
             "LENGTH": offsets[-1], **{f"{name.upper()}_AT": offset for name, offset in zip(parts, offsets)},

@@ -28,12 +28,14 @@ enum PlanHeader : int {
   items_at = 18,
   split_tiles_at = 19,
   length = 20,
+  text_len = 21,
+  first = 22,
 };
 }   // namespace plan_header
 
 struct Plan {
   explicit Plan(const int32_t* packed) : p(packed) {}
-  static constexpr int32_t MAGIC = 0x4b50444b, VERSION = 2;
+  static constexpr int32_t MAGIC = 0x4b50444b, VERSION = 3;
   static constexpr int HEADER_WORDS = 24, ENTRY_WORDS = 4, ITEM_WORDS = 4, SPLIT_WORDS = 3;
 
   int32_t operator[](plan_header::PlanHeader word) const { return p[word]; }

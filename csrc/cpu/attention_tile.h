@@ -2,6 +2,7 @@
 // rows, so that gathering is free and only Q and O are transposed.
 #pragma once
 #include "common/plan.h"
+#include "cpu/philox.h"
 #include "cpu/softmax.h"
 #include "cpu/sparse_attention.h"
 #include "cpu/vec.h"
@@ -130,12 +131,13 @@ struct FloatRows {
   const float* row(int32_t token) const { return base + token * stride; }
 };
 
-// The matrix of one (batch, head)
-template <class T> DK_INLINE const T* matrix_of(const void* p, const Strides& s, int64_t heads, int64_t bh) {
-  return static_cast<const T*>(p) + bh / heads * s.batch + bh % heads * s.head;
+// The matrix of one (batch, head); of K or V if `group` heads share one
+template <class T>
+DK_INLINE const T* matrix_of(const void* p, const Strides& s, int64_t heads, int64_t bh, int64_t group = 1) {
+  return static_cast<const T*>(p) + bh / heads * s.batch + bh % heads / group * s.head;
 }
-template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t heads, int64_t bh) {
-  return static_cast<T*>(p) + bh / heads * s.batch + bh % heads * s.head;
+template <class T> DK_INLINE T* matrix_of(void* p, const Strides& s, int64_t heads, int64_t bh, int64_t group = 1) {
+  return static_cast<T*>(p) + bh / heads * s.batch + bh % heads / group * s.head;
 }
 
 // K and V of one (batch, head) as rows of DP floats: the tensors themselves if they are float and need no padding, else
@@ -146,7 +148,8 @@ template <class T, int DP> struct FloatHead {
 
   static void prepare(const SparseAttentionArgs& a, int64_t bh, int64_t part, int64_t parts, float* copy) {
     if (in_place(a)) return;
-    const T *k = matrix_of<T>(a.k, a.k_strides, a.heads, bh), *v = matrix_of<T>(a.v, a.v_strides, a.heads, bh);
+    const T *k = matrix_of<T>(a.k, a.k_strides, a.heads, bh, a.group),
+            *v = matrix_of<T>(a.v, a.v_strides, a.heads, bh, a.group);
     for (int64_t i = a.n * part / parts; i < a.n * (part + 1) / parts; ++i) {
       fetch_row<T, DP>(k, a.k_strides.token, i, a.head_dim, copy + i * DP);
       fetch_row<T, DP>(v, a.v_strides.token, i, a.head_dim, copy + (a.n + i) * DP);
@@ -155,16 +158,51 @@ template <class T, int DP> struct FloatHead {
 
   FloatHead(const SparseAttentionArgs& a, int64_t bh, const float* copy) : k{copy, DP}, v{copy + a.n * DP, DP} {
     if (!in_place(a)) return;
-    k = {matrix_of<float>(a.k, a.k_strides, a.heads, bh), a.k_strides.token};
-    v = {matrix_of<float>(a.v, a.v_strides, a.heads, bh), a.v_strides.token};
+    k = {matrix_of<float>(a.k, a.k_strides, a.heads, bh, a.group), a.k_strides.token};
+    v = {matrix_of<float>(a.v, a.v_strides, a.heads, bh, a.group), a.v_strides.token};
   }
   FloatRows k, v;
 };
 
+// The text that a sequence lacks: tokens [begin, end), which are hidden as keys, and as queries have results of 0.
+struct AbsentText {
+  AbsentText() = default;   // none
+  explicit AbsentText(const SparseAttentionArgs& a, int64_t bh) {
+    if (!a.text_lengths) return;
+    begin = static_cast<int32_t>(a.text_lengths[bh / a.heads]);
+    end = Plan(a.plan)[plan_header::text_len];
+  }
+  bool has(int32_t token) const { return begin <= token && token < end; }
+
+  // Hides keys of a group: their mask is empty, and they repeat another key. Returns false if all keys are hidden.
+  bool hide(int32_t* tokens, const uint32_t*& mask, uint32_t* own_mask) const {
+    int shown = 0;
+    while (shown < GROUP_COLUMNS && has(tokens[shown])) ++shown;
+    if (shown == GROUP_COLUMNS) return false;
+    const int32_t other = tokens[shown];
+    for (int j = 0; j < GROUP_COLUMNS; ++j) {
+      own_mask[j] = has(tokens[j]) ? 0 : mask ? mask[j] : ~0u;
+      if (has(tokens[j])) tokens[j] = other;
+    }
+    mask = own_mask;
+    return true;
+  }
+
+  // A tile's rows, with padding in place of absent ones
+  void present(const int32_t* rows, int32_t* out) const {
+    for (int r = 0; r < ROWS; ++r) out[r] = has(rows[r]) ? -1 : rows[r];
+  }
+
+  int32_t begin = 0, end = 0;
+};
+
 // Calls visit(tokens[GROUP_COLUMNS], mask or nullptr) for every key group of the entries [begin, end). Padding repeats
 // the group's first key.
-template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t begin, int64_t end, const Visit& visit) {
+template <class Visit>
+DK_INLINE void for_each_group(const Plan& plan, const AbsentText& absent, int64_t begin, int64_t end,
+                              const Visit& visit) {
   int32_t tokens[GROUP_COLUMNS];
+  uint32_t own_mask[GROUP_COLUMNS];
   for (int64_t e = begin; e < end; ++e) {
     const Plan::Entry entry = plan.entry(e);
     for (int32_t g = 0; g < entry.groups; ++g) {
@@ -174,15 +212,48 @@ template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t b
         const int32_t* gather = plan.gather(~entry.keys + g);
         for (int j = 0; j < GROUP_COLUMNS; ++j) tokens[j] = gather[j] >= 0 ? gather[j] : gather[0];
       }
-      visit(tokens, entry.mask >= 0 ? plan.mask(entry.mask + g) : nullptr);
+      const uint32_t* mask = entry.mask >= 0 ? plan.mask(entry.mask + g) : nullptr;
+      if (absent.begin == absent.end || absent.hide(tokens, mask, own_mask)) visit(tokens, mask);
     }
   }
 }
 
 // The same for all entries of a tile.
-template <class Visit> DK_INLINE void for_each_group(const Plan& plan, int64_t tile, const Visit& visit) {
-  for_each_group(plan, plan.begin(tile), plan.begin(tile + 1), visit);
+template <class Visit>
+DK_INLINE void for_each_group(const Plan& plan, const AbsentText& absent, int64_t tile, const Visit& visit) {
+  for_each_group(plan, absent, plan.begin(tile), plan.begin(tile + 1), visit);
 }
+
+// Dropout of one (batch, head). The random bits of a pair are those of index query * 2^32 + key at the head's offset.
+struct Dropout {
+  explicit Dropout(const SparseAttentionArgs& a, int64_t bh) : active(a.seeds != nullptr), threshold(a.threshold) {
+    if (active)
+      key = {static_cast<uint64_t>(a.seeds[bh / a.heads]), static_cast<uint64_t>(a.head_offset + bh % a.heads)};
+  }
+
+  // kept[j]: one bit per row, set if the pair of the row and key j is kept. Nothing without dropout.
+  void draw(const int32_t* rows, const int32_t* tokens, uint32_t* kept) const {
+    if (!active) return;
+    uint32_t of_block[4];
+    for (int j = 0; j < GROUP_COLUMNS; ++j) {
+      if (j == 0 || tokens[j] / 4 != tokens[j - 1] / 4)
+        kept_of_block<ROWS>(key, rows, tokens[j] / 4, threshold, of_block);
+      kept[j] = of_block[tokens[j] % 4];
+    }
+  }
+
+  // w[j][32] = w[j][32] * factor, or 0 where the pair is dropped. Nothing without dropout.
+  void apply(const uint32_t* kept, int count, float factor, float* w) const {
+    if (!active) return;
+    for (int j = 0; j < count; ++j)
+      for (int r = 0; r < ROWS; r += LANES)
+        store(w + j * ROWS + r, select(kept[j] >> r, load(w + j * ROWS + r) * factor, Vec{}));
+  }
+
+  bool active;
+  uint32_t threshold;
+  PhiloxKey key{};
+};
 
 // Online-softmax state of a tile's queries over some of their keys. The layout of the unnormalised output is the
 // kernel's own.

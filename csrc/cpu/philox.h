@@ -84,20 +84,15 @@ DK_INLINE Vec to_floats(UVec x) {
 
 // The functions below compute N independent vectors at a time, to hide the latency of their dependent steps.
 
-// The random bits of N * LANES / 2 consecutive blocks, in the order of their indices.
-template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out)[2 * N]) {
-  WVec first;
-  for (int i = 0; i < LANES / 4; ++i) {   // an order in which unpacking sorts the blocks
-    first[2 * i] = i;
-    first[2 * i + 1] = LANES / 4 + i;
-  }
-  WVec c0[N], c1[N], c2[N], c3[N];
+// The words c0 to c3 of the blocks in c0. Only the low 32 bits of their lanes count.
+template <int N>
+DK_INLINE void philox_blocks(PhiloxKey key, WVec (&c0)[N], WVec (&c1)[N], WVec (&c2)[N], WVec (&c3)[N]) {
   DK_UNROLL_FOR (int i = 0; i < N; ++i) {
-    c0[i] = first + (block + i * (LANES / 2)), c1[i] = c0[i] >> 32;
+    c1[i] = c0[i] >> 32;
     c2[i] = (key.offset & 0xFFFFFFFFu) - WVec{}, c3[i] = (key.offset >> 32) - WVec{};
   }
   uint32_t k0 = static_cast<uint32_t>(key.seed), k1 = static_cast<uint32_t>(key.seed >> 32);
-  DK_UNROLL_FOR (int round = 0; round < 10; ++round) {   // only the low 32 bits of a lane count
+  DK_UNROLL_FOR (int round = 0; round < 10; ++round) {
     DK_UNROLL_FOR (int i = 0; i < N; ++i) {
       const WVec a = multiply_low(c0[i], PHILOX_M0), b = multiply_low(c2[i], PHILOX_M1);
       c0[i] = (b >> 32) ^ c1[i] ^ static_cast<uint64_t>(k0);
@@ -106,10 +101,42 @@ template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out
     }
     k0 += PHILOX_W0, k1 += PHILOX_W1;
   }
+}
+
+// The random bits of N * LANES / 2 consecutive blocks, in the order of their indices.
+template <int N> DK_INLINE void philox(PhiloxKey key, uint64_t block, UVec (&out)[2 * N]) {
+  WVec first;
+  for (int i = 0; i < LANES / 4; ++i) {   // an order in which unpacking sorts the blocks
+    first[2 * i] = i;
+    first[2 * i + 1] = LANES / 4 + i;
+  }
+  WVec c0[N], c1[N], c2[N], c3[N];
+  DK_UNROLL_FOR (int i = 0; i < N; ++i) c0[i] = first + (block + i * (LANES / 2));
+  philox_blocks(key, c0, c1, c2, c3);
   DK_UNROLL_FOR (int i = 0; i < N; ++i) {
     const WVec c01 = (c0[i] & 0xFFFFFFFFu) | (c1[i] << 32), c23 = (c2[i] & 0xFFFFFFFFu) | (c3[i] << 32);
     out[2 * i] = reinterpret_cast<UVec>(unpack_low(c01, c23));
     out[2 * i + 1] = reinterpret_cast<UVec>(unpack_high(c01, c23));
+  }
+}
+
+// For four keys, one bit per row: whether the random bits of index row * 2^32 + 4 * `keys` + i reach the threshold.
+template <int ROWS>
+DK_INLINE void kept_of_block(PhiloxKey key, const int32_t* rows, int32_t keys, uint32_t threshold,
+                             uint32_t (&kept)[4]) {
+  constexpr int WIDE = LANES / 2;   // rows at a time
+  kept[0] = kept[1] = kept[2] = kept[3] = 0;
+  for (int r = 0; r < ROWS; r += 2 * WIDE) {
+    WVec c[4][2];
+    DK_UNROLL_FOR (int half = 0; half < 2; ++half)
+      for (int i = 0; i < WIDE; ++i)
+        c[0][half][i] = (static_cast<uint64_t>(static_cast<uint32_t>(rows[r + half * WIDE + i])) << 30) + keys;
+    philox_blocks(key, c[0], c[1], c[2], c[3]);
+    DK_UNROLL_FOR (int word = 0; word < 4; ++word)
+      DK_UNROLL_FOR (int half = 0; half < 2; ++half)
+        for (int i = 0; i < WIDE; ++i)
+          kept[word] |= static_cast<uint32_t>(static_cast<uint32_t>(c[word][half][i]) >= threshold)
+                        << (r + half * WIDE + i);
   }
 }
 

@@ -7,16 +7,19 @@ namespace {
 template <int DP> struct ForwardSpace {
   alignas(64) float qt[DP * ROWS], s[CHUNK_KEYS * ROWS];
   const float* values[CHUNK_KEYS];
+  uint32_t kept[CHUNK_KEYS];
 };
 
 // Replaces the chunk's scores with weights, rescales the unnormalised output, and adds the chunk's weighted values.
-template <int DP> DK_INLINE void add_chunk(ForwardSpace<DP>& w, int count, TileState<DP>& tile) {
+template <int DP>
+DK_INLINE void add_chunk(ForwardSpace<DP>& w, const Dropout& dropout, int count, TileState<DP>& tile) {
   for (int r = 0; r < ROWS; r += LANES) {
     SoftmaxState<> state = tile.at(r);
     const Vec alpha = state.update(w.s + r, ROWS, count, Exp{});
     tile.put(r, state);
     for (int d = 0; d < DP; ++d) store(tile.out + d * ROWS + r, load(tile.out + d * ROWS + r) * alpha);
   }
+  dropout.apply(w.kept, count, 1.0f, w.s);
   accumulate<DP>(w.s, w.values, count, tile.out);
 }
 
@@ -28,12 +31,15 @@ template <class T, int DP> struct AttentionForward {
     const FloatHead<T, DP> rows(a, bh, head);
     auto& w = *reinterpret_cast<ForwardSpace<DP>*>(thread);
     auto& tile = *reinterpret_cast<TileState<DP>*>(carry);
-    pack_transposed<T, DP>(matrix_of<T>(a.q, a.q_strides, a.heads, bh), a.q_strides.token, plan.rows(item.tile),
-                           a.head_dim, w.qt);
+    const AbsentText absent(a, bh);
+    const Dropout dropout(a, bh);
+    int32_t present[ROWS];
+    absent.present(plan.rows(item.tile), present);
+    pack_transposed<T, DP>(matrix_of<T>(a.q, a.q_strides, a.heads, bh), a.q_strides.token, present, a.head_dim, w.qt);
     std::memset(tile.out, 0, sizeof(tile.out));
     tile.clear_softmax();
     int count = 0;
-    for_each_group(plan, item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, absent, item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
       const float* keys[GROUP_COLUMNS];
       for (int j = 0; j < GROUP_COLUMNS; ++j) {
         keys[j] = rows.k.row(tokens[j]);
@@ -42,13 +48,14 @@ template <class T, int DP> struct AttentionForward {
       float* s = w.s + count * ROWS;
       products<DP>(w.qt, keys, a.scale, s);
       if (mask) apply_mask(mask, -INF, s);
+      dropout.draw(present, tokens, w.kept + count);
       count += GROUP_COLUMNS;
       if (count == CHUNK_KEYS) {
-        add_chunk<DP>(w, count, tile);
+        add_chunk<DP>(w, dropout, count, tile);
         count = 0;
       }
     });
-    if (count) add_chunk<DP>(w, count, tile);
+    if (count) add_chunk<DP>(w, dropout, count, tile);
   }
 
   static void merge(TileState<DP>& tile, const TileState<DP>& other) {
@@ -74,11 +81,15 @@ template <class T, int DP> struct AttentionForward {
       for (int r = 0; r < ROWS; r += LANES)
         store(tile.out + d * ROWS + r, tile.at(r).normalize(load(tile.out + d * ROWS + r)));
     const int32_t* rows = Plan(a.plan).rows(t);
-    unpack_transposed<T, DP>(tile.out, rows, a.head_dim, 1.0f, matrix_of<T>(a.out, a.out_strides, a.heads, bh),
+    const AbsentText absent(a, bh);
+    float* lse = a.lse + bh * a.queries;
+    for (int r = 0; r < ROWS; ++r) {
+      if (absent.has(rows[r]))
+        for (int d = 0; d < DP; ++d) tile.out[d * ROWS + r] = 0.0f;
+      if (rows[r] >= 0) lse[rows[r]] = absent.has(rows[r]) ? -INF : tile.log_sum_exp(r, 1.0f);
+    }
+    unpack_transposed<T, DP>(tile.out, rows, a.head_dim, a.kept_factor, matrix_of<T>(a.out, a.out_strides, a.heads, bh),
                              a.out_strides.token);
-    float* lse = a.lse + bh * a.n;
-    for (int r = 0; r < ROWS; ++r)
-      if (rows[r] >= 0) lse[rows[r]] = tile.log_sum_exp(r, 1.0f);
   }
 
   static SparseAttentionKernel call() { return {space, FloatHead<T, DP>::prepare, attend, finish}; }

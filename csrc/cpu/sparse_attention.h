@@ -4,6 +4,9 @@
 // on the weights and their gradients, in a layout of the kernel's own; `keys` accumulates dK and dV from them in the
 // order of the tiles, in parts that each own their rows. The arithmetic of an element does not depend on the split of a
 // head.
+//
+// In the backward pass, the heads that share one head of K and V (grouped queries) are one unit of work, number
+// `shared` of B * H / group. Their tiles follow one another: index i is tile i % tiles of the group's head i / tiles.
 #pragma once
 #include "common/plan.h"
 #include "common/sparse_attention.h"
@@ -31,12 +34,12 @@ struct SparseAttentionKernel {
 
 struct SparseAttentionBackwardKernel {
   SparseAttentionSpace (*space)(const SparseAttentionBackwardArgs&);
-  void (*prepare)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t part, int64_t parts, float* head);
-  void (*queries)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile, const float* head, float* carry,
+  void (*prepare)(const SparseAttentionBackwardArgs&, int64_t shared, int64_t part, int64_t parts, float* head);
+  void (*queries)(const SparseAttentionBackwardArgs&, int64_t shared, int64_t index, const float* head, float* carry,
                   float* thread);
-  // `carry`: that of tiles [tile_begin, tile_end), one after the other. Successive calls cover all tiles; the last one
+  // `carry`: that of the tiles at indices [begin, end), one after the other. Successive calls cover all; the last one
   // writes grad_k and grad_v.
-  void (*keys)(const SparseAttentionBackwardArgs&, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
+  void (*keys)(const SparseAttentionBackwardArgs&, int64_t shared, int64_t begin, int64_t end, int64_t part,
                int64_t parts, float* head, const float* carry);
 };
 

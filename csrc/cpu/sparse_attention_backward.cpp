@@ -3,15 +3,28 @@
 // plain softmax, and neither out nor lse is read:
 //   P = softmax(S),  dP = dO V^T,  dS = P * (dP - rowsum(P * dP)),  dV = P^T dO,  dQ = dS K * scale,  dK = dS^T Q *
 //   scale.
+// Dropout multiplies dP, and P in dV, by 0 or kept_factor. Heads that share K and V follow one another, as if their
+// tiles were those of one head: the tile at index i is tile i % tiles of head i / tiles among them.
+#include "cpu/arena.h"
 #include "cpu/attention_tile.h"
 
 namespace dk::DK_ISA {
 namespace {
 
-// A thread's buffers for a tile: transposed rows, and pointers to the rows of its keys.
+// A thread's buffers for a tile: transposed rows of Q, dO and dQ, and for each key a pointer to its row and its bits
+// of Dropout::draw.
 template <int DP> struct QueriesSpace {
-  alignas(64) float qt[DP * ROWS], gt[DP * ROWS], dqt[DP * ROWS];   // Q, dO, dQ
-  const float* keys[];
+  QueriesSpace(float* base, int64_t most_keys) {
+    Arena arena{base};
+    qt = arena.take(DP * ROWS), gt = arena.take(DP * ROWS), dqt = arena.take(DP * ROWS);
+    keys = reinterpret_cast<const float**>(arena.take(most_keys * (sizeof(float*) / sizeof(float))));
+    kept = reinterpret_cast<uint32_t*>(arena.take(most_keys));
+    floats = arena.used;
+  }
+  float *qt, *gt, *dqt;
+  const float** keys;
+  uint32_t* kept;
+  int64_t floats;
 };
 
 // The state of a tile, passed from `queries` to `keys`: rows of Q * scale and of dO, and for each key in plan order S,
@@ -80,19 +93,19 @@ DK_INLINE int64_t owner(int32_t token, int64_t parts) {
 template <class T, int DP> struct AttentionBackward {
   // the head buffer: dK and dV, then copies of K and V
   static SparseAttentionSpace space(const SparseAttentionBackwardArgs& a) {
-    const int64_t most_keys = Plan(a.forward.plan)[plan_header::most_columns], pointers = most_keys * sizeof(float*);
+    const int64_t most_keys = Plan(a.forward.plan)[plan_header::most_columns];
     return {2 * a.forward.n * DP + FloatHead<T, DP>::floats(a.forward), TileCarry<DP>::floats(most_keys),
-            (static_cast<int64_t>(sizeof(QueriesSpace<DP>)) + pointers + 63) / 64 * 16};
+            QueriesSpace<DP>(nullptr, most_keys).floats};
   }
 
-  static void prepare(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t part, int64_t parts, float* head) {
+  static void prepare(const SparseAttentionBackwardArgs& a, int64_t shared, int64_t part, int64_t parts, float* head) {
     const int64_t matrices = 2 * a.forward.n * DP, begin = matrices * part / parts, end = matrices * (part + 1) / parts;
     std::memset(head + begin, 0, (end - begin) * sizeof(float));
-    FloatHead<T, DP>::prepare(a.forward, bh, part, parts, head + matrices);
+    FloatHead<T, DP>::prepare(a.forward, shared * a.forward.group, part, parts, head + matrices);
   }
 
   static void fetch_queries(const SparseAttentionBackwardArgs& a, int64_t bh, const int32_t* rows,
-                            const TileCarry<DP>& tile, QueriesSpace<DP>& w) {
+                            const TileCarry<DP>& tile, const QueriesSpace<DP>& w) {
     const SparseAttentionArgs& f = a.forward;
     const T *q = matrix_of<T>(f.q, f.q_strides, f.heads, bh),
             *g = matrix_of<T>(a.grad_out, a.grad_out_strides, f.heads, bh);
@@ -105,17 +118,22 @@ template <class T, int DP> struct AttentionBackward {
     for (int i = 0; i < ROWS * DP; ++i) tile.q[i] *= f.scale;
   }
 
-  static void queries(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t t, const float* head, float* carry,
-                      float* thread) {
+  static void queries(const SparseAttentionBackwardArgs& a, int64_t shared, int64_t index, const float* head,
+                      float* carry, float* thread) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
+    const int64_t bh = shared * f.group + index / plan.tiles(), t = index % plan.tiles();
     const FloatHead<T, DP> rows(f, bh, head + 2 * f.n * DP);
     const TileCarry<DP> tile(carry, plan[plan_header::most_columns]);
-    auto& w = *reinterpret_cast<QueriesSpace<DP>*>(thread);
-    fetch_queries(a, bh, plan.rows(t), tile, w);
+    const QueriesSpace<DP> w(thread, plan[plan_header::most_columns]);
+    const AbsentText absent(f, bh);
+    const Dropout dropout(f, bh);
+    int32_t present[ROWS];
+    absent.present(plan.rows(t), present);
+    fetch_queries(a, bh, present, tile, w);
     int count = 0;
-    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, absent, t, [&](const int32_t* tokens, const uint32_t* mask) {
       const float *values[GROUP_COLUMNS], **keys = w.keys + count;
       for (int j = 0; j < GROUP_COLUMNS; ++j) {
         keys[j] = rows.k.row(tokens[j]);
@@ -124,6 +142,8 @@ template <class T, int DP> struct AttentionBackward {
       float *p = tile.p + count * ROWS, *ds = tile.ds + count * ROWS;
       products<DP>(w.qt, keys, f.scale, p);
       products<DP>(w.gt, values, 1.0f, ds);
+      dropout.draw(present, tokens, w.kept + count);
+      dropout.apply(w.kept + count, GROUP_COLUMNS, f.kept_factor, ds);
       if (mask) {
         apply_mask(mask, -INF, p);
         apply_mask(mask, 0.0f, ds);
@@ -131,17 +151,18 @@ template <class T, int DP> struct AttentionBackward {
       count += GROUP_COLUMNS;
     });
     softmax_backward(tile.p, tile.ds, count);
-    std::memset(w.dqt, 0, sizeof(w.dqt));
+    dropout.apply(w.kept, count, f.kept_factor, tile.p);
+    std::memset(w.dqt, 0, DP * ROWS * sizeof(float));
     accumulate<DP>(tile.ds, w.keys, count, w.dqt);
     unpack_transposed<T, DP>(w.dqt, plan.rows(t), f.head_dim, f.scale,
                              matrix_of<T>(a.grad_q, a.grad_q_strides, f.heads, bh), a.grad_q_strides.token);
   }
 
-  static void keys_of_tile(const Plan& plan, int64_t t, int64_t part, int64_t parts, float* grad_k, float* grad_v,
-                           const TileCarry<DP>& tile) {
+  static void keys_of_tile(const Plan& plan, const AbsentText& absent, int64_t t, int64_t part, int64_t parts,
+                           float* grad_k, float* grad_v, const TileCarry<DP>& tile) {
     KeyUpdate updates[4];
     int count = 0, owned = 0;
-    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t*) {
+    for_each_group(plan, absent, t, [&](const int32_t* tokens, const uint32_t*) {
       for (int j = 0; j < GROUP_COLUMNS; ++j) {
         if (owner(tokens[j], parts) != part) continue;
         const int64_t weights = (count + j) * ROWS, row = int64_t{tokens[j]} * DP;
@@ -156,18 +177,21 @@ template <class T, int DP> struct AttentionBackward {
     for (int i = 0; i < owned; ++i) add_outer<DP, 1>(updates + i, tile);
   }
 
-  static void keys(const SparseAttentionBackwardArgs& a, int64_t bh, int64_t tile_begin, int64_t tile_end, int64_t part,
+  static void keys(const SparseAttentionBackwardArgs& a, int64_t shared, int64_t begin, int64_t end, int64_t part,
                    int64_t parts, float* head, const float* carry) {
     const FlushDenormals guard;
     const SparseAttentionArgs& f = a.forward;
     const Plan plan(f.plan);
     const int64_t most_keys = plan[plan_header::most_columns];
+    const int64_t heads = f.heads / f.group;   // of K and V
+    const AbsentText absent(f, shared * f.group);
     float *grad_k = head, *grad_v = head + f.n * DP;
-    for (int64_t t = tile_begin; t < tile_end; ++t, carry += TileCarry<DP>::floats(most_keys))
-      keys_of_tile(plan, t, part, parts, grad_k, grad_v, TileCarry<DP>(const_cast<float*>(carry), most_keys));
-    if (tile_end < plan.tiles()) return;
-    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, f.heads, bh),
-      *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, f.heads, bh);
+    for (int64_t i = begin; i < end; ++i, carry += TileCarry<DP>::floats(most_keys))
+      keys_of_tile(plan, absent, i % plan.tiles(), part, parts, grad_k, grad_v,
+                   TileCarry<DP>(const_cast<float*>(carry), most_keys));
+    if (end < plan.tiles() * f.group) return;
+    T *out_k = matrix_of<T>(a.grad_k, a.grad_k_strides, heads, shared),
+      *out_v = matrix_of<T>(a.grad_v, a.grad_v_strides, heads, shared);
     for (int64_t i = 0; i < f.n; ++i) {
       if (owner(i, parts) != part) continue;
       store_row(grad_k + i * DP, out_k + i * a.grad_k_strides.token, f.head_dim);

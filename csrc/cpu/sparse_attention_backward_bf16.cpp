@@ -1,5 +1,6 @@
 // Backward in bfloat16: the steps of sparse_attention_backward.cpp on the matrix primitive. P and dS are rounded to
-// bfloat16 as operands; all other intermediate results are float. Other types use avx512's kernel.
+// bfloat16 as operands; all other intermediate results are float. Other types, and problems
+// with options, use avx512's kernel.
 #include "cpu/arena.h"
 #include "cpu/attention_tile_bf16.h"
 
@@ -219,7 +220,7 @@ template <int DP> struct AttentionBackward {
       count += BLOCK_KEYS;
       block.count = 0;
     };
-    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, AbsentText(), t, [&](const int32_t* tokens, const uint32_t* mask) {
       if (block.add(tokens, mask)) score();
     });
     if (block.count) {
@@ -247,7 +248,7 @@ template <int DP> struct AttentionBackward {
       list.count = 0;
     };
     int64_t place = 0;
-    for_each_group(plan, t, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, AbsentText(), t, [&](const int32_t* tokens, const uint32_t* mask) {
       for (int j = 0; j < GROUP_COLUMNS; ++j, ++place) {
         const bool hidden = mask && mask[j] == 0;   // also true for padding, which must not be listed twice
         if (!hidden && owner(tokens[j], parts) == part && list.add(place, tokens[j])) add_outer();
@@ -284,8 +285,8 @@ template <int DP> struct AttentionBackward {
 }   // namespace
 
 SparseAttentionBackwardKernel sparse_attention_backward(const SparseAttentionBackwardArgs& a) {
-  return a.forward.dtype == DType::bfloat16 ? dispatch_dim<AttentionBackward>(a.forward.head_dim)
-                                            : avx512::sparse_attention_backward(a);
+  const bool here = a.forward.dtype == DType::bfloat16 && !a.forward.has_options();
+  return here ? dispatch_dim<AttentionBackward>(a.forward.head_dim) : avx512::sparse_attention_backward(a);
 }
 
 }   // namespace dk::DK_ISA

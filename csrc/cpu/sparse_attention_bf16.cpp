@@ -1,5 +1,5 @@
 // Forward in bfloat16: for every work item, an online softmax of 32 queries over chunks of the keys that the plan
-// lists. Other types use avx512's kernel.
+// lists. Other types, and problems with options, use avx512's kernel.
 #include "cpu/attention_tile_bf16.h"
 
 namespace dk::avx512 {
@@ -126,7 +126,7 @@ template <int DP> struct AttentionForward {
     tile.clear_softmax();
     int count = 0;
     bool first = true;
-    for_each_group(plan, item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
+    for_each_group(plan, AbsentText(), item.begin, item.end, [&](const int32_t* tokens, const uint32_t* mask) {
       std::memcpy(w.tokens + count, tokens, sizeof(int32_t) * GROUP_COLUMNS);
       w.masks[count / GROUP_COLUMNS] = mask;
       count += GROUP_COLUMNS;
@@ -191,7 +191,8 @@ template <int DP> struct AttentionForward {
 }   // namespace
 
 SparseAttentionKernel sparse_attention(const SparseAttentionArgs& a) {
-  return a.dtype == DType::bfloat16 ? dispatch_dim<AttentionForward>(a.head_dim) : avx512::sparse_attention(a);
+  const bool here = a.dtype == DType::bfloat16 && !a.has_options();
+  return here ? dispatch_dim<AttentionForward>(a.head_dim) : avx512::sparse_attention(a);
 }
 
 }   // namespace dk::DK_ISA

@@ -10,14 +10,21 @@ namespace dk {
 
 inline Strides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
 
+// The matrix of queries' rows `t`, addressed by token: the row of token `first` is its first.
+inline char* from_token(const Tensor& t, int64_t first) {
+  return static_cast<char*>(t.data_ptr()) - first * t.stride(2) * static_cast<int64_t>(t.element_size());
+}
+
 inline SparseAttentionArgs sparse_attention_args(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                                                  const Tensor& lse, const Tensor& plan, double scale) {
-  SparseAttentionArgs a;
-  a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
-  a.lse = static_cast<float*>(lse.data_ptr());
+  SparseAttentionArgs a{};
+  a.batch = q.size(0), a.heads = q.size(1), a.n = k.size(2), a.head_dim = q.size(3);
+  a.group = a.heads / k.size(1), a.queries = q.size(2);
+  const int64_t first = a.n - a.queries;
+  a.q = from_token(q, first), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = from_token(out, first);
+  a.lse = static_cast<float*>(lse.data_ptr()) - first;
   a.q_strides = strides_of(q), a.k_strides = strides_of(k), a.v_strides = strides_of(v),
   a.out_strides = strides_of(out);
-  a.batch = q.size(0), a.heads = q.size(1), a.n = q.size(2), a.head_dim = q.size(3);
   a.plan = static_cast<const int32_t*>(plan.data_ptr());
   a.scale = static_cast<float>(scale);
   a.dtype = dtype_of(q);

@@ -8,11 +8,12 @@ STABLE_TORCH_LIBRARY(dalle_kernels_emulated, m) {
 STABLE_TORCH_LIBRARY(dalle_kernels, m) {
 #endif
   m.def(
-      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale) -> "
-      "(Tensor, Tensor)");
+      "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale, "
+      "Tensor? text_lengths, Tensor? seed, float dropout_p, int head_offset) -> (Tensor, Tensor)");
   m.def(
       "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan, "
-      "Tensor backward_plan, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)");
+      "Tensor backward_plan, int[] sizes, float scale, Tensor? text_lengths, Tensor? seed, float dropout_p, int "
+      "head_offset) -> (Tensor, Tensor, Tensor)");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) image_k, Tensor(b!) "
       "image_v, Tensor schedule, Tensor step, float scale) -> Tensor");

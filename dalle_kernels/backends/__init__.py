@@ -44,8 +44,11 @@ def check_name(name: str) -> None:
         raise ValueError(f"backend={name!r} is not one of {', '.join(map(repr, BACKENDS))}")
 
 
-def select(operation: str, tensor: torch.Tensor, backend: str | None = None) -> Backend:
-    """The backend that runs `operation` on tensors with the device, dtype and last dimension of `tensor`.
+def select(
+    operation: str, tensor: torch.Tensor, backend: str | None = None, uses: tuple[str, ...] = ()
+) -> Backend:
+    """The backend that runs `operation` on tensors with the device, dtype and last dimension of `tensor`. `uses`: the
+    options of the call, in words.
 
     Raises:
         ValueError: no backend has the requested name.
@@ -55,19 +58,22 @@ def select(operation: str, tensor: torch.Tensor, backend: str | None = None) -> 
     if name is None:
         kind = tensor.device.type  # compared first: composing reasons would take microseconds in every call
         for candidate in BACKENDS.values():
-            if (candidate.devices is None or kind in candidate.devices) and not candidate.reasons(operation, tensor):
+            possible = candidate.devices is None or kind in candidate.devices
+            if possible and not candidate.reasons(operation, tensor, uses):
                 return candidate
         name = reference.name
     check_name(name)
-    reasons = BACKENDS[name].reasons(operation, tensor)
+    reasons = BACKENDS[name].reasons(operation, tensor, uses)
     if reasons:
         raise NotImplementedError(f"backend {name!r} cannot run {operation} here: {'; '.join(reasons)}")
     return BACKENDS[name]
 
 
-def dispatch(operation: str, tensor: torch.Tensor, backend: str | None = None) -> Callable:
+def dispatch(
+    operation: str, tensor: torch.Tensor, backend: str | None = None, uses: tuple[str, ...] = ()
+) -> Callable:
     """The function of the selected backend; see `select`."""
-    return select(operation, tensor, backend).operations[operation]
+    return select(operation, tensor, backend, uses).operations[operation]
 
 
 @contextlib.contextmanager

@@ -34,9 +34,10 @@ class Tiles(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def plan_tensor(
-    pattern: AttentionPattern, n: int, device: torch.device, shape: TileShape, side: Side = "query"
+    pattern: AttentionPattern, n: int, device: torch.device, shape: TileShape, side: Side = "query", first: int = 0
 ) -> tuple[torch.Tensor, PlanSizes]:
-    """The packed plan of the pattern's first n tokens (int32 on `device`) and its sizes.
+    """The packed plan of the pattern's first n tokens (int32 on `device`) and its sizes. Queries are the tokens from
+    `first` on.
 
     Raises:
         ValueError: n is not in [1, pattern.seq_len], or the plan is too large for int32.
@@ -44,20 +45,20 @@ def plan_tensor(
     if not 1 <= n <= pattern.seq_len:
         raise ValueError(f"n must lie in [1, {pattern.seq_len}], the pattern's length; got {n}")
     with plain_tensors():
-        packed = compile_plan(pattern, n, shape, side).packed
+        packed = compile_plan(pattern, n, shape, side, first).packed
         sizes = PlanSizes(*(int(packed[PlanHeader[name.upper()]]) for name in PlanSizes._fields))
         return torch.from_numpy(packed).to(device), sizes
 
 
 @functools.lru_cache(maxsize=256)
 def plan_tensors(
-    pattern: AttentionPattern, n: int, device: torch.device, tiles: Tiles
+    pattern: AttentionPattern, n: int, device: torch.device, tiles: Tiles, first: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """The plan and the backward plan on `device`, and their PlanSizes, concatenated."""
-    plan, sizes = plan_tensor(pattern, n, device, tiles.query, "query")
+    plan, sizes = plan_tensor(pattern, n, device, tiles.query, "query", first)
     if tiles.key is None:
         return plan, plan, sizes + sizes
-    backward_plan, backward_sizes = plan_tensor(pattern, n, device, tiles.key, "key")
+    backward_plan, backward_sizes = plan_tensor(pattern, n, device, tiles.key, "key", first)
     return plan, backward_plan, sizes + backward_sizes
 
 

@@ -1,10 +1,14 @@
 // sparse_attention, forward: allocates, and launches the kernel. Arguments are checked in Python.
+#include <optional>
+
 #include "ops/cuda/sparse_attention.h"
 
 namespace dk {
 
+// The options are refused in Python.
 static std::tuple<Tensor, Tensor> sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor,
-                                                   std::vector<int64_t> sizes, double scale) {
+                                                   std::vector<int64_t> sizes, double scale, std::optional<Tensor>,
+                                                   std::optional<Tensor>, double, int64_t) {
   const OnDevice guard(q);
   Tensor out = new_output_like(q), lse = new_output(q, {q.size(0), q.size(1), q.size(2)}, ScalarType::Float);
   const SparseAttentionArgs a = sparse_attention_args(q, k, v, out, lse, plan, scale);

@@ -1,4 +1,6 @@
 // sparse_attention, backward: allocates, and launches the kernels. Arguments are checked in Python.
+#include <optional>
+
 #include "cuda/sparse_attention_backward.h"
 #include "ops/cuda/sparse_attention.h"
 
@@ -7,7 +9,8 @@ namespace dk {
 static std::tuple<Tensor, Tensor, Tensor> sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v,
                                                                     Tensor out, Tensor lse, Tensor plan,
                                                                     Tensor backward_plan, std::vector<int64_t> sizes,
-                                                                    double scale) {
+                                                                    double scale, std::optional<Tensor>,
+                                                                    std::optional<Tensor>, double, int64_t) {
   const OnDevice guard(q);
   Tensor grad_q = new_output_like(q), grad_k = new_output_like(k), grad_v = new_output_like(v);
   SparseAttentionBackwardArgs a;

@@ -14,19 +14,19 @@ from ..plans import Tiles, plan_tensors
 from . import differentiable
 
 
-def fake(q, k, v, plan, backward_plan, sizes, scale):
+def fake(q, *inputs):
     return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-def fake_backward(grad_out, q, k, v, out, lse, plan, backward_plan, sizes, scale):
+def fake_backward(grad_out, q, k, v, *inputs):
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, plan, backward_plan, ctx.sizes, ctx.scale = inputs
+    q, k, v, plan, backward_plan, ctx.sizes, ctx.scale, text_lengths, seed, ctx.dropout_p, ctx.head_offset = inputs
     out, lse = output
     ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse, plan, backward_plan)
+    ctx.save_for_backward(q, k, v, out, lse, plan, backward_plan, text_lengths, seed)
 
 
 def register_autograd(
@@ -40,18 +40,23 @@ def register_autograd(
     """
 
     def backward(gradient, ctx, grad_out, grad_lse):  # the log-sum-exp is not differentiable
-        grad_inputs = gradient(rows_contiguous(grad_out), *ctx.saved_tensors, ctx.sizes, ctx.scale)
-        return *grad_inputs, None, None, None, None
+        *tensors, text_lengths, seed = ctx.saved_tensors
+        options = text_lengths, seed, ctx.dropout_p, ctx.head_offset
+        grad_inputs = gradient(rows_contiguous(grad_out), *tensors, ctx.sizes, ctx.scale, *options)
+        return *grad_inputs, *(None,) * 8
 
     attend = differentiable(op, backward_op, _setup_context, backward)
 
     @constant_result
-    def plans(pattern, n, device, head_dim, dtype):
-        return plan_tensors(pattern, n, device, tiles(device, head_dim, dtype))
+    def plans(pattern, n, first, device, head_dim, dtype):
+        return plan_tensors(pattern, n, device, tiles(device, head_dim, dtype), first)
 
-    def sparse_attention(q, k, v, pattern, scale):
+    def sparse_attention(q, k, v, pattern, scale, options):
         # index(): a plan is for one length, even with dynamic shapes
-        plan, backward_plan, sizes = plans(pattern, operator.index(q.shape[2]), q.device, q.shape[3], q.dtype)
-        return attend(q, k, v, *lifted(plan, backward_plan), sizes, scale)
+        n = operator.index(k.shape[2])
+        plan, backward_plan, sizes = plans(
+            pattern, n, n - operator.index(q.shape[2]), q.device, q.shape[3], q.dtype
+        )
+        return attend(q, k, v, *lifted(plan, backward_plan), sizes, scale, *options)
 
     return sparse_attention

@@ -53,6 +53,8 @@ class NativeBackend(Backend):
 class CpuBackend(NativeBackend):
     """The CPU kernels. DALLE_KERNELS_CPU_ISA selects an instruction set."""
 
+    options = True
+
     def __init__(self) -> None:
         super().__init__("cpu", "libdalle_cpu.so")
         self.problem = self.load_problem or _isa_problem()

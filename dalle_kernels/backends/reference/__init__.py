@@ -12,6 +12,7 @@ class ReferenceBackend(Backend):
 
     name = "reference"
     devices = dtypes = max_head_dim = None
+    options = True
     capturable = False  # decode_attention reads the step on the host
 
     def __init__(self) -> None:

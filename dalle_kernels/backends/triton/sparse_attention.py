@@ -322,7 +322,7 @@ def _of_plans(sizes):
     return PlanSizes(*sizes[:half]), PlanSizes(*sizes[half:])
 
 
-def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale):
+def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale, *options):
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.float32)
     problem, (sizes, _) = _Problem(q, scale), _of_plans(sizes)
     partials = problem.partials(sizes, problem.dim + 2)
@@ -334,7 +334,7 @@ def _sparse_attention(q, k, v, plan, backward_plan, sizes, scale):
     return out, lse
 
 
-def _sparse_attention_backward(grad_out, q, k, v, out, lse, plan, backward_plan, sizes, scale):
+def _sparse_attention_backward(grad_out, q, k, v, out, lse, plan, backward_plan, sizes, scale, *options):
     grads = [torch.empty_like(x) for x in (q, k, v)]
     problem, (sizes, key_sizes) = _Problem(q, scale), _of_plans(sizes)
     statistics = q.new_empty(3, problem.pairs, problem.n, dtype=torch.float32)
@@ -353,15 +353,17 @@ def _sparse_attention_backward(grad_out, q, k, v, out, lse, plan, backward_plan,
     return tuple(grads)
 
 
+OPTIONS = "Tensor? text_lengths, Tensor? seed, float dropout_p, int head_offset"  # of the shared gradient; refused
+
 _op = register(
-    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale)"
-    " -> (Tensor, Tensor)",
+    "sparse_attention(Tensor q, Tensor k, Tensor v, Tensor plan, Tensor backward_plan, int[] sizes, float scale,"
+    f" {OPTIONS}) -> (Tensor, Tensor)",
     _sparse_attention,
     shared.fake,
 )
 _backward_op = register(
     "sparse_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor plan,"
-    " Tensor backward_plan, int[] sizes, float scale) -> (Tensor, Tensor, Tensor)",
+    f" Tensor backward_plan, int[] sizes, float scale, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     _sparse_attention_backward,
     shared.fake_backward,
 )
