@@ -22,6 +22,7 @@ ISAS = [BEST, *([pytest.param("portable", marks=pytest.mark.full)] if BEST != "p
 TESTS = {
     "test_conformance.py": "any_shape or cpu and (hidden or broken or bits or unseen or offset or unaligned)",
     "test_sparse_attention.py": "depend and (conv or causal-bfloat16)",
+    "test_attention_options.py": "any_shape or never_read and cpu",
     "test_decode_attention.py": "depend",
     "test_gumbel_softmax.py": "depend",
     "test_sample_tokens.py": "depend",
