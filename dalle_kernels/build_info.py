@@ -42,3 +42,8 @@ def cpu_isas() -> dict[str, bool]:
 def active_isa() -> str:
     """The instruction set that the CPU kernels run on."""
     return _call("dalle_kernels_active_isa")
+
+
+def isa_reason() -> str:
+    """Why they run on it."""
+    return _call("dalle_kernels_isa_reason")

@@ -38,6 +38,7 @@ def _build():
             **build_info.build_info(),
             "cpu_isas_here": [name for name, supported in build_info.cpu_isas().items() if supported],
             "cpu_isa_active": build_info.active_isa(),
+            "cpu_isa_reason": build_info.isa_reason(),
         }
     except OSError as error:
         return {"problem": str(error)}

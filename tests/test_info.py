@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import dalle_kernels
-from dalle_kernels import build_info
+from dalle_kernels import _host, build_info
 
 PACKAGE = Path(dalle_kernels.__file__).parent
 
@@ -34,7 +34,7 @@ def test_reports_every_operation_and_why_others_are_refused():
     for devices in report["operations"].values():
         assert devices["cpu"]["backend"] == "cpu"
         assert "cuda" in devices["cpu"]["refused"]
-    assert report["build"]["cpu_isa_active"] in report["build"]["cpu_isas_here"]
+    assert report["build"]["cpu_isa_active"] in report["build"]["cpu_isas_here"] and report["build"]["cpu_isa_reason"]
 
 
 def test_reports_what_cuda_was_built_for_or_why_it_was_not():
@@ -94,6 +94,27 @@ def test_forced_instruction_sets_are_used_or_refused():
             assert backend == "reference"
     refused = info(DALLE_KERNELS_CPU_ISA="mmx")["operations"]["sparse_attention"]["cpu"]["refused"]["cpu"]
     assert "DALLE_KERNELS_CPU_ISA='mmx' is not one of the compiled portable" in refused
+
+
+@pytest.mark.parametrize(
+    ("supported", "vendor", "request_", "isa", "reason"),
+    [
+        (1, "GenuineIntel", "", "portable", "the only one"),
+        (2, "AuthenticAMD", "", "avx2", "the best"),
+        (3, "GenuineIntel", "", "avx512", "the best"),
+        (4, "GenuineIntel", "", "avx512", "faster than avx512_bf16 here: Intel's bfloat16 dot product"),
+        (4, "AuthenticAMD", "", "avx512_bf16", "the best"),
+        (4, "", "", "avx512_bf16", "the best"),
+        (5, "GenuineIntel", "", "amx", "the best"),
+        (4, "GenuineIntel", "avx512_bf16", "avx512_bf16", "DALLE_KERNELS_CPU_ISA"),
+        (5, "GenuineIntel", "portable", "portable", "DALLE_KERNELS_CPU_ISA"),
+        (2, "GenuineIntel", "amx", "avx2", "the best"),
+    ],
+)
+def test_the_instruction_set_is_chosen_by_what_it_is_worth(supported, vendor, request_, isa, reason):
+    isas = [_host.Isa.portable, _host.Isa.avx2, _host.Isa.avx512, _host.Isa.avx512_bf16, _host.Isa.amx]
+    chosen, why = _host.choose_isa(isas[:supported], vendor, request_)
+    assert chosen == isa and reason in why
 
 
 def test_the_environment_forces_a_backend():

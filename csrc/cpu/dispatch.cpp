@@ -20,7 +20,7 @@ const Kernels& table();
 }
 
 const Kernels& kernels() {
-  switch (isa_active()) {
+  switch (isa_choice().isa) {
 #if defined(DK_HAS_AMX)
     case Isa::amx:
       return amx::table();

@@ -44,4 +44,5 @@ DK_EXPORT const char* dalle_kernels_build_info() {
 }
 
 // The instruction set that the CPU kernels run on.
-DK_EXPORT const char* dalle_kernels_active_isa() { return dk::isa_name(dk::isa_active()); }
+DK_EXPORT const char* dalle_kernels_active_isa() { return dk::isa_name(dk::isa_choice().isa); }
+DK_EXPORT const char* dalle_kernels_isa_reason() { return dk::isa_choice().reason.c_str(); }

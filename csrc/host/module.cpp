@@ -2,13 +2,29 @@
 // package does not use it.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include "cpu/features.h"
 #include "cpu/philox.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_host, m) {
   m.doc() = "Host routines of dalle_kernels, for its tests.";
+  py::enum_<dk::Isa>(m, "Isa")
+      .value("portable", dk::Isa::portable)
+      .value("avx2", dk::Isa::avx2)
+      .value("avx512", dk::Isa::avx512)
+      .value("avx512_bf16", dk::Isa::avx512_bf16)
+      .value("amx", dk::Isa::amx);
+  m.def(
+      "choose_isa",
+      [](const std::vector<dk::Isa>& supported, const std::string& vendor, const std::string& request) {
+        const dk::IsaChoice choice = dk::choose_isa(supported, vendor, request);
+        return py::make_tuple(dk::isa_name(choice.isa), choice.reason);
+      },
+      py::arg("supported"), py::arg("vendor"), py::arg("request"),
+      "The instruction set, and why, for a processor that supports some of them.");
   m.def(
       "philox",
       [](int64_t seed, int64_t offset, int64_t first_index, int64_t count) {
