@@ -297,6 +297,11 @@ WRONG = [
     (("generate", "red " * 50, "--model", "model"), ("50 tokens", "at most 9", "--truncate")),
     # Sampling
     ((*GENERATE, "--candidates", "0"), ("candidates", "0")),
+    ((*GENERATE, "--guidance", "-1"), ("guidance", "-1")),
+    ((*GENERATE, "--guidance", "nan"), ("guidance", "nan")),
+    ((*GENERATE, "--min-p", "0"), ("min_p", "(0, 1]", "0")),
+    ((*GENERATE, "--negative", "blue"), "negative needs guidance"),
+    ((*GENERATE, "--guidance", "2", "--negative", ""), "empty"),
     ((*GENERATE, "--candidates", "-3"), ("candidates", "-3")),
     ((*GENERATE, "--batch-size", "0"), ("batch_size", "0")),
     ((*GENERATE, "--candidates", "1000000000"), ("candidates", "at most 100,000", "1000000000")),

@@ -222,6 +222,23 @@ def test_batches_fit_into_half_of_the_free_memory(pipeline, monkeypatch, room, p
     assert generated == passes
 
 
+def test_guidance_takes_twice_the_memory_and_keeps_the_seeds(pipeline, monkeypatch):
+    monkeypatch.setattr(pipelines, "free_memory", lambda device: 8 * sequence_bytes(pipeline.prior, 3))
+    calls, generate = [], pipelines.generate_codes
+
+    def counted(*arguments, **options):
+        calls.append(options["candidates"])
+        return generate(*arguments, **options)
+
+    monkeypatch.setattr(pipelines, "generate_codes", counted)
+    options = dict(candidates=3, seed=1, guidance=1e3)  # as an untrained model hardly depends on the text
+    found = pipeline.generate(CAPTIONS, negative="a blue square", **options)
+    assert calls == [2, 1] * len(CAPTIONS)  # two images fit, four without guidance
+    expected = pipeline.generate(CAPTIONS, negative="a blue square", batch_size=9, **options)
+    assert torch.equal(codes(found), codes(expected))
+    assert not torch.equal(codes(found), codes(pipeline.generate(CAPTIONS, **options)))
+
+
 def test_free_memory():
     assert 2**20 < free_memory(torch.device("cpu")) < 2**60
 

@@ -175,9 +175,13 @@ def test_padding_differs_by_position_and_is_attended_to(seed):
     assert not text.any() and image.all()
 
 
-def generate_uncached(model, text, candidates, seeds, given=None, resample=None, **how):
-    """Generation without a cache: the whole sequence runs again for every code."""
-    text, grid = text.repeat_interleave(candidates, 0), model.config.grid
+def generate_uncached(
+    model, text, candidates, seeds, given=None, resample=None, guidance=1, negative=None, min_p=None, **how
+):
+    """Generation without a cache: the whole sequence runs again for every code, with guidance in two plain runs."""
+    avoided = model.pack_text([[]] * len(text)) if negative is None else negative
+    text, avoided = (x.repeat_interleave(candidates, 0) for x in (text, avoided))
+    grid = model.config.grid
     given = None if given is None else given.repeat_interleave(candidates, 0)
     codes = text.new_empty(len(text), 0)
     with torch.no_grad():
@@ -185,6 +189,11 @@ def generate_uncached(model, text, candidates, seeds, given=None, resample=None,
             row, column = divmod(i, grid[1])
             if resample is None or resample[row, column]:
                 logits = model(text, codes)[1][:, i]
+                if guidance != 1:
+                    logits = torch.lerp(model(avoided, codes)[1][:, i], logits, guidance)
+                if min_p is not None:
+                    probabilities = (logits / how.get("temperature", 1)).softmax(-1)
+                    logits[probabilities < min_p * probabilities.amax(-1, keepdim=True)] = -torch.inf
                 code = dk.sample_tokens(logits, seed=seeds, offset=i, **how)
             else:
                 code = given[:, row, column]
@@ -212,9 +221,27 @@ def test_generation_equals_full_runs(grid, text_len, layers, prompts, candidates
     corner[number % grid[0] :, number % grid[1] :] = True
     scattered[-1, -1] = True
     for part in ({}, dict(given=given, resample=corner), dict(given=given, resample=scattered)):
-        for how in (dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(top_k=1), dict(top_p=0.8)):
+        for how in (
+            dict(temperature=1.0), dict(temperature=0.7, top_k=3), dict(top_k=1), dict(top_p=0.8),
+            dict(min_p=0.9, temperature=0.5), dict(guidance=2.5), dict(guidance=0.5, negative=text.flip(0), top_k=4),
+        ):  # fmt: skip
             found = generate_codes(model, text, candidates=candidates, seeds=seeds, **part, **how)
             assert torch.equal(found, generate_uncached(model, text, candidates, seeds, **part, **how)), (part, how)
+
+
+def test_guidance_of_one_is_none_and_more_changes_the_images(seed):
+    model = make()
+    with torch.no_grad():  # an untrained model hardly depends on the text
+        for weight in model.parameters():
+            weight.mul_(8 if weight.ndim > 1 else 1)
+    text, seeds = model.pack_text([[1, 2], [3]]), torch.arange(64)
+    plain = generate_codes(model, text, candidates=32, seeds=seeds)
+    negative = text.flip(0)
+    assert torch.equal(generate_codes(model, text, candidates=32, seeds=seeds, guidance=1.0, negative=negative), plain)
+    guided = generate_codes(model, text, candidates=32, seeds=seeds, guidance=3.0)
+    assert not torch.equal(guided, plain)
+    away = generate_codes(model, text, candidates=32, seeds=seeds, guidance=3.0, negative=negative)
+    assert not torch.equal(away, guided)
 
 
 def test_what_is_not_resampled_stays_and_changes_what_follows(seed):

@@ -26,13 +26,13 @@ from dalle.models.dvae import PRESETS as DVAE_PRESETS
 from dalle.models.prior import PRESETS as PRIOR_PRESETS
 from dalle.models.tokens import load_tokens
 from dalle.training import loader
-from dalle.training.loader import ImageLoader, batch_indices, choose_caption
+from dalle.training.loader import ImageLoader, batch_indices, choose_caption, drops_caption
 from dalle.training.optimizer import adamw, ema
 from dalle.training.schedules import cosine, warmup
 from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_dvae import DVAETask, train_dvae
-from dalle.training.train_prior import TrainPriorConfig, train_prior
-from statistics_for_tests import REJECT, frequencies_p
+from dalle.training.train_prior import PriorTask, TrainPriorConfig, train_prior
+from statistics_for_tests import REJECT, binomial_p, frequencies_p
 
 
 @pytest.fixture(autouse=True)
@@ -110,6 +110,15 @@ def test_one_caption_of_an_image_is_sampled_for_every_step(seed):
         assert {choose_caption(captions, seed, *((i, 7), (7, i))[at]) for i in range(50)} == set(captions)
 
 
+def test_captions_are_dropped_at_a_rate(seed):
+    choices = [(step, index) for step in range(100) for index in range(30)]
+    dropped = [drops_caption(0.1, seed, *choice) for choice in choices]
+    assert dropped == [drops_caption(0.1, seed, *choice) for choice in choices]
+    assert binomial_p(sum(dropped), len(dropped), 0.1) > REJECT
+    assert not any(drops_caption(0.0, seed, *choice) for choice in choices)
+    assert all(drops_caption(1.0, seed, *choice) for choice in choices)
+
+
 def test_decay_spares_gains_biases_and_embeddings():
     model = torch.nn.Sequential(torch.nn.Embedding(3, 4), torch.nn.Linear(4, 5), torch.nn.LayerNorm(5))
     decayed, spared = adamw(model, (0.9, 0.96), 0.045).param_groups
@@ -170,6 +179,15 @@ def test_what_a_dvae_run_leaves(tmp_path):
     assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["dvae-0000004.png", "dvae-0000006.png"]
     assert list((tmp_path / "curves").iterdir())
     assert not [p for p in tmp_path.rglob("*.tmp")]
+
+
+def test_a_prior_learns_from_images_without_their_captions(tokenized):
+    """With all captions dropped it depends on none of them."""
+    task = PriorTask(prior_config(tokenized, caption_dropout=1.0))
+    before = task.losses(3, 0.5)
+    task.training.captions[:] = [["another"]] * len(task.training.captions)
+    for name, value in task.losses(3, 0.5).items():
+        assert torch.equal(value, before[name])
 
 
 def test_what_a_prior_run_leaves(tokenized):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from dalle.models.prior import Prior
 from dalle.runtime import choose_device, free_memory
 from dalle.tokenizer import Tokenizer
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "guidance")  # options that `generate_codes` takes too
 MAX_BATCH_SIZE = 512  # images; larger batches are no faster
 DOWNLOAD = ("revision", "token", "cache_dir", "force_download", "local_files_only")  # arguments of from_pretrained
 MAX_BATCH_PIXELS = 2**20  # per pass of the dVAE and the CLIP
@@ -61,6 +63,13 @@ class GenerationOptions:
     """Sample each code from the k most likely ones only."""
     top_p: float | None = None
     """Nucleus sampling: sample each code from the smallest set of codes with at least this total probability."""
+    min_p: float | None = None
+    """Exclude codes less probable than this fraction of the most probable one's probability."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance: above 1 follows the prompt more closely, for a model that was trained with
+    --caption-dropout; 1 is off."""
+    negative: str | None = None
+    """With guidance, a text to steer away from; by default an empty one."""
     truncate: bool = False
     """Truncate prompts that are too long for the model instead of rejecting them."""
     batch_size: int | None = None
@@ -74,15 +83,15 @@ class GenerationOptions:
         configs.check(self, "be at least 1", candidates=self.candidates >= 1, batch_size=batch_size >= 1)
         top = self.candidates if self.top is None else self.top
         configs.check(self, f"be in [1, {self.candidates}], the candidates", top=1 <= top <= self.candidates)
+        configs.check(self, "be in (0, 1]", min_p=self.min_p is None or 0 < self.min_p <= 1)
+        configs.check(self, "be at least 0 and finite", guidance=0 <= self.guidance < math.inf)
+        if self.negative is not None and self.guidance == 1:
+            raise UserError("negative needs guidance: give a guidance above 1, such as 3")
         try:  # let `sample_tokens` check its options on a single row, before the work starts
-            dk.sample_tokens(torch.zeros(1, 1), seed=0, **self.sampling, backend="reference")
+            sampling = dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+            dk.sample_tokens(torch.zeros(1, 1), seed=0, **sampling, backend="reference")
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
-
-    @property
-    def sampling(self) -> dict[str, Any]:
-        """Keyword arguments of `dalle_kernels.sample_tokens`."""
-        return dict(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 @dataclass(frozen=True)
@@ -199,6 +208,9 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        guidance: float = 1.0,
+        negative: str | None = None,
         truncate: bool = False,
         batch_size: int | None = None,
     ) -> list[list[GeneratedImage]]:
@@ -214,6 +226,11 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             temperature: sampling temperature; below 1 sharpens the distribution, above 1 flattens it.
             top_k: sample each code from the k most likely ones only.
             top_p: sample each code from the smallest set of codes with at least this total probability.
+            min_p: exclude codes less probable than this fraction of the most probable one's probability.
+            guidance: scale s of classifier-free guidance, u + s (c - u), where c are the logits for the prompt and u
+                those for `negative`; 1 is off. It needs a model that was trained with dropped captions, and twice the
+                time.
+            negative: with guidance, a text to steer away from; by default an empty one.
             truncate: truncate prompts that are too long for the model instead of rejecting them.
             batch_size: images per batch; does not affect the result. By default as many as fit into memory, at most
                 512.
@@ -231,6 +248,9 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            guidance=guidance,
+            negative=negative,
             truncate=truncate,
             batch_size=batch_size,
         )
@@ -250,6 +270,9 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        min_p: float | None = None,
+        guidance: float = 1.0,
+        negative: str | None = None,
         truncate: bool = False,
         batch_size: int | None = None,
     ) -> list[GeneratedImage]:
@@ -262,7 +285,8 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             rows: number of rows of codes to keep, from the top.
             mask: in place of `rows`, which codes to regenerate, bool [rows, columns]; the last one, at the bottom
                 right, must be among them.
-            candidates, top, seed, temperature, top_k, top_p, truncate, batch_size: see `generate`.
+            candidates, top, seed, temperature, top_k, top_p, min_p, guidance, negative, truncate, batch_size: see
+                `generate`.
 
         Returns:
             The generated images, sorted as in `generate`.
@@ -276,6 +300,9 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
+            min_p=min_p,
+            guidance=guidance,
+            negative=negative,
             truncate=truncate,
             batch_size=batch_size,
         )
@@ -357,8 +384,11 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         self, text: Tensor, seeds: Tensor, options: GenerationOptions, given: Tensor | None, resample: Tensor | None
     ) -> Tensor:
         """Codes for seeds [P, C], int64 [P, C, rows, columns] on the CPU, generated in batches."""
-        batch_size = int(options.batch_size or self._fitting_batch_size(options.candidates))  # may be NumPy's
+        batch_size = int(options.batch_size or self._fitting_batch_size(options))  # may be NumPy's
         prompts_per_batch = max(1, batch_size // int(options.candidates))
+        how = {name: getattr(options, name) for name in SAMPLING}
+        avoided = [] if options.negative is None else self.tokenizer.encode(options.negative)
+        avoided = self.prior.pack_text([avoided], options.truncate)
         results = []
         for rows, row_seeds in zip(text.split(prompts_per_batch), seeds.split(prompts_per_batch), strict=True):
             row_codes = []
@@ -370,7 +400,8 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
                     seeds=batch.flatten().to(self.device),
                     given=None if given is None else given.expand(len(rows), *given.shape),
                     resample=resample,
-                    **options.sampling,
+                    negative=avoided.expand(len(rows), -1),
+                    **how,
                 )
                 row_codes.append(codes.cpu().unflatten(0, tuple(batch.shape)))
             results.append(torch.cat(row_codes, 1))
@@ -403,9 +434,10 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         """Splits a tensor into batches of at most MAX_BATCH_PIXELS pixels of the model's images."""
         return tensor.split(max(1, MAX_BATCH_PIXELS // self.dvae.config.image_size**2))
 
-    def _fitting_batch_size(self, candidates: int) -> int:
+    def _fitting_batch_size(self, options: GenerationOptions) -> int:
         """The number of images whose generation takes half the free memory, at most MAX_BATCH_SIZE."""
-        fit = free_memory(self.device) // 2 // sequence_bytes(self.prior, candidates)
+        sequences = 1 if options.guidance == 1 else 2  # per image
+        fit = free_memory(self.device) // 2 // (sequences * sequence_bytes(self.prior, options.candidates))
         return max(1, min(fit, MAX_BATCH_SIZE))
 
 

@@ -1,5 +1,6 @@
 """Sampling of image codes from a prior: the decode loop, its replay as a CUDA graph, and its memory use."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -23,6 +24,9 @@ def generate_codes(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    guidance: float = 1.0,
+    negative: Tensor | None = None,
     given: Tensor | None = None,
     resample: Tensor | None = None,
 ) -> Tensor:
@@ -39,6 +43,10 @@ def generate_codes(
         seeds: int64 [P * C], one per image, in the order p * C + c; None takes random ones. An image depends on its
             seed and prompt only, not on the rest of the batch.
         temperature, top_k, top_p: see `dalle_kernels.sample_tokens`.
+        min_p: exclude codes less probable than this fraction of the most probable one's probability; None: none.
+        guidance: the scale s of classifier-free guidance: logits are u + s (c - u), where c are those of the prompt and
+            u those of `negative`. 1: those of the prompt alone, at half the cost.
+        negative: texts to steer away from, as `text`; None: empty ones.
         given: the codes of an image for each prompt, int64 [P, rows, columns] or [P, rows * columns].
         resample: which of the given codes to resample, bool [rows, columns]. The last code must be among them, because
             codes after the last resampled one condition nothing.
@@ -61,13 +69,17 @@ def generate_codes(
 
     codes = given.repeat_interleave(candidates, 0)
     sampled = torch.tensor(sampled, device=codes.device)
+    texts = [text] if guidance == 1 else [text, prior.pack_text([[]] * len(text)) if negative is None else negative]
     with torch.inference_mode():
-        cache = _decode_cache(prior, len(text), candidates, start)
+        cache = _decode_cache(prior, len(texts) * len(text), candidates, start)
         position = cache.step.view(1)  # a view, so it advances with the cache
         offset = cache.step.expand(count)
 
         def sample(hidden: Tensor) -> None:
-            logits = prior.image_logits(hidden)
+            logits = _guided(prior.image_logits(hidden), guidance)
+            if min_p is not None:
+                likely = logits.amax(-1, keepdim=True) + temperature * math.log(min_p)
+                logits = logits.masked_fill(logits < likely, -torch.inf)
             new = dk.sample_tokens(
                 logits, temperature=temperature, top_k=top_k, top_p=top_p, seed=seeds, offset=offset
             )
@@ -75,9 +87,11 @@ def generate_codes(
             codes.index_copy_(1, position, torch.where(sampled.index_select(0, position), new[:, None], kept))
 
         def step() -> None:
-            sample(prior.step(codes.index_select(1, position), position, cache))
+            last = codes.index_select(1, position)
+            sample(prior.step(last.repeat(len(texts), 1), position, cache))
 
-        sample(prior.prefill(text, given[:, :start], cache).repeat_interleave(candidates, 0))
+        prefix = given[:, :start].repeat(len(texts), 1)
+        sample(prior.prefill(torch.cat(texts), prefix, cache).repeat_interleave(candidates, 0))
         steps = prior.config.image_len - 1 - start
         if cache.capturable and steps > 1:
             _replay(step, steps, cache.device)
@@ -99,6 +113,14 @@ def sequence_bytes(prior: Prior, candidates: int) -> int:
     image = slots * key_and_value + LOGIT_COPIES * 4 * config.image_vocab
     prompt = config.text_len * (config.layers * key_and_value + RESIDUAL_COPIES * config.width * weight)
     return image + prompt // candidates
+
+
+def _guided(logits: Tensor, guidance: float) -> Tensor:
+    """The logits to sample from; with guidance, of those of the prompts and then those of the texts to avoid."""
+    if guidance == 1:
+        return logits
+    wanted, avoided = logits.chunk(2)
+    return avoided + guidance * (wanted - avoided)
 
 
 def _check_given(

@@ -47,6 +47,12 @@ def choose_caption(captions: Sequence[str], seed: int, step: int, index: int) ->
     return captions[int(np.random.default_rng((seed, step, index)).integers(len(captions)))]
 
 
+def drops_caption(rate: float, seed: int, step: int, index: int) -> bool:
+    """Whether step `step` trains on image `index` without a caption, with probability `rate`."""
+    # 2: independent of the choice of the caption and of the crop
+    return rate > 0 and float(np.random.default_rng((seed, step, index, 2)).random()) < rate
+
+
 def crop_generator(seed: int, step: int, index: int) -> np.random.Generator:
     """The random generator of the crop of image `index` in step `step`."""
     return np.random.default_rng((seed, step, index, 1))  # 1: independent of the choice of the caption

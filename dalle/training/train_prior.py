@@ -17,7 +17,7 @@ from dalle.models.prior import Prior, PriorConfig
 from dalle.models.tokens import Tokens, load_tokens
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
-from dalle.training.loader import batch_indices, choose_caption, step_seed
+from dalle.training.loader import batch_indices, choose_caption, drops_caption, step_seed
 from dalle.training.loop import Result, TrainConfig, output_directory, prepare, train
 from dalle.training.optimizer import adamw
 from dalle.training.schedules import cosine, warmup
@@ -43,6 +43,9 @@ class TrainPriorConfig(TrainConfig):
     """Decay of the exponential moving average of the weights (published: 0.99, updated every 25 steps)."""
     bpe_dropout: float = 0.1
     """Probability of skipping a merge of the tokenizer in training (BPE dropout)."""
+    caption_dropout: float = 0.0
+    """Probability of training on an image without its caption, which classifier-free guidance needs: 0.1 for models
+    that will be used with --guidance."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,6 +53,7 @@ class TrainPriorConfig(TrainConfig):
         configs.check(self, "be at least 0", warmup=self.warmup >= 0)
         configs.check(self, "be in [0, 1)", ema_decay=0 <= self.ema_decay < 1)
         configs.check(self, "be in [0, 1]", bpe_dropout=0 <= self.bpe_dropout <= 1)
+        configs.check(self, "be in [0, 1]", caption_dropout=0 <= self.caption_dropout <= 1)
 
 
 class PriorTask:
@@ -82,16 +86,17 @@ class PriorTask:
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
         config = self.config
         indices = batch_indices(len(self.training.captions), config.batch_size, config.seed, step)
-        seed = step_seed(config.seed, step)
-        captions = [
-            self.tokenizer.encode(
-                choose_caption(self.training.captions[i], config.seed, step, i),
-                dropout=config.bpe_dropout,
-                seed=(seed << 32) + i,
-            )
-            for i in indices.tolist()
-        ]
+        captions = [self._caption(step, i) for i in indices.tolist()]
         return self.model.loss(self.pack(captions), self.training.codes[indices].flatten(1).to(self.device))
+
+    def _caption(self, step: int, index: int) -> list[int]:
+        """Token ids of a caption of image `index` in step `step`; none if the caption is dropped."""
+        config = self.config
+        if drops_caption(config.caption_dropout, config.seed, step, index):
+            return []
+        caption = choose_caption(self.training.captions[index], config.seed, step, index)
+        seed = (step_seed(config.seed, step) << 32) + index
+        return self.tokenizer.encode(caption, dropout=config.bpe_dropout, seed=seed)
 
     def evaluate(self, model: Prior) -> dict[str, float]:
         """The losses on the first caption of each held-out image, without BPE dropout, in nats per token."""
