@@ -8,6 +8,7 @@ from triton_for_tests import DEVICE, DTYPES, ON_GPU, TARGET, on_device  # noqa: 
 
 import dalle_kernels as dk
 from conformance import decode_attention, gumbel_softmax, sample_tokens, sparse_attention
+from dalle_kernels.backends.options import NO_OPTIONS
 from dalle_kernels.backends.plans import plan_tensors
 from dalle_kernels.backends.triton import decode_attention as decode_kernels
 from dalle_kernels.backends.triton import gumbel_softmax as gumbel_kernels
@@ -183,7 +184,7 @@ def test_capturable(monkeypatch):
 @pytest.mark.parametrize("layout", ["bhnd", "qkv"])
 def test_opcheck_of_sparse_attention(layout, seed):
     q, k, v = (x.requires_grad_() for x in sparse_attention.make(TARGET, layout, 1, 2, 17, 32, torch.float32))
-    arguments = q, k, v, *plans(P.column(5, (3, 4)), 17, 32, torch.float32), 0.2
+    arguments = q, k, v, *plans(P.column(5, (3, 4)), 17, 32, torch.float32), 0.2, *NO_OPTIONS
     torch.library.opcheck(OPS.sparse_attention.default, arguments)
 
 
