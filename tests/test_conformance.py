@@ -32,6 +32,12 @@ else:
     ]
     if torch.cuda.is_available():
         TARGETS += [Target(name, "cuda") for name in ("cuda", "triton") if BACKENDS[name].problem is None]
+
+
+def marks(case):
+    return [pytest.mark.slow] * case.slow + [pytest.mark.full] * case.full
+
+
 CASES = [(target, case) for target in TARGETS for case in cases(target)]
 FIRST = Target("cpu") if not interpreted() else TARGETS[0]
 DTYPE = st.sampled_from(FIRST.dtypes)
@@ -46,7 +52,7 @@ def emulated(monkeypatch):
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from NumPy in the interpreter: padding rows compute 0 / 0
 @pytest.mark.parametrize(
     ("target", "case"),
-    [pytest.param(*pair, marks=[pytest.mark.slow] if pair[1].slow else []) for pair in CASES],
+    [pytest.param(*pair, marks=marks(pair[1])) for pair in CASES],
     ids=[f"{target.backend}: {case.name}" for target, case in CASES],
 )
 def test_conforms(target, case, seed):

@@ -37,7 +37,8 @@ def cases(target: Target) -> list[Case]:
             add(f"scale {scale} {dtype}", accuracy, "causal", dtype, dim=32, n=90, scale=scale, rare=scale > 0)
         for name in ("row", "column", "conv") if target.kernels else ():
             often = target.simulated and name == "row" and dtype != "float32"
-            add(f"{name} {dtype}, the paper's size", papers_size, name, dtype, slow=not often)
+            full = dtype == "float16" and not target.simulated
+            add(f"{name} {dtype}, the paper's size", papers_size, name, dtype, slow=not often, full=full)
         for split in splits:
             kind = f"{dtype}{', split tiles' if split else ''}"
             for factor in (5.0, 40.0):

@@ -77,11 +77,12 @@ def _split(shape, groups):
 
 @dataclass(frozen=True)
 class Case:
-    """A check with its arguments. `slow`: part of the slow suite."""
+    """A check with its arguments. `slow`: part of the slow suite; `full`: and only of `make test-full`."""
 
     name: str
     check: Callable[[], None]
     slow: bool = False
+    full: bool = False
 
 
 class Cases:
@@ -90,10 +91,13 @@ class Cases:
     def __init__(self, target: Target, operation: str) -> None:
         self.target, self.operation, self.list = target, operation, []
 
-    def add(self, name: str, check: Callable, *args, slow: bool = False, rare: bool = False, **options) -> None:
-        """Adds a case. `rare`: slow if the kernels are simulated."""
+    def add(
+        self, name: str, check: Callable, *args, slow: bool = False, rare: bool = False, full: bool = False, **options
+    ) -> None:
+        """Adds a case. `rare`: slow if the kernels are simulated; `full`: slow, and left to `make test-full`."""
         check = functools.partial(check, self.target, *args, **options)
-        self.list.append(Case(f"{self.operation} {name}", check, slow or (rare and self.target.simulated)))
+        slow = slow or full or (rare and self.target.simulated)
+        self.list.append(Case(f"{self.operation} {name}", check, slow, full))
 
     def completed(self, one_graph: Callable, beyond_32_bits: Callable) -> list[Case]:
         """The list, with the cases of every operation: in torch.compile, and tensors beyond 32 bits on a GPU."""
