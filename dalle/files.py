@@ -67,7 +67,7 @@ def sole_writer(directory: Path, *stems: str) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error.strerror}): choose another directory") from error
     with lock:
-        _check_regular(lock.fileno(), path)
+        check_regular(lock.fileno(), path)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,7 +104,7 @@ def write_text(path: Path, text: str) -> None:
 
 def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
     """Reads a UTF-8 text file; raises a UserError that names the file if it is missing, something else, or larger."""
-    size = _check_regular(path, path)
+    size = check_regular(path, path)
     if size > max_bytes:
         raise UserError(f"{path} is damaged: it has {size:,} bytes, and at most {max_bytes:,} make sense")
     try:
@@ -169,7 +169,7 @@ def digest(text: str) -> str:
 
 @contextmanager
 def _open_tensors(path: Path) -> Iterator[Any]:
-    _check_regular(path, path)
+    check_regular(path, path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -205,7 +205,7 @@ def _content_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) 
     return content.hexdigest()
 
 
-def _check_regular(file: Path | int, path: Path) -> int:
+def check_regular(file: Path | int, path: Path) -> int:
     """The size of a regular file, given by its path or as an open descriptor; raises a UserError for others."""
     try:
         status = os.stat(file)

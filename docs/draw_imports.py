@@ -26,6 +26,7 @@ ROOMS = (
     },
     {
         "dalle.generation": ("from a prompt to ranked images", "dalle.generation*"),
+        "dalle.conversion": ("weights of other projects", "dalle.conversion*"),
     },
     {
         "dalle.models": ("dVAE, prior, CLIP; their files", "dalle.models*"),

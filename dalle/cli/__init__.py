@@ -25,6 +25,7 @@ COMMANDS = {
     "evaluate": "evaluate a model: reconstructions, likelihood, retrieval, generated images",
     "reconstruct": "encode images as codes and decode them",
     "export": "copy the parts of a model that generation needs, with 16-bit weights",
+    "convert": "convert the weights of another project to a model directory",
     "info": "describe a model directory or this installation",
 }  # a command's module is imported when it runs, because importing torch takes seconds
 

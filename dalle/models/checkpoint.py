@@ -84,7 +84,7 @@ def load_clip(directory: Path) -> CLIP:
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
     """Loads a state dict; raises a UserError that names `origin` and the first tensor that does not fit the module."""
-    _check_shapes(module.state_dict(), tensors, origin)
+    check_shapes(module.state_dict(), tensors, origin)
     module.load_state_dict(tensors)
     for name, tensor in module.state_dict().items():
         if not tensor.isfinite().all():
@@ -126,7 +126,7 @@ def _load_part(directory: Path, name: str, model_class: type[Model], config_clas
             f"{weights} belongs to another configuration: it has {len(header)} tensors, too few for "
             f"the {config.residual_blocks} residual blocks of {settings.name}"
         )
-    _check_shapes(_shapes(model_class, config, settings), header, str(weights))
+    check_shapes(_shapes(model_class, config, settings), header, str(weights))
     if metadata.get("config", _config_digest(data)) != _config_digest(data):
         raise UserError(f"{settings} does not belong to {weights.name}: one of them is damaged or was replaced")
     model = model_class(config)
@@ -153,7 +153,7 @@ class _WithoutNoise(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
+def check_shapes(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], origin: str) -> None:
     for name in sorted(expected.keys() | found.keys()):
         ours = list(expected[name].shape) if name in expected else "absent"
         theirs = list(found[name].shape) if name in found else "absent"

@@ -1,0 +1,40 @@
+"""Converts a model of another project to a model directory."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from dalle.conversion.openai_dvae import read_openai_dvae
+from dalle.errors import UserError
+from dalle.files import sole_writer, writable_directory
+from dalle.models.checkpoint import save_part
+
+
+def convert(kind: str, path: str | os.PathLike, out: str | os.PathLike) -> None:
+    """Writes a model directory with the weights of another project.
+
+    Args:
+        kind: whose weights; "openai-dvae": OpenAI's `encoder.pkl` and `decoder.pkl`, a dVAE alone.
+        path: directory of the files, under their original names. Nothing in them is executed.
+        out: directory to write; it must not hold a model.
+
+    Raises:
+        UserError: a file is missing, damaged or of another model, or `out` cannot be written or holds a model.
+    """
+    if kind not in CONVERSIONS:
+        raise UserError(f"{kind!r} is not a kind of model: choose one of {', '.join(CONVERSIONS)}")
+    if not Path(path).is_dir():
+        raise UserError(f"{path} is not a directory: give the one that holds the files of the model")
+    out = writable_directory(Path(out))
+    with sole_writer(out, *PARTS):
+        if model := next((name for name in PARTS if (out / f"{name}.json").exists()), None):
+            raise UserError(f"{out} holds a model ({model}.json), which would be replaced: choose another directory")
+        CONVERSIONS[kind](Path(path), out)
+
+
+def _openai_dvae(path: Path, out: Path) -> None:
+    save_part(out, "dvae", read_openai_dvae(path))
+
+
+PARTS = ("dvae", "prior", "tokenizer", "clip")
+CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {"openai-dvae": _openai_dvae}

@@ -1,0 +1,47 @@
+"""OpenAI's published dVAE, `encoder.pkl` and `decoder.pkl`: pickled modules of the package dall_e."""
+
+import re
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dalle.conversion.reading import read_module
+from dalle.models.checkpoint import check_shapes, load_weights
+from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
+
+CLASSES = frozenset(
+    {"dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock"}
+    | {"dall_e.utils.Conv2d", "torch.nn.modules.container.Sequential", "torch.nn.modules.linear.Identity"}
+    | {"torch.nn.modules.activation.ReLU", "torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.upsampling.Upsample"}
+)
+THEIR_NAMES = (
+    (r"^(input)\.", r"blocks.\1."),
+    (r"^output\.", "blocks.output.conv."),
+    (r"^groups\.(\d+)\.(\d+)\.", lambda m: f"blocks.group_{int(m[1]) + 1}.block_{int(m[2]) + 1}."),
+    (r"\.res_path\.(\d+)\.", lambda m: f".res_path.conv_{int(m[1]) + 1}."),
+    (r"\.(w)eight$|\.(b)ias$", lambda m: f".{m[1] or m[2]}"),
+)  # of ours
+
+
+def read_openai_dvae(directory: Path) -> DiscreteVAE:
+    """Reads `encoder.pkl` and `decoder.pkl`. Raises a UserError that names the first tensor that differs."""
+    with torch.device("meta"):
+        dvae = DiscreteVAE(DiscreteVAEConfig.preset("dalle"))
+    dvae = dvae.to_empty(device="cpu")
+    for name, module in (("encoder", dvae.encoder), ("decoder", dvae.decoder)):
+        _load(module, Path(directory) / f"{name}.pkl")
+    return dvae.eval()
+
+
+def _load(module: nn.Module, path: Path) -> None:
+    found = read_module(path, CLASSES)
+    names = {ours: _their_name(ours) for ours in module.state_dict()}
+    check_shapes({names[ours]: tensor for ours, tensor in module.state_dict().items()}, found, str(path))
+    load_weights(module, {ours: found[theirs] for ours, theirs in names.items()}, str(path))
+
+
+def _their_name(name: str) -> str:
+    for pattern, theirs in THEIR_NAMES:
+        name = re.sub(pattern, theirs, name)
+    return name
