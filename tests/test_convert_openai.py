@@ -234,14 +234,14 @@ def hostile_zip(path, pickled, **options):
 
 
 def test_pickles_that_ask_for_much(tmp_path):
-    """A memo index of 2^32, which makes the unpickler in C fill 64 GB; endless and shared modules; a compressed file."""
+    """A memo index of 2^32, for which the unpickler in C fills 64 GB; a module that occurs twice; a compressed file."""
     path = tmp_path / "encoder.pkl"
     hostile_zip(path, b"\x80\x02Nr\xff\xff\xff\xff.")
     assert "cannot be read as weights" in refusal(tmp_path)
     module = b"cdall_e.encoder\nEncoder\n)\x81}(X\x0b\x00\x00\x00_parametersccollections\nOrderedDict\n)R"
     child = module + b"X\x08\x00\x00\x00_modulesccollections\nOrderedDict\n)Rub"
-    parent = b"\x80\x02" + module + b"X\x08\x00\x00\x00_modules}(X\x01\x00\x00\x00a" + child + b"q\x01X\x01\x00\x00\x00bh\x01uub."
-    hostile_zip(path, parent)
+    twice = b"}(X\x01\x00\x00\x00a" + child + b"q\x01X\x01\x00\x00\x00bh\x01u"
+    hostile_zip(path, b"\x80\x02" + module + b"X\x08\x00\x00\x00_modules" + twice + b"ub.")
     assert "the module b. occurs twice" in refusal(tmp_path)
     hostile_zip(path, b"\x80\x02N.", compression=zipfile.ZIP_DEFLATED)
     assert "it is compressed" in refusal(tmp_path)

@@ -107,9 +107,10 @@ def _restricted(classes: frozenset[str]) -> Any:
                 raise pickle.UnpicklingError(f"it names {full}, which weights do not need")
             return admitted[full]
 
-    return SimpleNamespace(
-        __name__="restricted pickle", Unpickler=Unpickler, load=lambda file, **options: Unpickler(file, **options).load()
-    )
+    def load(file: Any, **options: Any) -> Any:
+        return Unpickler(file, **options).load()
+
+    return SimpleNamespace(__name__="restricted pickle", Unpickler=Unpickler, load=load)
 
 
 def _parameters(module: Any, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:

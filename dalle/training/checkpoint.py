@@ -23,8 +23,9 @@ FINGERPRINTS = {
     "dvae": "another dVAE",
     "dvae, decoder included": "another dVAE",
     "encoder": "another encoder",
+    "initial weights": "other initial weights (--init)",
 }  # keys of the identity whose values say nothing to people
-ADDED = {"digest of the images", "caption_dropout"}  # keys that older checkpoints lack
+ADDED = {"digest of the images", "caption_dropout", "new_tokenizer"}  # keys that older checkpoints lack
 ELSEWHERE = "choose another directory"
 SLOTS = ("exp_avg", "exp_avg_sq")  # of AdamW, each of the parameter's shape, besides "step"
 

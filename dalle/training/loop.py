@@ -17,13 +17,14 @@ from dalle import config as configs
 from dalle.errors import UserError
 from dalle.extras import extras
 from dalle.files import SAMPLES, sole_writer, writable_directory
+from dalle.models.checkpoint import fingerprint
 from dalle.runtime import OnStep, Progress, choose_device
 from dalle.training import checkpoint
 from dalle.training.checkpoint import TrainingState
 from dalle.training.optimizer import ema
 
 MAY_CHANGE_ON_RESUME = {"out", "font", "steps", "minutes", "threads", "device", "precision", "resume"} | {
-    "eval_every", "save_every", "log_every", "tensorboard"
+    "eval_every", "save_every", "log_every", "tensorboard", "init"
 }  # fields of the configuration  # fmt: skip
 
 
@@ -33,6 +34,9 @@ class TrainConfig:
 
     out: Path
     """Directory of the model; checkpoints and samples are written there too."""
+    init: str | None = None
+    """Start from the weights of this model, whose configuration is kept: a directory, owner/name on the Hugging Face
+    Hub, or "shipped"."""
     steps: int = 5000
     """Training steps. The schedules run over them, so changing it on resume rescales the schedules."""
     minutes: float | None = None
@@ -125,6 +129,8 @@ def train(task: Task, config: TrainConfig, identity: dict, on_step: OnStep | Non
     """
     path = checkpoint_path(config, task.name)
     identity = identity | {k: v for k, v in configs.to_dict(config).items() if k not in MAY_CHANGE_ON_RESUME}
+    if config.init is not None:  # by content: the model may move before the training is resumed
+        identity["initial weights"] = fingerprint(task.model)
     state = TrainingState(task.model, ema(task.model, task.ema_decay), task.optimizer)
     if config.resume:
         checkpoint.load(path, state, identity)

@@ -13,11 +13,14 @@ from dalle.data import Sample, Source, open_source, split
 from dalle.data.crops import prior_crop
 from dalle.errors import UserError
 from dalle.files import atomic_write, sole_writer, writable_directory
-from dalle.models.checkpoint import load_dvae
+from dalle.models.checkpoint import fingerprint, load_dvae, save_part
 from dalle.models.dvae import DiscreteVAE
 from dalle.models.tokens import PARTS, Tokens, save_tokens
 from dalle.runtime import OnStep, Progress, choose_device
 from dalle.tokenizer import Tokenizer
+from dalle.training.init import init_directory
+
+DEFAULT_VOCAB = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,9 @@ class TokenizeConfig:
 
     out: Path
     """Directory of the model; codes.safetensors, captions.json and tokenizer.json are written into it."""
+    init: str | None = None
+    """Take dVAE and tokenizer from this model, to train its prior further: a directory, owner/name on the Hugging Face
+    Hub, or "shipped". They are copied."""
     data: str = "emoji"
     """Captioned images: emoji, shapes, shapes:N, shapes-simple, or a folder."""
     font: str | None = None
@@ -35,8 +41,9 @@ class TokenizeConfig:
     crops: int = 1
     """Crops per training image: 1 is the centre square, more are random crops as published for the prior. Images of
     the model's size, such as emoji and shapes, have one."""
-    text_vocab: int = 2048
-    """Number of text tokens (published: 16384); fewer if the captions run out of pairs to merge."""
+    text_vocab: int | None = None
+    """Number of text tokens of a new tokenizer (published: 16384), by default 2048; fewer if the captions run out of
+    pairs to merge. With --init: learn a new tokenizer instead of keeping that of the model."""
     batch_size: int = 64
     """Images per batch."""
     device: str = "cpu"
@@ -45,7 +52,8 @@ class TokenizeConfig:
     def __post_init__(self) -> None:
         """Raises UserError for invalid fields."""
         configs.check(self, "be at least 1", batch_size=self.batch_size >= 1, crops=self.crops >= 1)
-        configs.check(self, "be at least 256, one for each byte", text_vocab=self.text_vocab >= 256)
+        enough = self.text_vocab is None or self.text_vocab >= 256
+        configs.check(self, "be at least 256, one for each byte", text_vocab=enough)
 
 
 def tokenize(config: TokenizeConfig, *, on_step: OnStep | None = None) -> dict[str, Tokens]:
@@ -55,14 +63,20 @@ def tokenize(config: TokenizeConfig, *, on_step: OnStep | None = None) -> dict[s
     tokenizer.
     """
     out = writable_directory(config.out)
-    with sole_writer(out, "tokenizer", "captions", "codes"):
+    with sole_writer(out, "tokenizer", "captions", "codes", *(() if config.init is None else ("dvae",))):
         return _tokenize(config, out, on_step)
 
 
 def _tokenize(config: TokenizeConfig, out: Path, on_step: OnStep | None) -> dict[str, Tokens]:
-    dvae = load_dvae(out)
+    directory = init_directory(config)
+    dvae = load_dvae(directory or out)
+    if directory is not None and (out / "dvae.json").exists() and fingerprint(load_dvae(out)) != fingerprint(dvae):
+        raise UserError(f"{out} holds another dVAE than {directory}, which would be replaced: choose another --out")
     source = open_source(config.data, dvae.config.image_size, font=config.font)
-    tokenizer = Tokenizer.train(split(source, "train").captions(), config.text_vocab)
+    if config.text_vocab is None and directory is not None and (directory / "tokenizer.json").exists():
+        tokenizer = Tokenizer.load(directory / "tokenizer.json")
+    else:
+        tokenizer = Tokenizer.train(split(source, "train").captions(), config.text_vocab or DEFAULT_VOCAB)
     _check_tokenizer(out, tokenizer)
     dvae.to(choose_device(config.device))
     began, total, parts = time.monotonic(), len(source), {}
@@ -78,6 +92,8 @@ def _tokenize(config: TokenizeConfig, out: Path, on_step: OnStep | None) -> dict
         crops = config.crops if part == "train" else 1
         parts[part] = _tokenize_part(dvae, split(source, part), crops, config.batch_size, log)
 
+    if directory is not None:
+        save_part(out, "dvae", dvae)
     with atomic_write(out / "tokenizer.json") as temporary:
         tokenizer.save(temporary)
     save_tokens(out, dvae, parts, config.data)

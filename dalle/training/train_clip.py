@@ -20,6 +20,7 @@ from dalle.models.clip import CLIP, CLIPConfig
 from dalle.models.dvae import DiscreteVAE
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
+from dalle.training.init import init_directory, initial_clip
 from dalle.training.loader import ImageLoader, choose_caption, images_digest
 from dalle.training.loop import Result, TrainConfig, output_directory, prepare, train
 from dalle.training.optimizer import adamw
@@ -45,6 +46,8 @@ class TrainCLIPConfig(TrainConfig):
     model: CLIPConfig | None = None
     """Full model configuration, in place of the preset. Image size and vocabulary always follow the dVAE and the
     tokenizer."""
+    new_tokenizer: bool = False
+    """With --init: the tokenizer is not that of the model, so that its text embeddings start anew."""
     batch_size: int = 128
     """Images per step; each is contrasted with the captions of all others."""
     lr: float = 3e-3
@@ -74,16 +77,21 @@ class CLIPTask:
         self.dvae = load_dvae(config.out).to(self.device)
         self.tokenizer = _load_tokenizer(config.out)
         self.made_with = made_with(config.out, self.dvae)
-        side = self.dvae.config.image_size
-        model_config = config.model or CLIPConfig.preset(config.preset)
-        model_config = replace(model_config, image_size=side, text_vocab=self.tokenizer.vocab_size)
-        source = open_source(config.data, side, font=config.font)
+        source = open_source(config.data, self.dvae.config.image_size, font=config.font)
         self.training, held_out = (WithReconstructions(split(source, part), self.dvae) for part in ("train", "heldout"))
         self.loader = ImageLoader(self.training, config.batch_size, config.seed)
         self.held_out = _first(held_out, HELD_OUT)
         # pyrefly: ignore[no-matching-overload]
-        self.model = CLIP(model_config).to(self.device, memory_format=torch.channels_last)
+        self.model = self.initial_model().to(self.device, memory_format=torch.channels_last)
         self.optimizer = adamw(self.model, betas=(0.9, 0.98), weight_decay=config.weight_decay)
+
+    def initial_model(self) -> CLIP:
+        """The model at step 0, on the CPU."""
+        config, directory, side = self.config, init_directory(self.config), self.dvae.config.image_size
+        if directory is not None:
+            return initial_clip(directory, self.made_with, self.tokenizer, side, config)
+        model_config = config.model or CLIPConfig.preset(config.preset)
+        return CLIP(replace(model_config, image_size=side, text_vocab=self.tokenizer.vocab_size))
 
     def learning_rate(self, step: int, fraction: float) -> float:
         return warmup(step, self.config.warmup) * cosine(self.config.lr, self.config.lr / 32, fraction)

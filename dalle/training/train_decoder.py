@@ -5,9 +5,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from dalle.errors import UserError
 from dalle.models.checkpoint import fingerprint, load_dvae
 from dalle.models.dvae import DiscreteVAE, logit_laplace_nll
 from dalle.runtime import OnStep
+from dalle.training.init import init_directory
 from dalle.training.loop import Result, output_directory, train
 from dalle.training.train_dvae import PixelConfig, PixelTask
 
@@ -33,7 +35,7 @@ class DecoderTask(PixelTask[TrainDecoderConfig]):
     name = "decoder"
 
     def initial_model(self) -> DiscreteVAE:
-        trained = load_dvae(self.config.out)
+        trained = load_dvae(init_directory(self.config) or self.config.out)
         widths, blocks = trained.config.decoder_size
         widths = widths if self.config.widths is None else self.config.widths
         blocks = blocks if self.config.blocks is None else self.config.blocks
@@ -58,6 +60,11 @@ class DecoderTask(PixelTask[TrainDecoderConfig]):
 def train_decoder(config: TrainDecoderConfig, *, on_step: OnStep | None = None) -> Result:
     """Trains a decoder; `on_step` receives the progress. Raises UserError for invalid input."""
     with output_directory(config, "decoder", writes=("dvae", "decoder")):
+        if config.init is not None and (config.out / "dvae.json").exists() and not config.resume:
+            raise UserError(
+                f"{config.out} holds a dVAE, which would be replaced: choose another --out, or omit --init to train "
+                "its decoder further"
+            )
         task = DecoderTask(config)
         identity = task.identity | {"encoder": fingerprint(task.model.encoder)}
         return replace(train(task, config, identity, on_step), skipped=task.skipped)

@@ -14,9 +14,10 @@ from dalle.data.crops import dvae_crop
 from dalle.errors import UserError
 from dalle.images import image_grid, save_png
 from dalle.metrics import codebook_usage, psnr
-from dalle.models.checkpoint import save_part
+from dalle.models.checkpoint import load_dvae, save_part
 from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig, logit_laplace_nll, to_range
 from dalle.runtime import OnStep
+from dalle.training.init import init_directory
 from dalle.training.loader import ImageLoader, images_digest, step_seed
 from dalle.training.loop import Result, TrainConfig, checkpoint_path, output_directory, prepare, train
 from dalle.training.optimizer import adamw
@@ -121,6 +122,9 @@ class DVAETask(PixelTask[TrainDVAEConfig]):
     name = "dvae"
 
     def initial_model(self) -> DiscreteVAE:
+        directory = init_directory(self.config)
+        if directory is not None:
+            return load_dvae(directory)
         return DiscreteVAE(self.config.model or DiscreteVAEConfig.preset(self.config.preset))
 
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:

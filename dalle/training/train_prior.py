@@ -17,6 +17,7 @@ from dalle.models.prior import Prior, PriorConfig
 from dalle.models.tokens import Tokens, load_tokens
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
+from dalle.training.init import init_directory, initial_prior
 from dalle.training.loader import batch_indices, choose_caption, drops_caption, step_seed
 from dalle.training.loop import Result, TrainConfig, output_directory, prepare, train
 from dalle.training.optimizer import adamw
@@ -41,6 +42,8 @@ class TrainPriorConfig(TrainConfig):
     """Steps of linear learning-rate warm-up (published: 5000)."""
     ema_decay: float = 0.999
     """Decay of the exponential moving average of the weights (published: 0.99, updated every 25 steps)."""
+    new_tokenizer: bool = False
+    """With --init: the tokenizer is not that of the model, so that its text embeddings and text head start anew."""
     bpe_dropout: float = 0.1
     """Probability of skipping a merge of the tokenizer in training (BPE dropout)."""
     caption_dropout: float = 0.0
@@ -70,15 +73,23 @@ class PriorTask:
         self.training, self.held_out = tokens["train"], tokens["heldout"]
         self.tokenizer = Tokenizer.load(config.out / "tokenizer.json")
         self.made_with = made_with(config.out, self.dvae)
-        rows, columns = self.training.codes.shape[1:]
-        model_config = replace(
-            config.model or PriorConfig.preset(config.preset),
-            grid=(rows, columns),
-            image_vocab=self.dvae.config.vocab,
-            text_vocab=self.tokenizer.vocab_size,
-        )
-        self.model = Prior(model_config).to(self.device)
+        self.model = self.initial_model().to(self.device)
         self.optimizer = adamw(self.model, betas=(0.9, 0.96), weight_decay=4.5e-2)
+
+    def initial_model(self) -> Prior:
+        """The model at step 0, on the CPU."""
+        config, directory = self.config, init_directory(self.config)
+        if directory is not None:
+            return initial_prior(directory, self.made_with, self.tokenizer, config)
+        rows, columns = self.training.codes.shape[1:]
+        return Prior(
+            replace(
+                config.model or PriorConfig.preset(config.preset),
+                grid=(rows, columns),
+                image_vocab=self.dvae.config.vocab,
+                text_vocab=self.tokenizer.vocab_size,
+            )
+        )
 
     def learning_rate(self, step: int, fraction: float) -> float:
         return warmup(step, self.config.warmup) * cosine(self.config.lr, self.config.lr / 32, fraction)
