@@ -17,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle import config as configs
 from dalle.errors import UserError
 
 MAX_TEXT = 64 << 20  # bytes; a tokenizer of half a million tokens has 30 MB
@@ -113,9 +112,9 @@ def read_text(path: Path, max_bytes: int = MAX_TEXT) -> str:
         raise UserError(f"{path} cannot be read as text: {error}") from error
 
 
-def write_json(path: Path, config: Any) -> None:
-    """Writes a configuration as JSON, atomically."""
-    write_text(path, json.dumps(configs.to_dict(config), indent=2) + "\n")
+def write_json(path: Path, data: Any) -> None:
+    """Writes JSON, atomically."""
+    write_text(path, json.dumps(data, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

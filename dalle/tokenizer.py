@@ -1,11 +1,14 @@
-"""Byte-level BPE over lower-cased text, with BPE dropout (Provilkov et al. 2020) for training."""
+"""Byte-level BPE over lower-cased text, with BPE dropout (Provilkov et al. 2020) for training.
+
+Converted models have a BPE of characters instead, in which a token stands for what their training did not contain.
+"""
 
 import functools
 import itertools
 import json
 import os
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 # Captions are encoded one at a time, so the library's threads gain nothing, and forking after their use warns.
@@ -22,6 +25,7 @@ BPE_OPTIONS = (
     "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
     "ignore_merges",
 )  # fmt: skip
+UNKNOWN, SPACE = "<UNK>", "▁"  # tokens of ruDALL-E's tokenizer
 MAX_WORD = 64  # longer words are split before merging with dropout, because the merge loop is quadratic
 
 
@@ -43,10 +47,15 @@ class Tokenizer:
         """
         if vocab_size < len(ALPHABET):
             raise UserError(f"vocabulary size {vocab_size} is too small: the bytes alone take {len(ALPHABET)}")
-        bpe = _untrained()
+        bpe = _of_bytes()
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=ALPHABET, show_progress=False)
         bpe.train_from_iterator(captions, trainer)
         return cls(bpe)
+
+    @classmethod
+    def of_characters(cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> "Tokenizer":
+        """ruDALL-E's kind: words of characters that begin with "▁"; unknown characters in a row are one ``UNKNOWN``."""
+        return cls(_of_characters(dict(vocab), list(merges)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._bpe.to_str() == other._bpe.to_str()
@@ -77,7 +86,7 @@ class Tokenizer:
         words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
         pieces = (word[i : i + MAX_WORD] for word, _ in words for i in range(0, len(word), MAX_WORD))
         tokens = (token for piece in pieces for token in _merge(piece, self._ranks, dropout, uniform))
-        return [self._bpe.token_to_id(token) for token in tokens]  # pyrefly: ignore[bad-return]  # all have one
+        return self._ids(tokens)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ``ids``; invalid UTF-8 becomes U+FFFD. Raises ValueError for an id outside the vocabulary."""
@@ -102,6 +111,20 @@ class Tokenizer:
         if not _is_ours(bpe):
             raise UserError(f"{path} is another kind of tokenizer: train one with dalle")
         return cls(bpe)
+
+    def _ids(self, tokens: Iterable[str]) -> list[int]:
+        ids, known = [], True
+        for token in tokens:
+            if token in self._vocab:
+                ids.append(self._vocab[token])
+            elif known:  # unknown characters in a row are one token
+                ids.append(self._vocab[UNKNOWN])
+            known = token in self._vocab
+        return ids
+
+    @functools.cached_property
+    def _vocab(self) -> dict[str, int]:
+        return self._bpe.get_vocab()
 
     @functools.cached_property
     def _ranks(self) -> dict[tuple[str, str], int]:
@@ -140,7 +163,7 @@ def _check_text(text: str) -> None:
         raise UserError(f"the text {text!r} is not valid Unicode: give UTF-8 text") from None
 
 
-def _untrained() -> tokenizers.Tokenizer:
+def _of_bytes() -> tokenizers.Tokenizer:
     bpe = tokenizers.Tokenizer(models.BPE())
     collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *collapse])
@@ -149,15 +172,23 @@ def _untrained() -> tokenizers.Tokenizer:
     return bpe
 
 
+def _of_characters(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=UNKNOWN, fuse_unk=True))
+    collapse = [normalizers.Replace(Regex(rf"[\s{SPACE}]+"), " "), normalizers.Strip()]
+    bpe.normalizer = normalizers.Sequence([normalizers.Lowercase(), *collapse])
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always")
+    bpe.decoder = decoders.Metaspace(SPACE, "always")
+    return bpe
+
+
 def _is_ours(bpe: tokenizers.Tokenizer) -> bool:
-    """Whether it differs from a tokenizer of `Tokenizer.train` in the vocabulary and the merges alone."""
+    """Whether it differs from a tokenizer of this module in the vocabulary and the merges alone."""
     if not isinstance(bpe.model, models.BPE) or bpe.get_added_tokens_decoder():
         return False
-    vocab = bpe.get_vocab()
-    return (
-        _settings(bpe) == _settings(_untrained())
-        and set(vocab.values()) == set(range(len(vocab)))
-        and vocab.keys() >= set(ALPHABET)
+    vocab, settings = bpe.get_vocab(), _settings(bpe)
+    kinds = (_of_bytes(), ALPHABET), (_of_characters({}, []), [UNKNOWN])  # with the tokens that any text needs
+    return set(vocab.values()) == set(range(len(vocab))) and any(
+        settings == _settings(kind) and vocab.keys() >= set(needed) for kind, needed in kinds
     )
 
 

@@ -23,10 +23,10 @@ ROOMS = (
     {
         "dalle.training": ("losses, schedules, checkpoints", "dalle.training*"),
         "dalle.evaluation": ("how good a model is", "dalle.evaluation*"),
+        "dalle.conversion": ("weights of other projects", "dalle.conversion*"),
     },
     {
         "dalle.generation": ("from a prompt to ranked images", "dalle.generation*"),
-        "dalle.conversion": ("weights of other projects", "dalle.conversion*"),
     },
     {
         "dalle.models": ("dVAE, prior, CLIP; their files", "dalle.models*"),

@@ -8,10 +8,9 @@ from typing import Annotated
 import torch
 import tyro
 
-from dalle import config as configs
 from dalle.cli.parsing import parse
 from dalle.errors import UserError
-from dalle.models.checkpoint import load_clip, load_dvae, load_prior
+from dalle.models.checkpoint import description, load_clip, load_dvae, load_prior
 from dalle.models.tokens import load_tokens
 
 
@@ -45,16 +44,16 @@ def _model(directory: Path) -> dict:
     if (directory / "dvae.json").exists():
         dvae = load_dvae(directory)
         parameters = {"encoder": _count(dvae.encoder), "decoder": _count(dvae.decoder)}
-        parts["dvae"] = configs.to_dict(dvae.config) | {"code grid": dvae.config.grid, "parameters": parameters}
+        parts["dvae"] = description("dvae", dvae) | {"code grid": dvae.config.grid, "parameters": parameters}
         if (directory / "codes.safetensors").exists():
             tokens = load_tokens(directory, dvae)
             parts["tokenized images"] = {part: len(tokens[part].captions) for part in tokens}
     if (directory / "prior.json").exists():
         prior = load_prior(directory)
-        parts["prior"] = configs.to_dict(prior.config) | {"parameters": _count(prior)}
+        parts["prior"] = description("prior", prior) | {"parameters": _count(prior)}
     if (directory / "clip.json").exists():
         clip = load_clip(directory)
-        parts["clip"] = configs.to_dict(clip.config) | {"parameters": _count(clip)}
+        parts["clip"] = description("clip", clip) | {"parameters": _count(clip)}
     if not parts:
         raise UserError(
             f"{directory} holds no dvae.json, prior.json or clip.json: give the directory of a trained model"

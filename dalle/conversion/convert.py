@@ -5,16 +5,24 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dalle.conversion.openai_dvae import read_openai_dvae
+from dalle.conversion.rudalle import read_rudalle
+from dalle.conversion.vqgan import read_vqgan
+from dalle.conversion.yttm import read_yttm
 from dalle.errors import UserError
 from dalle.files import sole_writer, writable_directory
+from dalle.generation.pipeline import Pipeline
 from dalle.models.checkpoint import save_part
+from dalle.models.vqgan import VQGANConfig
 
 
 def convert(kind: str, path: str | os.PathLike, out: str | os.PathLike) -> None:
     """Writes a model directory with the weights of another project.
 
     Args:
-        kind: whose weights; "openai-dvae": OpenAI's `encoder.pkl` and `decoder.pkl`, a dVAE alone.
+        kind: whose weights.
+            "openai-dvae": OpenAI's `encoder.pkl` and `decoder.pkl`, a dVAE alone.
+            "rudalle": a model of ruDALL-E, Malevich, Kandinsky or one trained from them, of version 2 or 3:
+            `pytorch_model*.bin`, `vqgan*.ckpt` and `bpe.model`.
         path: directory of the files, under their original names. Nothing in them is executed.
         out: directory to write; it must not hold a model.
 
@@ -36,5 +44,19 @@ def _openai_dvae(path: Path, out: Path) -> None:
     save_part(out, "dvae", read_openai_dvae(path))
 
 
+def _rudalle(path: Path, out: Path) -> None:
+    weights, vqgan, tokenizer = (_only(path, pattern) for pattern in ("pytorch_model*.bin", "vqgan*.ckpt", "bpe.model"))
+    config = VQGANConfig.preset("rudalle")
+    Pipeline(read_vqgan(vqgan, config), read_rudalle(weights), read_yttm(tokenizer)).save_pretrained(out)
+
+
+def _only(directory: Path, pattern: str) -> Path:
+    """The one file of a directory whose name matches; raises a UserError if there is none or several."""
+    found = sorted(directory.glob(pattern))
+    if len(found) != 1:
+        raise UserError(f"{directory} must hold one file {pattern}, not {', '.join(p.name for p in found) or 'none'}")
+    return found[0]
+
+
 PARTS = ("dvae", "prior", "tokenizer", "clip")
-CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {"openai-dvae": _openai_dvae}
+CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {"openai-dvae": _openai_dvae, "rudalle": _rudalle}

@@ -4,10 +4,8 @@ import re
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from dalle.conversion.reading import read_module
-from dalle.models.checkpoint import check_shapes, load_weights
+from dalle.conversion.reading import load_renamed, read_module
 from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
 
 CLASSES = frozenset(
@@ -30,15 +28,9 @@ def read_openai_dvae(directory: Path) -> DiscreteVAE:
         dvae = DiscreteVAE(DiscreteVAEConfig.preset("dalle"))
     dvae = dvae.to_empty(device="cpu")
     for name, module in (("encoder", dvae.encoder), ("decoder", dvae.decoder)):
-        _load(module, Path(directory) / f"{name}.pkl")
+        path = Path(directory) / f"{name}.pkl"
+        load_renamed(module, read_module(path, CLASSES), _their_name, path)
     return dvae.eval()
-
-
-def _load(module: nn.Module, path: Path) -> None:
-    found = read_module(path, CLASSES)
-    names = {ours: _their_name(ours) for ours in module.state_dict()}
-    check_shapes({names[ours]: tensor for ours, tensor in module.state_dict().items()}, found, str(path))
-    load_weights(module, {ours: found[theirs] for ours, theirs in names.items()}, str(path))
 
 
 def _their_name(name: str) -> str:

@@ -5,17 +5,18 @@ import pickle
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.errors import UserError
 from dalle.files import check_regular
+from dalle.models.checkpoint import check_shapes, load_weights
 
 
 def read_module(path: Path, classes: frozenset[str]) -> dict[str, Tensor]:
@@ -47,6 +48,23 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         state = state.get("state_dict", state)
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+
+
+def load_renamed(module: nn.Module, found: Mapping[str, Tensor], their_name: Callable[[str], str], path: Path) -> None:
+    """Loads tensors into a module under other names.
+
+    Args:
+        module: any module.
+        found: the tensors of `path`.
+        their_name: from a name in the state dict of `module` to the one in `found`.
+        path: for errors.
+
+    Raises:
+        UserError: a tensor is missing, has another shape, or is not in the module; the message has its name in `found`.
+    """
+    names = {ours: their_name(ours) for ours in module.state_dict()}
+    check_shapes({names[ours]: tensor for ours, tensor in module.state_dict().items()}, found, str(path))
+    load_weights(module, {ours: found[theirs] for ours, theirs in names.items()}, str(path))
 
 
 def _check(path: Path) -> bool:

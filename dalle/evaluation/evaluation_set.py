@@ -10,7 +10,7 @@ from torch import Tensor
 from dalle.data import Source
 from dalle.generation.pipeline import GeneratedImage, Pipeline
 from dalle.images import to_tensor, to_uint8
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.vqgan import ImageTokenizer
 
 BATCH = 64  # real images per batch
 GENERATION_BATCH = 128  # generated images per batch
@@ -50,7 +50,7 @@ def chunks(items: Sequence, size: int) -> list[Sequence]:
 
 @torch.inference_mode()
 def build_evaluation_set(
-    dvae: DiscreteVAE, part: Source, indices: Sequence[int], track: Track, title: str
+    dvae: ImageTokenizer, part: Source, indices: Sequence[int], track: Track, title: str
 ) -> EvaluationSet:
     """Loads the readable images at `indices` of a split, encodes them and decodes the codes."""
     device, size, grid = next(dvae.parameters()).device, dvae.config.image_size, dvae.config.grid

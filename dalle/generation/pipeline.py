@@ -22,9 +22,9 @@ from dalle.generation.sampler import generate_codes, sequence_bytes
 from dalle.images import square, to_pil, to_tensor, to_uint8
 from dalle.models.checkpoint import load_parts, made_with, save_part
 from dalle.models.clip import CLIP
-from dalle.models.dvae import DiscreteVAE
 from dalle.models.hub import model_directory
 from dalle.models.prior import Prior
+from dalle.models.vqgan import ImageTokenizer
 from dalle.runtime import choose_device, free_memory
 from dalle.tokenizer import Tokenizer
 
@@ -117,7 +117,7 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
     >>> results[0].image.save("heart.png")
     """
 
-    def __init__(self, dvae: DiscreteVAE, prior: Prior, tokenizer: Tokenizer, clip: CLIP | None = None) -> None:
+    def __init__(self, dvae: ImageTokenizer, prior: Prior, tokenizer: Tokenizer, clip: CLIP | None = None) -> None:
         self._hub_mixin_config = None  # there is no config.json, because every part has its own
         side = dvae.config.grid
         if prior.config.grid != (side, side) or prior.config.image_vocab != dvae.config.vocab:

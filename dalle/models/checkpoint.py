@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,23 @@ from dalle.files import digest, read_header, read_json, read_tensors, read_text,
 from dalle.models.clip import CLIP, CLIPConfig
 from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
 from dalle.models.prior import Prior, PriorConfig
+from dalle.models.variant import VariantPrior, VariantPriorConfig
+from dalle.models.vqgan import VQGAN, ImageTokenizer, VQGANConfig
 from dalle.tokenizer import Tokenizer
 
-Model = TypeVar("Model", bound=nn.Module)
+# The models that each part may be, by the class that its configuration names; the first is not named.
+MODELS: dict[str, dict[str, tuple[type[nn.Module], type[Any]]]] = {
+    "dvae": {"DiscreteVAE": (DiscreteVAE, DiscreteVAEConfig), "VQGAN": (VQGAN, VQGANConfig)},
+    "prior": {"Prior": (Prior, PriorConfig), "VariantPrior": (VariantPrior, VariantPriorConfig)},
+    "clip": {"CLIP": (CLIP, CLIPConfig)},
+}
 MADE_WITH = {"dvae": "dVAE", "tokenizer": "tokenizer"}  # keys of `made_with`, and their names in messages
 
 
 class Parts(NamedTuple):
     """The parts of a model directory."""
 
-    dvae: DiscreteVAE
+    dvae: ImageTokenizer
     prior: Prior
     tokenizer: Tokenizer
     clip: CLIP | None
@@ -38,10 +45,16 @@ class Parts(NamedTuple):
 
 def save_part(directory: Path, name: str, model: nn.Module, made_with: Mapping[str, str] | None = None) -> None:
     """Writes `name`.json and `name`.safetensors, each atomically; `made_with` is that of the data it was trained on."""
-    config = _config_digest(configs.to_dict(model.config))
+    config = description(name, model)
     weights = Path(directory) / f"{name}.safetensors"
-    write_tensors(weights, model.state_dict(), {"config": config, **(made_with or {})})
-    write_json(Path(directory) / f"{name}.json", model.config)
+    write_tensors(weights, model.state_dict(), {"config": _config_digest(config), **(made_with or {})})
+    write_json(Path(directory) / f"{name}.json", config)
+
+
+def description(name: str, model: nn.Module) -> dict[str, Any]:
+    """The content of `name`.json: the fields of the configuration, after the class if it is not the published model."""
+    config, named = configs.to_dict(model.config), type(model).__name__
+    return config if named == next(iter(MODELS[name])) else {"class": named, **config}
 
 
 def load_parts(directory: Path) -> Parts:
@@ -67,19 +80,19 @@ def load_parts(directory: Path) -> Parts:
     return Parts(dvae, prior, tokenizer, clip)
 
 
-def load_dvae(directory: Path) -> DiscreteVAE:
+def load_dvae(directory: Path) -> ImageTokenizer:
     """Loads the dVAE of a model directory, on the CPU; raises UserError if it is missing or damaged."""
-    return _load_part(directory, "dvae", DiscreteVAE, DiscreteVAEConfig)
+    return _load_part(directory, "dvae")
 
 
 def load_prior(directory: Path) -> Prior:
     """Loads the prior of a model directory, on the CPU; raises UserError if it is missing or damaged."""
-    return _load_part(directory, "prior", Prior, PriorConfig)
+    return _load_part(directory, "prior")
 
 
 def load_clip(directory: Path) -> CLIP:
     """Loads the CLIP of a model directory, on the CPU; raises UserError if it is missing or damaged."""
-    return _load_part(directory, "clip", CLIP, CLIPConfig)
+    return _load_part(directory, "clip")
 
 
 def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) -> None:
@@ -91,7 +104,7 @@ def load_weights(module: nn.Module, tensors: Mapping[str, Tensor], origin: str) 
             raise UserError(f"{origin} is damaged: {name} holds values that are not finite; create it again")
 
 
-def made_with(directory: Path, dvae: DiscreteVAE) -> dict[str, str]:
+def made_with(directory: Path, dvae: ImageTokenizer) -> dict[str, str]:
     """Fingerprints of what codes and their models depend on: the encoder of the dVAE, and the tokenizer there."""
     return {"dvae": fingerprint(dvae.encoder), "tokenizer": digest(read_text(Path(directory) / "tokenizer.json"))}
 
@@ -112,14 +125,16 @@ def fingerprint(model: nn.Module) -> str:
     return content.hexdigest()[:16]
 
 
-def _load_part(directory: Path, name: str, model_class: type[Model], config_class: type[Any]) -> Model:
+def _load_part(directory: Path, name: str) -> Any:
     settings, weights = (Path(directory) / f"{name}.{suffix}" for suffix in ("json", "safetensors"))
     if not settings.exists():
         raise UserError(
             f"{directory} has no {settings.name}, so it holds no {name}: give the directory of a trained model"
         )
     data = read_json(settings)
-    config = configs.from_dict(config_class, data, str(settings))
+    model_class, config_class = _classes(name, data, settings)
+    fields = {key: value for key, value in data.items() if key != "class"} if isinstance(data, dict) else data
+    config = configs.from_dict(config_class, fields, str(settings))
     header, metadata = read_header(weights)
     if config.residual_blocks > len(header):  # before anything of a size that a stranger chose is built
         raise UserError(
@@ -132,6 +147,16 @@ def _load_part(directory: Path, name: str, model_class: type[Model], config_clas
     model = model_class(config)
     load_weights(model, read_tensors(weights)[0], str(weights))
     return model.eval()
+
+
+def _classes(name: str, data: Any, settings: Path) -> tuple[type[nn.Module], type[Any]]:
+    """The classes of a part's model and configuration."""
+    named = data.get("class") if isinstance(data, dict) else None
+    if named is None:
+        return next(iter(MODELS[name].values()))
+    if not isinstance(named, str) or named not in MODELS[name]:
+        raise UserError(f"{settings} is of the class {named!r:.80}, not one of {', '.join(MODELS[name])}")
+    return MODELS[name][named]
 
 
 def _shapes(model_class: type[nn.Module], config: Any, settings: Path) -> dict[str, Tensor]:

@@ -176,8 +176,7 @@ class DiscreteVAE(nn.Module):
 
     def decode(self, codes: Tensor) -> Tensor:
         """Codes, int64 [B, h, w], to images, float32 [B, 3, H, W] in [0, 1]."""
-        if codes.ndim != 3 or codes.dtype != torch.int64:
-            raise UserError(f"codes must be int64 [B, h, w], not {codes.dtype} {list(codes.shape)}")
+        check_codes(codes)
         mu = self.decoder.from_codes(codes)[:, :3]
         return from_range(mu.float().sigmoid())
 
@@ -208,11 +207,24 @@ class DiscreteVAE(nn.Module):
 
     def targets(self, images: Tensor) -> Tensor:
         """Images mapped to [eps, 1 - eps], float32: the encoder's input and the target of the likelihood."""
-        factor = self.config.downsampling
-        if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
-            raise UserError(f"images must be [B, 3, H, W] with sides a multiple of {factor}, not {list(images.shape)}")
-        pixels = images.float() / 255 if images.dtype == torch.uint8 else images
-        return to_range(pixels.contiguous(memory_format=torch.channels_last))
+        return to_range(to_pixels(images, self.config.downsampling))
+
+
+def check_codes(codes: Tensor) -> None:
+    """Raises UserError unless codes are int64 [B, h, w]."""
+    if codes.ndim != 3 or codes.dtype != torch.int64:
+        raise UserError(f"codes must be int64 [B, h, w], not {codes.dtype} {list(codes.shape)}")
+
+
+def to_pixels(images: Tensor, factor: int) -> Tensor:
+    """Images, [B, 3, H, W], uint8 or float in [0, 1], as float in [0, 1], channels last.
+
+    Raises UserError unless the sides are multiples of `factor`.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % factor or images.shape[3] % factor:
+        raise UserError(f"images must be [B, 3, H, W] with sides a multiple of {factor}, not {list(images.shape)}")
+    pixels = images.float() / 255 if images.dtype == torch.uint8 else images
+    return pixels.contiguous(memory_format=torch.channels_last)
 
 
 def to_range(pixels: Tensor) -> Tensor:

@@ -121,8 +121,8 @@ class Prior(nn.Module):
         self.image_embedding = nn.Embedding(config.image_vocab, width)
         self.row_embedding = nn.Embedding(rows, width)
         self.column_embedding = nn.Embedding(columns, width)
-        self.layers = nn.ModuleList(TransformerBlock(width, config.heads, pattern) for pattern in config.schedule())
-        self.norm = nn.LayerNorm(width)
+        self.layers = nn.ModuleList(self.block(pattern) for pattern in config.schedule())
+        self.norm: nn.Module = nn.LayerNorm(width)
         self.text_head = nn.Linear(width, config.text_vocab + 1)
         self.image_head = nn.Linear(width, config.image_vocab)
         self.reset_parameters()
@@ -135,6 +135,10 @@ class Prior(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
         reset_transformer(self.layers)
+
+    def block(self, pattern: dk.AttentionPattern) -> TransformerBlock:
+        """A new residual block with the attention of `pattern`."""
+        return TransformerBlock(self.config.width, self.config.heads, pattern)
 
     def pack_text(self, captions: Sequence[Sequence[int]], truncate: bool = False) -> Tensor:
         """Token ids of captions as int64 [B, text_len]: the start token, the ids, then each position's padding token.

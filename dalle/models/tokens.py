@@ -12,7 +12,7 @@ from torch import Tensor
 from dalle.errors import UserError
 from dalle.files import digest, parse_json, read_tensors, read_text, write_tensors, write_text
 from dalle.models.checkpoint import check_made_with, made_with
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.vqgan import ImageTokenizer
 
 PARTS = ("train", "heldout")
 MAX_CAPTIONS = 4 << 30  # bytes: some twenty million images
@@ -35,7 +35,7 @@ class Tokens:
     """Unusable images, as (name, reason)."""
 
 
-def save_tokens(directory: Path, dvae: DiscreteVAE, parts: dict[str, Tokens], data: str) -> None:
+def save_tokens(directory: Path, dvae: ImageTokenizer, parts: dict[str, Tokens], data: str) -> None:
     """Writes codes.safetensors and captions.json, next to tokenizer.json; `data` names the source of the images."""
     listing = {part: {"captions": tokens.captions, "keys": tokens.keys} for part, tokens in parts.items()}
     text = json.dumps(listing, ensure_ascii=False)
@@ -46,7 +46,7 @@ def save_tokens(directory: Path, dvae: DiscreteVAE, parts: dict[str, Tokens], da
     write_tensors(directory / "codes.safetensors", {part: parts[part].codes.to(narrow) for part in PARTS}, metadata)
 
 
-def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
+def load_tokens(directory: Path, dvae: ImageTokenizer) -> dict[str, Tokens]:
     """Loads what `save_tokens` wrote; raises UserError if it is missing, damaged, or was made with another dVAE."""
     codes_path, captions_path = Path(directory) / "codes.safetensors", Path(directory) / "captions.json"
     if not codes_path.exists():
@@ -66,7 +66,7 @@ def load_tokens(directory: Path, dvae: DiscreteVAE) -> dict[str, Tokens]:
         ) from error
 
 
-def _tokens(codes: Tensor, listing: dict[str, Any], dvae: DiscreteVAE) -> Tokens:
+def _tokens(codes: Tensor, listing: dict[str, Any], dvae: ImageTokenizer) -> Tokens:
     """Raises KeyError, TypeError or ValueError if the codes and captions are not those of images for this dVAE."""
     tokens = Tokens(codes.long(), **listing)
     side, count = dvae.config.grid, len(tokens.captions)

@@ -14,8 +14,8 @@ from dalle.data.crops import prior_crop
 from dalle.errors import UserError
 from dalle.files import atomic_write, sole_writer, writable_directory
 from dalle.models.checkpoint import fingerprint, load_dvae, save_part
-from dalle.models.dvae import DiscreteVAE
 from dalle.models.tokens import PARTS, Tokens, save_tokens
+from dalle.models.vqgan import ImageTokenizer
 from dalle.runtime import OnStep, Progress, choose_device
 from dalle.tokenizer import Tokenizer
 from dalle.training.init import init_directory
@@ -113,7 +113,7 @@ def _check_tokenizer(directory: Path, tokenizer: Tokenizer) -> None:
 
 @torch.inference_mode()
 def _tokenize_part(
-    dvae: DiscreteVAE, source: Source, crops: int, batch_size: int, log: Callable[[int], None]
+    dvae: ImageTokenizer, source: Source, crops: int, batch_size: int, log: Callable[[int], None]
 ) -> Tokens:
     device = next(dvae.parameters()).device
     codes = [torch.empty(0, dvae.config.grid, dvae.config.grid, dtype=torch.int64)]

@@ -17,7 +17,7 @@ from dalle.images import image_grid, save_png, to_uint8
 from dalle.metrics import retrieval_rank
 from dalle.models.checkpoint import fingerprint, load_dvae, made_with, save_part
 from dalle.models.clip import CLIP, CLIPConfig
-from dalle.models.dvae import DiscreteVAE
+from dalle.models.vqgan import ImageTokenizer
 from dalle.runtime import OnStep
 from dalle.tokenizer import Tokenizer
 from dalle.training.init import init_directory, initial_clip
@@ -145,7 +145,7 @@ class CLIPTask:
 class WithReconstructions(Subset):
     """A source with images of six channels, uint8 [6, S, S]: the image, then the dVAE's reconstruction of it."""
 
-    def __init__(self, source: Source, dvae: DiscreteVAE) -> None:
+    def __init__(self, source: Source, dvae: ImageTokenizer) -> None:
         super().__init__(source, range(len(source)))
         self.dvae, self.device = dvae, next(dvae.parameters()).device
 

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from dalle.errors import UserError
-from dalle.models.checkpoint import fingerprint, load_dvae
+from dalle.models.checkpoint import fingerprint
 from dalle.models.dvae import DiscreteVAE, logit_laplace_nll
 from dalle.runtime import OnStep
 from dalle.training.init import init_directory
 from dalle.training.loop import Result, output_directory, train
-from dalle.training.train_dvae import PixelConfig, PixelTask
+from dalle.training.train_dvae import PixelConfig, PixelTask, load_trainable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class DecoderTask(PixelTask[TrainDecoderConfig]):
     name = "decoder"
 
     def initial_model(self) -> DiscreteVAE:
-        trained = load_dvae(init_directory(self.config) or self.config.out)
+        trained = load_trainable(init_directory(self.config) or self.config.out)
         widths, blocks = trained.config.decoder_size
         widths = widths if self.config.widths is None else self.config.widths
         blocks = blocks if self.config.blocks is None else self.config.blocks

@@ -124,7 +124,7 @@ class DVAETask(PixelTask[TrainDVAEConfig]):
     def initial_model(self) -> DiscreteVAE:
         directory = init_directory(self.config)
         if directory is not None:
-            return load_dvae(directory)
+            return load_trainable(directory)
         return DiscreteVAE(self.config.model or DiscreteVAEConfig.preset(self.config.preset))
 
     def losses(self, step: int, fraction: float) -> dict[str, Tensor]:
@@ -136,6 +136,14 @@ class DVAETask(PixelTask[TrainDVAEConfig]):
             beta=cosine(0.0, beta, fraction / config.beta_warmup) if config.beta_warmup else beta,
             seed=step_seed(config.seed, step),
         )
+
+
+def load_trainable(directory: Path) -> DiscreteVAE:
+    """The dVAE of a model directory; UserError if it is a VQGAN."""
+    dvae = load_dvae(directory)
+    if not isinstance(dvae, DiscreteVAE):
+        raise UserError(f"the dVAE of {directory} is a VQGAN, which cannot be trained here: train its prior or CLIP")
+    return dvae
 
 
 @torch.inference_mode()
