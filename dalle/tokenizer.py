@@ -25,7 +25,7 @@ BPE_OPTIONS = (
     "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback",
     "ignore_merges",
 )  # fmt: skip
-UNKNOWN, SPACE = "<UNK>", "▁"  # tokens of ruDALL-E's tokenizer
+RUDALLE, MINDALLE = "rudalle", "mindalle"  # kinds of tokenizers, besides byte-level ones
 MAX_WORD = 64  # longer words are split before merging with dropout, because the merge loop is quadratic
 
 
@@ -47,15 +47,21 @@ class Tokenizer:
         """
         if vocab_size < len(ALPHABET):
             raise UserError(f"vocabulary size {vocab_size} is too small: the bytes alone take {len(ALPHABET)}")
-        bpe = _of_bytes()
+        bpe = _of_bytes({}, [])
         trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=ALPHABET, show_progress=False)
         bpe.train_from_iterator(captions, trainer)
         return cls(bpe)
 
     @classmethod
-    def of_characters(cls, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> "Tokenizer":
-        """ruDALL-E's kind: words of characters that begin with "▁"; unknown characters in a row are one ``UNKNOWN``."""
-        return cls(_of_characters(dict(vocab), list(merges)))
+    def of_kind(cls, kind: str, vocab: Mapping[str, int], merges: Sequence[tuple[str, str]]) -> "Tokenizer":
+        """A BPE of characters of another project, ``RUDALLE`` or ``MINDALLE``.
+
+        Raises ValueError if the ids are not 0, 1, 2, ..., or there is no token for unknown characters.
+        """
+        bpe = KINDS[kind](dict(vocab), list(merges))
+        if not _is_ours(bpe):
+            raise ValueError(f"its {len(vocab)} tokens are not numbered from 0, or lack {bpe.model.unk_token}")
+        return cls(bpe)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Tokenizer) and self._bpe.to_str() == other._bpe.to_str()
@@ -84,7 +90,9 @@ class Tokenizer:
             return self._bpe.encode(text, add_special_tokens=False).ids
         uniform = random.Random(seed).random
         words = self._bpe.pre_tokenizer.pre_tokenize_str(self._bpe.normalizer.normalize_str(text))
-        pieces = (word[i : i + MAX_WORD] for word, _ in words for i in range(0, len(word), MAX_WORD))
+        suffix = self._bpe.model.end_of_word_suffix or ""
+        characters = ([*word[:-1], word[-1] + suffix] for word, _ in words)
+        pieces = (word[i : i + MAX_WORD] for word in characters for i in range(0, len(word), MAX_WORD))
         tokens = (token for piece in pieces for token in _merge(piece, self._ranks, dropout, uniform))
         return self._ids(tokens)
 
@@ -113,12 +121,12 @@ class Tokenizer:
         return cls(bpe)
 
     def _ids(self, tokens: Iterable[str]) -> list[int]:
-        ids, known = [], True
+        ids, known, model = [], True, self._bpe.model
         for token in tokens:
             if token in self._vocab:
                 ids.append(self._vocab[token])
-            elif known:  # unknown characters in a row are one token
-                ids.append(self._vocab[UNKNOWN])
+            elif known or not model.fuse_unk:
+                ids.append(self._vocab[model.unk_token])
             known = token in self._vocab
         return ids
 
@@ -133,7 +141,7 @@ class Tokenizer:
 
 
 def _merge(
-    word: str, ranks: dict[tuple[str, str], int], dropout: float, uniform: Callable[[], float]
+    word: Iterable[str], ranks: dict[tuple[str, str], int], dropout: float, uniform: Callable[[], float]
 ) -> list[str]:
     """Applies the learned merges to one word, best rank first, skipping each with probability ``dropout``.
 
@@ -163,8 +171,11 @@ def _check_text(text: str) -> None:
         raise UserError(f"the text {text!r} is not valid Unicode: give UTF-8 text") from None
 
 
-def _of_bytes() -> tokenizers.Tokenizer:
-    bpe = tokenizers.Tokenizer(models.BPE())
+Vocab, Merges = dict[str, int], list[tuple[str, str]]
+
+
+def _of_bytes(vocab: Vocab, merges: Merges) -> tokenizers.Tokenizer:
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges))
     collapse = [normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
     bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase(), *collapse])
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word has the same tokens when first
@@ -172,23 +183,37 @@ def _of_bytes() -> tokenizers.Tokenizer:
     return bpe
 
 
-def _of_characters(vocab: dict[str, int], merges: list[tuple[str, str]]) -> tokenizers.Tokenizer:
-    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token=UNKNOWN, fuse_unk=True))
-    collapse = [normalizers.Replace(Regex(rf"[\s{SPACE}]+"), " "), normalizers.Strip()]
+def _of_rudalle(vocab: Vocab, merges: Merges) -> tokenizers.Tokenizer:
+    """YouTokenToMe's: words begin with "▁"; unknown characters in a row are one token."""
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<UNK>", fuse_unk=True))
+    collapse = [normalizers.Replace(Regex(r"[\s▁]+"), " "), normalizers.Strip()]
     bpe.normalizer = normalizers.Sequence([normalizers.Lowercase(), *collapse])
-    bpe.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, "always")
-    bpe.decoder = decoders.Metaspace(SPACE, "always")
+    bpe.pre_tokenizer = pre_tokenizers.Metaspace("▁", "always")
+    bpe.decoder = decoders.Metaspace("▁", "always")
     return bpe
+
+
+def _of_mindalle(vocab: Vocab, merges: Merges) -> tokenizers.Tokenizer:
+    """`tokenizers.CharBPETokenizer`: words and punctuation end with "</w>"."""
+    bpe = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="[UNK]", end_of_word_suffix="</w>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.BertNormalizer(lowercase=False), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bpe.decoder = decoders.BPEDecoder("</w>")
+    return bpe
+
+
+KINDS = {"bytes": _of_bytes, RUDALLE: _of_rudalle, MINDALLE: _of_mindalle}
 
 
 def _is_ours(bpe: tokenizers.Tokenizer) -> bool:
     """Whether it differs from a tokenizer of this module in the vocabulary and the merges alone."""
     if not isinstance(bpe.model, models.BPE) or bpe.get_added_tokens_decoder():
         return False
-    vocab, settings = bpe.get_vocab(), _settings(bpe)
-    kinds = (_of_bytes(), ALPHABET), (_of_characters({}, []), [UNKNOWN])  # with the tokens that any text needs
-    return set(vocab.values()) == set(range(len(vocab))) and any(
-        settings == _settings(kind) and vocab.keys() >= set(needed) for kind, needed in kinds
+    vocab, unknown = bpe.get_vocab(), bpe.model.unk_token
+    return (
+        any(_settings(bpe) == _settings(kind({}, [])) for kind in KINDS.values())
+        and set(vocab.values()) == set(range(len(vocab)))
+        and vocab.keys() >= set(ALPHABET if unknown is None else [unknown])
     )
 
 

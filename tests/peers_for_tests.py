@@ -93,6 +93,53 @@ class Rudalle(nn.Module):
         return self.to_logits(self.transformer.final_layernorm(x))
 
 
+# minDALL-E
+
+
+class MindalleBlock(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.ln1, self.ln2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = nn.ModuleDict({name: nn.Linear(width, width) for name in ("key", "query", "value", "proj")})
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), nn.Dropout(0.0))
+
+    def forward(self, x):
+        h = self.ln1(x)
+        q, k, v = (self.attn[name](h).unflatten(-1, (self.heads, -1)) for name in ("query", "key", "value"))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1), -torch.inf)
+        x = x + self.attn["proj"]((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+        return x + self.mlp(self.ln2(x))
+
+
+class Mindalle(nn.Module):
+    """Padded text, int64 [B, T], and the first codes, [B, n], to logits over text and over image tokens."""
+
+    def __init__(self, text_len=7, vocab=40, tokens=16, image_vocab=30, layers=2, width=32, heads=2):
+        super().__init__()
+        self.tok_emb_img, self.tok_emb_txt = nn.Embedding(image_vocab, width), nn.Embedding(vocab, width)
+        self.pos_emb_img, self.pos_emb_txt = nn.Embedding(tokens, width), nn.Embedding(text_len, width)
+        self.blocks = nn.Sequential(*(MindalleBlock(width, heads) for _ in range(layers)))
+        self.ln_f = nn.LayerNorm(width)
+        self.head_img = nn.Linear(width, image_vocab, bias=False)
+        self.head_txt = nn.Linear(width, vocab, bias=False)
+        for name, parameter in self.named_parameters():
+            spread(name, parameter)
+
+    def forward(self, text, codes):
+        x = torch.cat(
+            [
+                self.tok_emb_txt(text) + self.pos_emb_txt.weight,
+                self.tok_emb_img(codes) + self.pos_emb_img.weight[: codes.shape[1]],
+            ],
+            1,
+        )
+        x = self.ln_f(self.blocks(x))
+        return self.head_txt(x), self.head_img(x)
+
+
 # taming-transformers' VQGAN
 
 
@@ -218,5 +265,5 @@ def spread(name, parameter):
     with torch.no_grad():
         if parameter.ndim == 4:
             parameter *= 2
-        if parameter.ndim == 1:
-            parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.2)
+        if parameter.ndim == 1:  # only the weights of norms and biases are vectors
+            parameter.normal_(1.0 if name.endswith("weight") else 0.0, 0.2)

@@ -15,9 +15,9 @@ from dalle.conversion.convert import convert
 class ConvertConfig:
     """Converts the weights of another project to a model directory, without running code from their files."""
 
-    kind: Annotated[Literal["openai-dvae", "rudalle"], tyro.conf.Positional]
-    """Whose weights: openai-dvae (encoder.pkl and decoder.pkl, a dVAE alone) or rudalle (pytorch_model*.bin of version
-    2 or 3, vqgan*.ckpt and bpe.model)."""
+    kind: Annotated[Literal["openai-dvae", "rudalle", "mindalle"], tyro.conf.Positional]
+    """Whose weights: openai-dvae (encoder.pkl and decoder.pkl, a dVAE alone), rudalle (pytorch_model*.bin of version 2
+    or 3, vqgan*.ckpt and bpe.model) or mindalle (the unpacked archive)."""
     path: Annotated[Path, tyro.conf.Positional]
     """Directory of the files, under their original names."""
     out: Path

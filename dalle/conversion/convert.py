@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+from dalle.conversion.mindalle import read_mindalle, read_tokenizer
 from dalle.conversion.openai_dvae import read_openai_dvae
 from dalle.conversion.rudalle import read_rudalle
 from dalle.conversion.vqgan import read_vqgan
@@ -23,6 +24,7 @@ def convert(kind: str, path: str | os.PathLike, out: str | os.PathLike) -> None:
             "openai-dvae": OpenAI's `encoder.pkl` and `decoder.pkl`, a dVAE alone.
             "rudalle": a model of ruDALL-E, Malevich, Kandinsky or one trained from them, of version 2 or 3:
             `pytorch_model*.bin`, `vqgan*.ckpt` and `bpe.model`.
+            "mindalle": minDALL-E, the unpacked archive: `stage1_last.ckpt`, `stage2_last.ckpt` and `tokenizer/`.
         path: directory of the files, under their original names. Nothing in them is executed.
         out: directory to write; it must not hold a model.
 
@@ -50,6 +52,14 @@ def _rudalle(path: Path, out: Path) -> None:
     Pipeline(read_vqgan(vqgan, config), read_rudalle(weights), read_yttm(tokenizer)).save_pretrained(out)
 
 
+def _mindalle(path: Path, out: Path) -> None:
+    names = "stage1_last.ckpt", "stage2_last.ckpt", "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
+    vqgan, weights, vocab, merges = (path / name for name in names)
+    tokenizer, padding = read_tokenizer(vocab, merges)
+    config = VQGANConfig.preset("mindalle")
+    Pipeline(read_vqgan(vqgan, config), read_mindalle(weights, padding), tokenizer).save_pretrained(out)
+
+
 def _only(directory: Path, pattern: str) -> Path:
     """The one file of a directory whose name matches; raises a UserError if there is none or several."""
     found = sorted(directory.glob(pattern))
@@ -59,4 +69,8 @@ def _only(directory: Path, pattern: str) -> Path:
 
 
 PARTS = ("dvae", "prior", "tokenizer", "clip")
-CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {"openai-dvae": _openai_dvae, "rudalle": _rudalle}
+CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {
+    "openai-dvae": _openai_dvae,
+    "rudalle": _rudalle,
+    "mindalle": _mindalle,
+}

@@ -50,6 +50,13 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
         return {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
 
 
+def take(found: dict[str, Tensor], shapes: Mapping[str, tuple[int, ...]], path: Path) -> dict[str, Tensor]:
+    """Removes tensors from `found` and returns them; UserError if one is missing or has another shape."""
+    theirs = {name: found.pop(name) for name in shapes if name in found}
+    check_shapes({name: torch.empty(shape, device="meta") for name, shape in shapes.items()}, theirs, str(path))
+    return theirs
+
+
 def load_renamed(module: nn.Module, found: Mapping[str, Tensor], their_name: Callable[[str], str], path: Path) -> None:
     """Loads tensors into a module under other names.
 

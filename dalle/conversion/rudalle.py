@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 import dalle_kernels as dk
-from dalle.conversion.reading import load_renamed, read_state_dict
+from dalle.conversion.reading import load_renamed, read_state_dict, take
 from dalle.errors import UserError
-from dalle.models.checkpoint import check_shapes
 from dalle.models.variant import VariantPrior, VariantPriorConfig
 
 PRESETS = ("malevich", "kandinsky")
@@ -38,15 +37,14 @@ def read_rudalle(path: Path) -> VariantPrior:
     found = read_state_dict(path)
     masks = {name.split(".")[-1]: found.pop(name) for name in list(found) if name.endswith("_mask")}
     config = _config(found, path)
+    rows = config.text_vocab + config.text_len + config.image_vocab
     embeddings = {
         "text_embeddings.weight": (config.text_vocab + config.text_len, config.width),
         "text_pos_embeddings.weight": (config.text_len + 1, config.width),
-        "to_logits.1.weight": (config.text_vocab + config.text_len + config.image_vocab, config.width),
-        "to_logits.1.bias": (config.text_vocab + config.text_len + config.image_vocab,),
+        "to_logits.1.weight": (rows, config.width),
+        "to_logits.1.bias": (rows,),
     }
-    expected = {name: torch.empty(shape, device="meta") for name, shape in embeddings.items()}
-    theirs = {name: found.pop(name) for name in expected if name in found}
-    check_shapes(expected, theirs, str(path))
+    theirs = take(found, embeddings, path)
     config = _with_version(config, masks.get("conv_mask"), path)
     with torch.device("meta"):
         prior = VariantPrior(config)

@@ -4,9 +4,9 @@ from pathlib import Path
 
 from dalle.errors import UserError
 from dalle.files import read_text
-from dalle.tokenizer import UNKNOWN, Tokenizer
+from dalle.tokenizer import RUDALLE, Tokenizer
 
-SPECIAL = (UNKNOWN, "<PAD>", "<BOS>", "<EOS>")  # in the order of their ids in the last line; -1: there is none
+SPECIAL = ("<UNK>", "<PAD>", "<BOS>", "<EOS>")  # in the order of their ids in the last line; -1: there is none
 
 
 def read_yttm(path: Path) -> Tokenizer:
@@ -29,12 +29,12 @@ def read_yttm(path: Path) -> Tokenizer:
     except (ValueError, KeyError, OverflowError, StopIteration) as error:
         raise UserError(f"{path} is not a model of YouTokenToMe, or is damaged: download it again") from error
     vocab = {token: index for index, token in tokens.items()}
-    if set(tokens) != set(range(len(tokens))) or len(vocab) != len(tokens) or UNKNOWN not in vocab:
-        raise UserError(
-            f"{path} cannot be converted: its {len(tokens)} tokens are not all different and numbered from 0, with one "
-            "for unknown characters"
-        )
-    return Tokenizer.of_characters(vocab, pairs)
+    if len(vocab) != len(tokens):
+        raise UserError(f"{path} cannot be converted: two of its tokens are the same text")
+    try:
+        return Tokenizer.of_kind(RUDALLE, vocab, pairs)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be converted: {error}") from error
 
 
 def _add(tokens: dict[int, str], index: int, token: str) -> None:
