@@ -7,6 +7,7 @@ from dalle.errors import UserError
 from dalle.extras import extras
 
 if TYPE_CHECKING:  # for editors and type checkers
+    from dalle.conversion.convert import convert
     from dalle.generation.pipeline import Pipeline
     from dalle.models.clip import CLIP, CLIPConfig
     from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
@@ -23,6 +24,7 @@ __all__ = [
     "PriorConfig",
     "Tokenizer",
     "UserError",
+    "convert",
 ]
 
 # The models need torch. They are imported on first use, so that `import dalle` stays fast.
@@ -35,6 +37,7 @@ _LAZY = {
     "Prior": "dalle.models.prior",
     "PriorConfig": "dalle.models.prior",
     "Tokenizer": "dalle.tokenizer",
+    "convert": "dalle.conversion.convert",
 }
 
 

@@ -234,6 +234,10 @@ def test_prior_can_be_trained_further(files, tmp_path):
     train_prior(config)
     assert load_prior(new).config == load_prior(out).config
     Pipeline.from_pretrained(new).generate("аб", seed=1)
+    other = tmp_path / "other"
+    tokenize(TokenizeConfig(out=other, init=str(out), data="shapes-simple:12", text_vocab=280))
+    with pytest.raises(UserError, match="begins or ends with tokens of its own tokenizer"):
+        train_prior(dataclasses.replace(config, out=other, new_tokenizer=True))
     with pytest.raises(UserError, match="is a VQGAN, which cannot be trained here"):
         train_dvae(TrainDVAEConfig(out=tmp_path / "dvae", init=str(out)))
 

@@ -1,6 +1,7 @@
 """`--init`: training and tokenization that start from another model."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from training_for_tests import DATA, assert_same_weights, dvae_config, run_with_
 
 from dalle import cli
 from dalle.errors import UserError
-from dalle.files import read_tensors
+from dalle.files import read_tensors, write_tensors
 from dalle.models.checkpoint import load_clip, load_dvae, load_prior, made_with, save_part
 from dalle.models.clip import CLIP, CLIPConfig
 from dalle.models.dvae import DiscreteVAE, DiscreteVAEConfig
@@ -94,6 +95,18 @@ def test_prior_on_new_images_with_its_tokenizer(trained, tmp_path):
     assert load_prior(tmp_path).config == load_prior(trained).config
     _, metadata = read_tensors(tmp_path / "prior.safetensors")
     assert metadata["tokenizer"] == made_with(trained, load_dvae(trained))["tokenizer"]
+
+
+def test_checkpoints_without_the_option_resume(trained, tmp_path):
+    tokenize(TokenizeConfig(out=tmp_path, init=str(trained), data=DATA))
+    config = train_config(TrainPriorConfig, tmp_path, model=load_prior(trained).config, steps=2)
+    train_prior(config)
+    path = tmp_path / "prior.run.safetensors"
+    tensors, metadata = read_tensors(path)
+    identity = json.loads(metadata["identity"])
+    del identity["new_tokenizer"]
+    write_tensors(path, tensors, metadata | {"identity": json.dumps(identity)})
+    assert train_prior(dataclasses.replace(config, resume=True, steps=3)).step == 3
 
 
 def test_new_tokenizer_only_where_it_is_asked_for(trained, tmp_path):

@@ -14,6 +14,7 @@ from dalle.models.checkpoint import load_clip, load_prior
 from dalle.models.clip import CLIP
 from dalle.models.hub import model_directory
 from dalle.models.prior import Prior
+from dalle.models.variant import VariantPriorConfig
 from dalle.tokenizer import Tokenizer
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -64,6 +65,11 @@ def initial_prior(directory: Path, made_with: Mapping[str, str], tokenizer: Toke
             f"{config.init} and another --out"
         )
     if _is_new(directory, "prior", made_with, tokenizer, prior.config.text_vocab, config):
+        if isinstance(prior.config, VariantPriorConfig) and (prior.config.prefix or prior.config.suffix):
+            raise UserError(
+                f"the text of {directory} begins or ends with tokens of its own tokenizer, which no other has: omit "
+                f"--new-tokenizer, and run `dalle tokenize` with --init {config.init} without --text-vocab"
+            )
         return _with_vocabulary(prior, tokenizer, "text_embedding.weight", "text_head.weight", "text_head.bias")
     return prior
 
