@@ -81,16 +81,17 @@ def _with_version(config: VariantPriorConfig, mask: Tensor | None, path: Path) -
 
 
 def _split(theirs: Mapping[str, Tensor], config: VariantPriorConfig) -> dict[str, Tensor]:
-    """Our embeddings and heads. Their text table has tokens, then padding; ours has a start token, unused, in between.
+    """Our embeddings and heads.
 
-    In version 2 all text is one position later, so that padding begins with that of a position that is never padding.
+    Their text table has tokens, then padding; ours has a start token in between, which is unused here, and so is, in
+    version 2, where all text is one position later, the padding of the first position.
     """
     vocab, text = config.text_vocab, theirs["text_embeddings.weight"]
     later = config.text_len + vocab - len(text)
     image = len(text)  # first row of the image tokens in the common head
     weight, bias = theirs["to_logits.1.weight"], theirs["to_logits.1.bias"]
     return {
-        "text_embedding.weight": torch.cat([text[: vocab + 1], text[vocab : vocab + later], text[vocab:]]),
+        "text_embedding.weight": torch.cat([text[: vocab + 1 + later], text[vocab:]]),
         "text_position.weight": theirs["text_pos_embeddings.weight"][: config.text_len],
         "text_head.weight": weight[: vocab + 1],
         "text_head.bias": bias[: vocab + 1],
