@@ -26,6 +26,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 NOT_RUN = {
     r"pip install|cibuildwheel|python -m build": "installs or builds packages; test_distribution.py does so too",
     r"(OUT=\S+ )?make ": "sets up an environment or needs a GPU; the Makefile is how these tests are run",
+    r"dalle convert": "needs the weights of other projects; the tests of conversion build small ones",
     r"python -m twine|git tag": "publishes a release",
     r"TRITON_INTERPRET=1 python -m pytest": "takes minutes; `make test-slow` runs these tests in the interpreter",
     r"python setup.py|cmake --build": "builds; test_the_build_runs does in a copy",
