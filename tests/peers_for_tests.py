@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dalle.models import variant, vqgan
+from dalle.models.variant import VariantPriorConfig
+
 # ruDALL-E: a transformer over text and image
 
 REACH = 2  # of the convolution; in the published models 5
@@ -91,6 +94,33 @@ class Rudalle(nn.Module):
             mask = self.transformer.get_buffer(f"{kind}_mask")[0, 0]
             x = layer(x, mask[: x.shape[1], : x.shape[1]])
         return self.to_logits(self.transformer.final_layernorm(x))
+
+
+RUDALLE = VariantPriorConfig(10, 40, (6, 6), 30, layers=4, heads=2, head_dim=16, conv_kernel=5)  # of version 3
+MERGES = [("а", "б"), ("▁", "аб"), ("в", "г"), (".", "."), ("..", "."), ("▁аб", "вг")]
+
+
+def small_rudalle(monkeypatch):
+    """Presets of the size of `Rudalle`, in place of the published ones."""
+    monkeypatch.setitem(variant.PRESETS, "malevich", RUDALLE)
+    monkeypatch.setitem(vqgan.PRESETS, "rudalle", vqgan.VQGANConfig(12, 30, (32, 64), codebook_dim=16))
+
+
+def yttm_lines(alphabet, merges=MERGES):
+    """A model as YouTokenToMe writes it: special ids 0 to 3, then characters and merges; and its ids."""
+    ids = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)], 4)}
+    lines = [f"{len(alphabet)} {len(merges)}", *(f"{ord(c)} {ids[c]}" for c in reversed(alphabet))]
+    return [*lines, *(f"{ids[a]} {ids[b]} {ids[a + b]}" for a, b in merges), "1 0 2 3"], ids
+
+
+def write_rudalle(directory, prior):
+    """The files of a model, with a tokenizer of 40 tokens."""
+    directory.mkdir()
+    alphabet = "▁." + "".join(map(chr, range(0x430, 0x430 + 28)))
+    (directory / "bpe.model").write_text("\n".join(yttm_lines(alphabet)[0]), encoding="utf-8")
+    torch.save(prior.state_dict(), directory / f"pytorch_model_v{prior.version}.bin")
+    state = Taming(True, 30, (32, 64), 16).state_dict()
+    torch.save({"state_dict": state}, directory / "vqgan.gumbelf8-sber.model.ckpt")
 
 
 # minDALL-E

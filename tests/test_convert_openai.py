@@ -20,7 +20,7 @@ from dalle.conversion.convert import convert
 from dalle.conversion.openai_dvae import read_openai_dvae
 from dalle.errors import UserError
 from dalle.models import dvae as ours
-from dalle.models.checkpoint import load_dvae
+from dalle.models.checkpoint import load_dvae, save_part
 
 CONFIG = ours.DiscreteVAEConfig(16, 24, (8, 16, 32, 64), blocks=2, codebook_dim=12)
 
@@ -171,8 +171,10 @@ def test_command(files, tmp_path, capsys):
     Image.new("RGB", (40, 20), "red").save(image)
     assert cli.main(["reconstruct", str(image), "--model", str(out), "--out", str(tmp_path / "grid.png")]) == 0
     assert "codes used" in capsys.readouterr().out
+    assert cli.main(["convert", "openai-dvae", str(files), "--out", str(out)]) == 0  # the same again
+    save_part(out, "dvae", ours.DiscreteVAE(CONFIG))
     assert cli.main(["convert", "openai-dvae", str(files), "--out", str(out)]) == 2
-    assert "holds a model (dvae.json), which would be replaced" in capsys.readouterr().err
+    assert "holds another dVAE, which would be replaced" in capsys.readouterr().err
 
 
 def refusal(directory):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peers_for_tests import Rudalle, Taming
+from peers_for_tests import MERGES, RUDALLE, Rudalle, small_rudalle, write_rudalle, yttm_lines
 from PIL import Image
 
 from dalle import Pipeline, cli
@@ -13,22 +13,19 @@ from dalle.conversion.rudalle import read_rudalle
 from dalle.conversion.yttm import read_yttm
 from dalle.errors import UserError
 from dalle.generation.sampler import generate_codes
-from dalle.models import variant, vqgan
 from dalle.models.checkpoint import load_prior, save_part
-from dalle.models.variant import VariantPriorConfig
 from dalle.tokenizer import Tokenizer
 from dalle.training.tokens import TokenizeConfig, tokenize
 from dalle.training.train_dvae import TrainDVAEConfig, train_dvae
 from dalle.training.train_prior import TrainPriorConfig, train_prior
 
-VERSION_3 = VariantPriorConfig(10, 40, (6, 6), 30, layers=4, heads=2, head_dim=16, conv_kernel=5)
+ALPHABET = "▁абвг."
 CAPTIONS = [[7, 8, 9], [4], [5, 6, 5, 6, 5, 6]]
 
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    monkeypatch.setitem(variant.PRESETS, "malevich", VERSION_3)
-    monkeypatch.setitem(vqgan.PRESETS, "rudalle", vqgan.VQGANConfig(12, 30, (32, 64), codebook_dim=16))
+    small_rudalle(monkeypatch)
 
 
 @pytest.fixture(params=[3, 2])
@@ -127,16 +124,6 @@ def test_first_tensor_that_differs_is_named(peer, path):
 
 # The tokenizer
 
-ALPHABET = "▁абвг."
-MERGES = [("а", "б"), ("▁", "аб"), ("в", "г"), (".", "."), ("..", "."), ("▁аб", "вг")]
-
-
-def yttm_lines(alphabet=ALPHABET, merges=MERGES):
-    """A model as YouTokenToMe writes it: special ids 0 to 3, then characters and merges."""
-    ids = {token: i for i, token in enumerate([*alphabet, *(a + b for a, b in merges)], 4)}
-    lines = [f"{len(alphabet)} {len(merges)}", *(f"{ord(c)} {ids[c]}" for c in reversed(alphabet))]
-    return [*lines, *(f"{ids[a]} {ids[b]} {ids[a + b]}" for a, b in merges), "1 0 2 3"], ids
-
 
 def reference(text, ids):
     """BPE by the definition: the first merge of the list that applies, leftmost first, until none applies."""
@@ -160,7 +147,7 @@ TEXTS = ("абвг", "Аб ВГ", "  вга  аб\tбабаб. ", "xyz аxб", "
 
 @pytest.fixture
 def bpe(tmp_path):
-    lines, ids = yttm_lines()
+    lines, ids = yttm_lines(ALPHABET)
     (tmp_path / "bpe.model").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return tmp_path / "bpe.model", ids
 
@@ -180,7 +167,7 @@ def test_tokenizer(bpe, tmp_path):
 
 def test_damaged_tokenizers(bpe):
     path, _ = bpe
-    lines, _ = yttm_lines()
+    lines, _ = yttm_lines(ALPHABET)
     for changed, message in (
         (lines[:-1], "not a model of YouTokenToMe"),
         ([*lines[:3], "x y", *lines[4:]], "not a model of YouTokenToMe"),
@@ -188,7 +175,7 @@ def test_damaged_tokenizers(bpe):
         ([*lines[:-1], "4 0 2 3"], "not a model of YouTokenToMe"),
         ([*lines[:-1], "-1 0 2 3"], "cannot be converted"),
         ([*lines[:-1], "99 0 2 3"], "cannot be converted"),
-        (yttm_lines(merges=[*MERGES, ("а", "б")])[0], "is damaged"),
+        (yttm_lines(ALPHABET, [*MERGES, ("а", "б")])[0], "is damaged"),
         (["1000000000 1"], "not a model of YouTokenToMe"),
     ):
         path.write_text("\n".join(changed), encoding="utf-8")
@@ -201,14 +188,8 @@ def test_damaged_tokenizers(bpe):
 @pytest.fixture
 def files(tmp_path, peer):
     """The files of a model, whose tokenizer has the 40 tokens of the prior."""
-    directory = tmp_path / "files"
-    directory.mkdir()
-    alphabet = "▁." + "".join(map(chr, range(0x430, 0x430 + 28)))
-    (directory / "bpe.model").write_text("\n".join(yttm_lines(alphabet)[0]), encoding="utf-8")
-    torch.save(peer.state_dict(), directory / f"pytorch_model_v{peer.version}.bin")
-    vqgan_state = Taming(True, 30, (32, 64), 16).state_dict()
-    torch.save({"state_dict": vqgan_state}, directory / "vqgan.gumbelf8-sber.model.ckpt")
-    return directory
+    write_rudalle(tmp_path / "files", peer)
+    return tmp_path / "files"
 
 
 def test_command(files, tmp_path, capsys):
@@ -270,4 +251,4 @@ def test_invalid_configurations():
         (dict(attention="torus", grid=(100, 100)), "may have at most 8192 tokens"),
     ):
         with pytest.raises(UserError, match=message):
-            dataclasses.replace(VERSION_3, **change)
+            dataclasses.replace(RUDALLE, **change)

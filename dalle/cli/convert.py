@@ -21,7 +21,7 @@ class ConvertConfig:
     path: Annotated[Path, tyro.conf.Positional]
     """Directory of the files, under their original names."""
     out: Path
-    """Directory to write; it must not hold a model."""
+    """Directory to write; it must not hold another model."""
 
 
 def main(argv: list[str]) -> int:

@@ -12,7 +12,8 @@ from dalle.conversion.yttm import read_yttm
 from dalle.errors import UserError
 from dalle.files import sole_writer, writable_directory
 from dalle.generation.pipeline import Pipeline
-from dalle.models.checkpoint import save_part
+from dalle.models.checkpoint import fingerprint, load_dvae, save_part
+from dalle.models.dvae import DiscreteVAE
 from dalle.models.vqgan import VQGANConfig
 
 
@@ -26,10 +27,10 @@ def convert(kind: str, path: str | os.PathLike, out: str | os.PathLike) -> None:
             `pytorch_model*.bin`, `vqgan*.ckpt` and `bpe.model`.
             "mindalle": minDALL-E, the unpacked archive: `stage1_last.ckpt`, `stage2_last.ckpt` and `tokenizer/`.
         path: directory of the files, under their original names. Nothing in them is executed.
-        out: directory to write; it must not hold a model.
+        out: directory to write; it must not hold another model.
 
     Raises:
-        UserError: a file is missing, damaged or of another model, or `out` cannot be written or holds a model.
+        UserError: a file is missing, damaged or of another model, or `out` cannot be written or holds another model.
     """
     if kind not in CONVERSIONS:
         raise UserError(f"{kind!r} is not a kind of model: choose one of {', '.join(CONVERSIONS)}")
@@ -37,27 +38,31 @@ def convert(kind: str, path: str | os.PathLike, out: str | os.PathLike) -> None:
         raise UserError(f"{path} is not a directory: give the one that holds the files of the model")
     out = writable_directory(Path(out))
     with sole_writer(out, *PARTS):
-        if model := next((name for name in PARTS if (out / f"{name}.json").exists()), None):
-            raise UserError(f"{out} holds a model ({model}.json), which would be replaced: choose another directory")
-        CONVERSIONS[kind](Path(path), out)
+        if part := next((name for name in ("prior", "clip") if (out / f"{name}.json").exists()), None):
+            raise UserError(f"{out} holds a model ({part}.json), which would be replaced: choose another directory")
+        model = CONVERSIONS[kind](Path(path))
+        dvae = model.dvae if isinstance(model, Pipeline) else model
+        # The same dVAE is that of a conversion that ended early.
+        if (out / "dvae.json").exists() and fingerprint(load_dvae(out)) != fingerprint(dvae):
+            raise UserError(f"{out} holds another dVAE, which would be replaced: choose another directory")
+        if isinstance(model, Pipeline):
+            model.save_pretrained(out)
+        else:
+            save_part(out, "dvae", model)
 
 
-def _openai_dvae(path: Path, out: Path) -> None:
-    save_part(out, "dvae", read_openai_dvae(path))
-
-
-def _rudalle(path: Path, out: Path) -> None:
+def _rudalle(path: Path) -> Pipeline:
     weights, vqgan, tokenizer = (_only(path, pattern) for pattern in ("pytorch_model*.bin", "vqgan*.ckpt", "bpe.model"))
     config = VQGANConfig.preset("rudalle")
-    Pipeline(read_vqgan(vqgan, config), read_rudalle(weights), read_yttm(tokenizer)).save_pretrained(out)
+    return Pipeline(read_vqgan(vqgan, config), read_rudalle(weights), read_yttm(tokenizer))
 
 
-def _mindalle(path: Path, out: Path) -> None:
+def _mindalle(path: Path) -> Pipeline:
     names = "stage1_last.ckpt", "stage2_last.ckpt", "tokenizer/bpe-16k-vocab.json", "tokenizer/bpe-16k-merges.txt"
     vqgan, weights, vocab, merges = (path / name for name in names)
     tokenizer, padding = read_tokenizer(vocab, merges)
     config = VQGANConfig.preset("mindalle")
-    Pipeline(read_vqgan(vqgan, config), read_mindalle(weights, padding), tokenizer).save_pretrained(out)
+    return Pipeline(read_vqgan(vqgan, config), read_mindalle(weights, padding), tokenizer)
 
 
 def _only(directory: Path, pattern: str) -> Path:
@@ -69,8 +74,8 @@ def _only(directory: Path, pattern: str) -> Path:
 
 
 PARTS = ("dvae", "prior", "tokenizer", "clip")
-CONVERSIONS: dict[str, Callable[[Path, Path], None]] = {
-    "openai-dvae": _openai_dvae,
+CONVERSIONS: dict[str, Callable[[Path], DiscreteVAE | Pipeline]] = {
+    "openai-dvae": read_openai_dvae,
     "rudalle": _rudalle,
     "mindalle": _mindalle,
 }

@@ -96,8 +96,10 @@ def _damage(path: Path) -> Iterator[None]:
     except Exception as error:
         reason = str(error) or type(error).__name__
         refused = reason.partition("Unsupported global: GLOBAL ")[2].partition(" ")[0]
-        reason = f"it names {refused}, which weights do not need" if refused else reason.splitlines()[0]
-        raise UserError(f"{path} cannot be read as weights ({reason}): download it again") from error
+        fix = "download it again"
+        if refused:  # an honest checkpoint may hold the state of callbacks too
+            reason, fix = f"it names {refused}, which weights do not need", f"{fix}, or save its state dict alone"
+        raise UserError(f"{path} cannot be read as weights ({reason.splitlines()[0]}): {fix}") from error
 
 
 def _restricted(classes: frozenset[str]) -> Any:

@@ -11,9 +11,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from peers_for_tests import Rudalle, small_rudalle, write_rudalle
 from safetensors.torch import load_file, save_file
 
 from dalle import Pipeline, UserError
+from dalle.conversion.convert import convert
 from dalle.files import digest, read_tensors, write_tensors, write_text
 from dalle.models.checkpoint import load_clip, load_dvae, load_prior
 from dalle.models.tokens import load_tokens
@@ -71,13 +73,42 @@ hostile = settings(
 @hostile
 @given(data=st.data())
 def test_changed_configurations(built, tmp_path_factory, bounded_memory, name, data):
-    directory = tmp_path_factory.mktemp("changed")
+    load_changed(built, name, data, tmp_path_factory.mktemp("changed"))
+
+
+def load_changed(built, name, data, directory):
     forget_configuration(built / f"{name}.safetensors", directory / f"{name}.safetensors")
     good = json.loads((built / f"{name}.json").read_text())
     changed = replaced(good, data.draw(st.sampled_from(list(places(good)))), data.draw(json_values))
     (directory / f"{name}.json").write_text(json.dumps(changed))
     with contextlib.suppress(UserError):  # or a model, if the change is in a field that no shape depends on
         PARTS[name](directory)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A model of ruDALL-E, version 2."""
+    directory = tmp_path_factory.mktemp("converted")
+    with pytest.MonkeyPatch.context() as patch:
+        small_rudalle(patch)
+        write_rudalle(directory / "files", Rudalle(2))
+        convert("rudalle", directory / "files", directory / "model")
+    return directory / "model"
+
+
+@pytest.mark.parametrize("name", ["dvae", "prior"])
+@hostile
+@given(data=st.data())
+def test_changed_configurations_of_converted_models(converted, tmp_path_factory, bounded_memory, name, data):
+    load_changed(converted, name, data, tmp_path_factory.mktemp("changed"))
+
+
+@pytest.mark.parametrize("named", ["Prior", "VariantPrior", "VQGAN", "CLIP", "os.system", "", 3, ["VQGAN"], None])
+def test_classes_that_a_part_cannot_have(model, named):
+    path = model / "dvae.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"class": named}))
+    with pytest.raises(UserError, match=r"dvae\.json"):
+        load_dvae(model)
 
 
 @hostile

@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from peers_for_tests import Rudalle, small_rudalle, write_rudalle
 from training_for_tests import assert_same_weights
 
 import dalle.files
@@ -41,8 +43,19 @@ def generate(directory):
         raise UserError("exit code 2")
 
 
+def convert(directory):
+    files = directory / "files"
+    with pytest.MonkeyPatch.context() as patch:
+        small_rudalle(patch)
+        if not files.exists():
+            torch.manual_seed(4)
+            write_rudalle(files, Rudalle(3))
+        dalle.convert("rudalle", files, directory / "converted")
+
+
 COMMANDS = {
-    function.__name__.removeprefix("run_"): function for function in (train, resume, run_tokenize, export, generate)
+    function.__name__.removeprefix("run_"): function
+    for function in (train, resume, run_tokenize, export, generate, convert)
 }  # each writes into a copy of the trained model, and can be called again
 
 
