@@ -186,9 +186,9 @@ def test_damaged_tokenizers(bpe):
 
 
 @pytest.fixture
-def files(tmp_path, peer):
-    """The files of a model, whose tokenizer has the 40 tokens of the prior."""
-    write_rudalle(tmp_path / "files", peer)
+def files(tmp_path):
+    """The files of a model of version 2, which differs more."""
+    write_rudalle(tmp_path / "files", Rudalle(2))
     return tmp_path / "files"
 
 
