@@ -47,10 +47,10 @@ def decode_attention(
     if differentiated(q, k, v):
         raise NotImplementedError("decode_attention has no derivative; call it under torch.inference_mode()")
     stored = cache.layer(layer)
-    run = backends.dispatch("decode_attention", q, backend)
+    run = backends.dispatch("decode_attention", q, backend, cache.uses)
     q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if scale <= 0:  # kernels take the maximum before scaling, which needs a positive scale
         q, scale = (-q, -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     cached = stored.prefix_k, stored.prefix_v, stored.image_k, stored.image_v
-    return run(q, k, v, *cached, stored.schedule, cache.step, scale)
+    return run(q, k, v, *cached, stored.schedule, cache.step, scale, cache.text_lengths)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from . import autocast, backends
-from .arguments import check_dtype, usable_device
+from .arguments import check_dtype, check_text_lengths, usable_device
 from .backends.plans import schedule_tensor
 from .compile import intercepted, lifted
 from .decode_schedule import compile_schedule
@@ -66,10 +66,13 @@ class DecodeCache:
         dtype: dtype of the keys and values: float32, bfloat16, float16 or float64.
         device: device of the cache; None: torch's default device.
         start: number of given image tokens (of an image to complete); decoding begins after them.
+        text_lengths: int64 [P] on the device, from 0 to text_len: how many text tokens of each prompt exist. Image
+            tokens do not attend to the others. Every step reads the tensor, so it may be changed in place. None: all
+            exist. "cuda" and "triton" do not support it.
 
     Raises:
-        ValueError: a size is below 1, `start` is outside the image, the patterns differ in text_len or seq_len, or
-            PyTorch cannot use the device.
+        ValueError: a size is below 1, `start` is outside the image, the patterns differ in text_len or seq_len,
+            PyTorch cannot use the device, or text_lengths has another shape, dtype, device or range.
         TypeError: dtype is not floating point, or `patterns` holds something else.
     """
 
@@ -84,6 +87,7 @@ class DecodeCache:
         dtype: torch.dtype,
         device: torch.device | str | None = None,
         start: int = 0,
+        text_lengths: torch.Tensor | None = None,
     ) -> None:
         patterns = list(patterns)
         _check_patterns(patterns)
@@ -98,7 +102,10 @@ class DecodeCache:
                 f"start must lie in [0, {self._steps - 1}] for an image of {self._steps} tokens; got {start}"
             )
         device = usable_device(device)
+        if text_lengths is not None:
+            check_text_lengths(text_lengths, prompts, text, device)
         self.prompts, self.candidates, self.dtype, self.start = prompts, candidates, dtype, start
+        self.text_lengths = text_lengths
         self._prefix_shape = torch.Size((prompts, heads, text + start, head_dim))
         self._shape = torch.Size((prompts * candidates, heads, head_dim))
         with torch.inference_mode(False):  # ordinary tensors, writable in and outside inference mode
@@ -134,9 +141,14 @@ class DecodeCache:
         return self.step.device
 
     @property
+    def uses(self) -> tuple[str, ...]:
+        """The options of the cache that only some backends support, in words."""
+        return () if self.text_lengths is None else ("text_lengths",)
+
+    @property
     def capturable(self) -> bool:
         """Whether a step can be captured as a CUDA graph. `reference` cannot: it reads the step on the host."""
-        backend = backends.select("decode_attention", self._layers[0].image_k)
+        backend = backends.select("decode_attention", self._layers[0].image_k, uses=self.uses)
         return self.device.type == "cuda" and backend.capturable
 
     @torch.no_grad()

@@ -108,7 +108,8 @@ def test_decode_attention_of_any_shape(prompts, candidates, dim, text_len, grid,
     torch.manual_seed(data.draw(SEED, label="seed"))
     pattern = every_pattern(text_len, grid)[name]
     numbers = prompts * candidates * dim * (grid[0] * grid[1] - start)
-    sizes = dict(prompts=prompts, candidates=candidates, dim=dim, start=start)
+    lengths = data.draw(st.none() | st.lists(st.integers(0, text_len), min_size=prompts, max_size=prompts))
+    sizes = dict(prompts=prompts, candidates=candidates, dim=dim, start=start, lengths=lengths)
     sizes["heads"] = -(-300 // numbers)  # the largest error over a few elements is a matter of chance
     mostly(lambda: decode_attention.accuracy(FIRST, pattern, dtype, **sizes))
 

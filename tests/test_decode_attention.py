@@ -90,6 +90,20 @@ def test_layers_are_separate(seed):
         cache.advance()
 
 
+def test_text_lengths_can_change_between_steps(seed):
+    """The lengths of the moment count; text that exists for all prompts has the bits of no lengths at all."""
+    pattern = P.row(70, (2, 3))
+    q, k, v = make(CPU, pattern, 2, 6, 2, 32, torch.float32)
+    all_text, some_text = (decode(CPU, pattern, q, k, v, 2, lengths=lengths) for lengths in (None, [70, 9]))
+    cache = new_cache(pattern, k, v, 2, lengths=[70, 70])
+    for number in range(6):
+        out = dk.decode_attention(*(x[:, :, 70 + number] for x in (q, k, v)), cache, 0)
+        assert torch.equal(out, (all_text if number < 3 else some_text)[:, :, number])
+        cache.text_lengths[1] = 70 if number < 2 else 9
+        cache.advance()
+    assert not torch.equal(all_text, some_text)
+
+
 # -- the registered operations
 
 
@@ -101,7 +115,8 @@ def test_opcheck(seed):
     step = [x[:, :, 7] for x in (q, k, v)]
     storage = [layer.prefix_k, layer.prefix_v, layer.image_k.zero_(), layer.image_v.zero_()]
     arguments = *step, *storage, layer.schedule, cache.step, 0.2
-    torch.library.opcheck(torch.ops.dalle_kernels.decode_attention.default, arguments)
+    for options in ((), (torch.tensor([5, 2]),)):
+        torch.library.opcheck(torch.ops.dalle_kernels.decode_attention.default, (*arguments, *options))
     torch.library.opcheck(torch.ops.dalle_kernels.decode_advance.default, (cache.step, 12))
 
 
@@ -163,6 +178,9 @@ SIZES = dict(prompts=2, candidates=3, heads=2, head_dim=8, dtype=torch.float32)
         ([P.row(3, (2, 2))], {"device": "mps"}, ValueError, "got 'mps': Could not run 'aten::[^ ]*' with [^.]*$"),
         ([P.row(3, (2, 2))], {"dtype": torch.float8_e5m2}, TypeError, "or float64; got torch.float8_e5m2"),
         ([P.row(3, (2, 2))], {"dtype": torch.int64}, TypeError, "float16 or float64; got torch.int64"),
+        ([P.row(3, (2, 2))], {"text_lengths": [3, 3]}, ValueError, r"must be an int64 tensor \[2\]; got list"),
+        ([P.row(3, (2, 2))], {"text_lengths": torch.ones(3)}, ValueError, r"\[2\] on cpu; got torch.float32 \[3\]"),
+        ([P.row(3, (2, 2))], {"text_lengths": torch.tensor([0, 4])}, ValueError, r"in \[0, 3\], .* got \[0, 4\]"),
     ],
 )
 def test_a_cache_that_cannot_be(patterns, change, error, message):

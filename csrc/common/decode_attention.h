@@ -17,6 +17,7 @@ struct DecodeAttentionArgs {
   SequenceStrides q_strides, k_strides, v_strides, image_strides;
   int64_t prompts, candidates, heads, head_dim;
   const int64_t* step;
+  const int64_t* text_lengths;   // [P]: how many text keys of each prompt exist; null: all
   const int32_t* schedule;
   float scale;
   DType dtype;

@@ -39,13 +39,13 @@ template <class T> struct KeyChunk {
 // Prefetches into the L2 cache: it allows more outstanding misses than L1, which is too small for two sequences anyway.
 DK_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// Calls visit(places, count <= DECODE_CHUNK_KEYS) for successive chunks of the positions in `runs`.
-template <class Visit> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, const Visit& visit) {
+// Calls visit(places, count <= DECODE_CHUNK_KEYS) for successive chunks of the positions in `runs` before `limit`.
+template <class Visit> DK_INLINE void for_each_chunk(DecodeSchedule::Runs runs, int64_t limit, const Visit& visit) {
   int32_t places[DECODE_CHUNK_KEYS];
   int count = 0;
   for (int32_t i = 0; i < runs.count; ++i) {
     const int32_t begin = runs.pairs[2 * i], end = begin + runs.pairs[2 * i + 1];
-    for (int32_t place = begin; place < end; ++place) {
+    for (int32_t place = begin; place < end && place < limit; ++place) {
       places[count++] = place;
       if (count == DECODE_CHUNK_KEYS) {
         visit(places, count);
@@ -177,12 +177,12 @@ template <class T, int DP> struct Decode {
     return copy;
   }
 
-  // Calls visit(KeyChunk<E>) for all keys of the runs. `ahead`: prefetch distance in elements.
+  // Calls visit(KeyChunk<E>) for the keys of the runs before `limit`. `ahead`: prefetch distance in elements.
   template <class E, class Visit>
-  static void for_each_key_chunk(DecodeSchedule::Runs runs, const T* k, const T* v, int64_t dim, int64_t ahead,
-                                 Space& w, const Visit& visit) {
+  static void for_each_key_chunk(DecodeSchedule::Runs runs, int64_t limit, const T* k, const T* v, int64_t dim,
+                                 int64_t ahead, Space& w, const Visit& visit) {
     E *key_copies = reinterpret_cast<E*>(w.key_copies), *value_copies = reinterpret_cast<E*>(w.value_copies);
-    for_each_chunk(runs, [&](const int32_t* places, int count) {
+    for_each_chunk(runs, limit, [&](const int32_t* places, int count) {
       KeyChunk<E> chunk;
       for (int j = 0; j < count; ++j) {
         chunk.keys[j] = row<E>(k + places[j] * dim, dim, ahead, key_copies + j * DP);
@@ -196,16 +196,17 @@ template <class T, int DP> struct Decode {
     });
   }
 
-  // Processes the text keys for `count` candidates, as a panel or one by one; stores their states in w.states.
-  static void text(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, const T* q, int count, const T* k,
-                   const T* v, Space& w) {
+  // Processes the first `length` text keys for `count` candidates, as a panel or one by one; stores their states in
+  // w.states.
+  static void text(const DecodeAttentionArgs& a, DecodeSchedule::Runs runs, int64_t length, const T* q, int count,
+                   const T* k, const T* v, Space& w) {
     const int64_t dim = a.head_dim;
     for (int c = 0; c < count; ++c) {
       std::memset(w.states[c].out, 0, sizeof(w.states[c].out));
       w.states[c].maximum = EMPTY_MAXIMUM, w.states[c].sum = 0.0f;
     }
     if (count < FEWEST_OF_PANEL) {
-      for_each_key_chunk<T>(runs, k, v, dim, DECODE_CHUNK_KEYS * dim, w, [&](const KeyChunk<T>& chunk) {
+      for_each_key_chunk<T>(runs, length, k, v, dim, DECODE_CHUNK_KEYS * dim, w, [&](const KeyChunk<T>& chunk) {
         for (int c = 0; c < count; ++c) {
           fetch_row<T, DP>(q, a.q_strides.sequence, c, dim, w.q);
           products_of_one<T, DP>(w.q, chunk, a.scale, w.s);
@@ -219,7 +220,7 @@ template <class T, int DP> struct Decode {
     pack_transposed<T, DP>(q, a.q_strides.sequence, lanes, dim, w.qt);
     std::memset(w.panel.out, 0, sizeof(w.panel.out));
     w.panel.clear_softmax();
-    for_each_key_chunk<float>(runs, k, v, dim, 0, w,
+    for_each_key_chunk<float>(runs, length, k, v, dim, 0, w,
                               [&](const KeyChunk<float>& chunk) { update_panel<DP>(w, chunk, a.scale); });
     for (int c = 0; c < count; ++c) {
       for (int d = 0; d < DP; ++d) w.states[c].out[d] = w.panel.out[d * ROWS + c];
@@ -242,9 +243,9 @@ template <class T, int DP> struct Decode {
     T* out = static_cast<T*>(a.out) + (first * a.heads + head) * dim;
     auto& w = *reinterpret_cast<Space*>(workspace);
 
-    const int64_t prefix = (prompt * a.heads + head) * schedule[schedule_header::text_len] * dim;
-    text(a, schedule.text(*a.step), q, count, static_cast<const T*>(a.prefix_k) + prefix,
-         static_cast<const T*>(a.prefix_v) + prefix, w);
+    const int64_t text_len = schedule[schedule_header::text_len], prefix = (prompt * a.heads + head) * text_len * dim;
+    text(a, schedule.text(*a.step), a.text_lengths ? a.text_lengths[prompt] : text_len, q, count,
+         static_cast<const T*>(a.prefix_k) + prefix, static_cast<const T*>(a.prefix_v) + prefix, w);
 
     const int64_t next = a.image_strides.sequence;
     for (int64_t c = 0; c < count; ++c) {
@@ -253,8 +254,8 @@ template <class T, int DP> struct Decode {
       std::memcpy(keys + own, new_k + c * a.k_strides.sequence, dim * sizeof(T));
       std::memcpy(values + own, new_v + c * a.v_strides.sequence, dim * sizeof(T));
       fetch_row<T, DP>(q, a.q_strides.sequence, c, dim, w.q);
-      for_each_key_chunk<T>(schedule.image(*a.step), keys, values, dim, c + 1 < count ? next : 0, w,
-                            [&](const KeyChunk<T>& chunk) {
+      for_each_key_chunk<T>(schedule.image(*a.step), schedule[schedule_header::slots], keys, values, dim,
+                            c + 1 < count ? next : 0, w, [&](const KeyChunk<T>& chunk) {
                               products_by_row<T, DP>(w.q, chunk, a.scale, w.s);
                               update_sequence<T, DP>(w, chunk, state);
                             });

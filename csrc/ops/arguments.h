@@ -39,7 +39,7 @@ inline DecodeAttentionArgs decode_attention_args(const Tensor& q, const Tensor& 
                                                  const Tensor& step, double scale) {
   STD_TORCH_CHECK(image_k.stride(0) == image_v.stride(0) && image_k.stride(1) == image_v.stride(1),
                   "keys and values must be stored alike");
-  DecodeAttentionArgs a;
+  DecodeAttentionArgs a{};
   a.q = q.data_ptr(), a.k = k.data_ptr(), a.v = v.data_ptr(), a.out = out.data_ptr();
   a.prefix_k = prefix_k.data_ptr(), a.prefix_v = prefix_v.data_ptr(), a.image_k = image_k.data_ptr(),
   a.image_v = image_v.data_ptr();

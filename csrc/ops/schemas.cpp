@@ -16,7 +16,7 @@ STABLE_TORCH_LIBRARY(dalle_kernels, m) {
       "head_offset) -> (Tensor, Tensor, Tensor)");
   m.def(
       "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) image_k, Tensor(b!) "
-      "image_v, Tensor schedule, Tensor step, float scale) -> Tensor");
+      "image_v, Tensor schedule, Tensor step, float scale, Tensor? text_lengths=None) -> Tensor");
   m.def(
       "gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, bool return_kl) -> (Tensor, Tensor, "
       "Tensor)");

@@ -1,5 +1,5 @@
-"""decode_attention, step by step: the error bound against full attention; batch invariance, strides, masked text, and
-repeated steps.
+"""decode_attention, step by step: the error bound against full attention; batch invariance, strides, masked and absent
+text, and repeated steps.
 """
 
 from __future__ import annotations
@@ -43,12 +43,19 @@ def cases(target: Target) -> list[Case]:
             add(f"scale {scale} {dtype}", accuracy, pattern, dtype, start=12, scale=scale, rare=True)
         add(f"many image keys {dtype}", accuracy, P.causal(3, (13, 10)), dtype, dim=64, start=128)
         add(f"many keys {dtype}", accuracy, P.causal(1100, (33, 32)), dtype, dim=64, start=33 * 32 - 1, rare=True)
+        if target.backend in ("cpu", "reference"):
+            for candidates in (1, 17):
+                options = dict(prompts=3, candidates=candidates, lengths=[70, 0, 13])
+                add(f"text lengths, {candidates} candidates {dtype}", accuracy, P.row(70, (2, 6)), dtype, **options)
         if target.kernels:
             add(f"bits {dtype}", bits, dtype)
             add(f"graph {dtype}", graph, dtype, rare=True)
             for layout in ("qkv", "heads last", "unaligned", "spread"):
                 add(f"{layout} {dtype}", strided, dtype, layout)
-    for check in (repeated_step, unseen_text, overflow, what_is_written):
+    checks = [repeated_step, unseen_text, overflow, what_is_written]
+    if target.backend not in ("cpu", "reference"):
+        checks.append(text_lengths_are_refused)
+    for check in checks:
         add(check.__name__.replace("_", " "), check)
     return found.completed(one_graph, beyond_32_bits)
 
@@ -67,12 +74,14 @@ def make(target, pattern, prompts, candidates, heads, dim, dtype, start=0, facto
     return [x.flatten(0, 1) for x in (q * factor, k, v)]
 
 
-def new_cache(pattern, k, v, prompts, start=0, layers=1):
+def new_cache(pattern, k, v, prompts, start=0, layers=1, lengths=None):
     """A prefilled cache with NaN in all other slots."""
     sequences, heads, _, dim = k.shape
     candidates, given = sequences // prompts, pattern.text_len + start
     sizes = dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=dim, dtype=k.dtype, device=k.device)
-    cache = dk.DecodeCache([pattern] * layers, **sizes, start=start)
+    if lengths is not None:
+        lengths = torch.tensor(lengths, device=k.device)
+    cache = dk.DecodeCache([pattern] * layers, **sizes, start=start, text_lengths=lengths)
     for layer in range(layers):
         for storage in (cache.layer(layer).image_k, cache.layer(layer).image_v):
             storage.fill_(torch.nan)
@@ -84,24 +93,51 @@ def step(target, new, cache, scale=None):
     return dk.decode_attention(*new, cache, 0, scale=scale, backend=target.backend)
 
 
-def decode(target, pattern, q, k, v, prompts, start=0, steps=None, scale=None):
+def decode(target, pattern, q, k, v, prompts, start=0, steps=None, scale=None, lengths=None):
     """The outputs of `steps` image tokens from `start` on (None: all), one step at a time: [P * C, H, steps, D]."""
     first = pattern.text_len + start
-    cache, out = new_cache(pattern, k, v, prompts, start), []
+    cache, out = new_cache(pattern, k, v, prompts, start, lengths=lengths), []
     for token in range(first, pattern.seq_len if steps is None else first + steps):
         out.append(step(target, (x[:, :, token] for x in (q, k, v)), cache, scale))
         cache.advance()
     return torch.stack(out, 2)
 
 
-def accuracy(target, pattern, dtype, *, prompts=1, candidates=3, heads=2, dim=48, start=0, factor=1.0, scale=None):
+def absent_text(pattern, lengths, candidates):
+    """Which tokens of each sequence are text that does not exist: bool [P * C, N]."""
+    tokens = torch.arange(pattern.seq_len)
+    absent = (tokens < pattern.text_len) & (tokens >= torch.tensor(lengths)[:, None])
+    return absent.repeat_interleave(candidates, 0)
+
+
+def accuracy(
+    target,
+    pattern,
+    dtype,
+    *,
+    prompts=1,
+    candidates=3,
+    heads=2,
+    dim=48,
+    start=0,
+    factor=1.0,
+    scale=None,
+    lengths=None,
+):
+    """`lengths`: how many text tokens of each prompt exist; the others are NaN in the cache."""
     tensors = make(target, pattern, prompts, candidates, heads, dim, DTYPES[dtype], start, factor)
     rows = slice(pattern.text_len + start, None)
     mask, used = pattern.dense(rows.start).to(target.device), dim**-0.5 if scale is None else scale
+    if lengths is not None:
+        absent = absent_text(pattern, lengths, candidates).to(target.device)
+        mask = mask & ~absent[:, None, None]
     exact, plain = (
         plain_attention(q[:, :, rows], k, v, mask, used) for q, k, v in ([x.double() for x in tensors], tensors)
     )
-    ours = decode(target, pattern, *tensors, prompts, start, scale=scale)
+    if lengths is not None:
+        for x in tensors[1:]:
+            x.transpose(1, 2)[absent] = torch.nan
+    ours = decode(target, pattern, *tensors, prompts, start, scale=scale, lengths=lengths)
     assert_accurate(ours, exact, plain, what(target, "decode", "out", dtype))
 
 
@@ -178,6 +214,17 @@ def unseen_text(target):
     expected = decode(target, pattern, q, k, v, 1, steps=2)
     k[:, :, 3:7] = v[:, :, 3:7] = torch.nan
     assert torch.equal(decode(target, pattern, q, k, v, 1, steps=2), expected)
+
+
+def text_lengths_are_refused(target):
+    pattern = P.row(5, (2, 4))
+    q, k, v = make(target, pattern, 2, 3, 2, 24, torch.float16)
+    try:
+        decode(target, pattern, q, k, v, 2, steps=1, lengths=[5, 2])
+    except NotImplementedError as error:
+        assert "does not support text_lengths; 'cpu' and 'reference' do" in str(error)
+    else:
+        raise AssertionError("text_lengths are not refused")
 
 
 def overflow(target):

@@ -1,5 +1,7 @@
 // decode_attention: checks the schedule and the step, allocates, and distributes (prompt, head, candidates) over
 // threads. Arguments are checked in Python.
+#include <optional>
+
 #include "common/decode_schedule.h"
 #include "ops/arguments.h"
 #include "ops/cpu/common.h"
@@ -19,14 +21,16 @@ static void check(const DecodeSchedule& s, int64_t words, int64_t step, const Te
 }
 
 static Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor image_k,
-                               Tensor image_v, Tensor schedule, Tensor step, double scale) {
+                               Tensor image_v, Tensor schedule, Tensor step, double scale,
+                               std::optional<Tensor> text_lengths) {
   const DecodeSchedule packed(static_cast<const int32_t*>(schedule.data_ptr()));
   const int64_t number = *static_cast<const int64_t*>(step.data_ptr());
   check(packed, schedule.numel(), number, prefix_k, image_k);
   check(packed, schedule.numel(), number, prefix_v, image_v);
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  const DecodeAttentionArgs a =
+  DecodeAttentionArgs a =
       decode_attention_args(q, k, v, prefix_k, prefix_v, image_k, image_v, out, schedule, step, scale);
+  if (text_lengths) a.text_lengths = static_cast<const int64_t*>(text_lengths->data_ptr());
 
   // Two work items per thread: more candidates per item read the text less often, more items balance the load.
   const int64_t pieces_wanted = 2 * torch::stable::get_num_threads(), sequences = a.prompts * a.heads * a.candidates;

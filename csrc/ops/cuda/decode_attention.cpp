@@ -1,5 +1,7 @@
 // decode_attention: one block per (prompt, head, 16 candidates). Arguments are checked in Python. The schedule and the
-// step are on the device and are not checked here, which would synchronise.
+// step are on the device and are not checked here, which would synchronise. Text lengths are refused in Python.
+#include <optional>
+
 #include "cuda/decode_attention.h"
 
 #include "ops/arguments.h"
@@ -8,7 +10,7 @@
 namespace dk {
 
 static Tensor decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor image_k,
-                               Tensor image_v, Tensor schedule, Tensor step, double scale) {
+                               Tensor image_v, Tensor schedule, Tensor step, double scale, std::optional<Tensor>) {
   const OnDevice guard(q);
   for (const Tensor* image : {&image_k, &image_v})
     STD_TORCH_CHECK(image->stride(3) == 1 && image->stride(2) == image->size(3),

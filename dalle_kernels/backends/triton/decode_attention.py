@@ -6,7 +6,7 @@ It writes the new key and value to the cache, starts from them (a token attends 
 keys, and merges the state of the text.
 
 Batch-invariant: a candidate's reduction order does not depend on the other rows. The step is read on the device only,
-so that one captured graph serves all steps.
+so that one captured graph serves all steps. Text lengths are refused before the call.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _image(
 # -- the operation
 
 
-def _decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
+def _decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale, text_lengths=None):
     prompts, heads, _, head_dim = prefix_k.shape
     candidates = q.shape[0] // prompts
     out = q.new_empty(q.shape)
@@ -176,13 +176,13 @@ def _decode_attention(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, s
     return out
 
 
-def _fake(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale):
+def _fake(q, k, v, prefix_k, prefix_v, image_k, image_v, schedule, step, scale, text_lengths=None):
     return q.new_empty(q.shape)
 
 
 decode_attention = register(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor prefix_k, Tensor prefix_v, Tensor(a!) image_k,"
-    " Tensor(b!) image_v, Tensor schedule, Tensor step, float scale) -> Tensor",
+    " Tensor(b!) image_v, Tensor schedule, Tensor step, float scale, Tensor? text_lengths=None) -> Tensor",
     _decode_attention,
     _fake,
 )
