@@ -11,6 +11,9 @@ backend:
     runs           [runs, 2]    begin, length: ascending slots of the image cache (the step's own among them), or text
                    positions; equal lists of runs are stored once
 
+Text that is decoded one token at a time has a schedule of its own, in which the text is the image: step t computes text
+token t, its key has slot t, and there is no text before it.
+
 Schedules are compiled by streaming over blocks of queries; no N x N matrix is ever made.
 """
 
@@ -88,7 +91,22 @@ def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
     slots = _fewest_slots(order, _last_use(pattern))
     slot = np.empty(len(order), np.int64)
     slot[order] = np.arange(len(order)) % slots
+    return _compile(_blocks(pattern, text, pattern.seq_len), text, slots, slot)
 
+
+@functools.lru_cache(maxsize=256)
+def compile_text_schedule(pattern: AttentionPattern) -> DecodeSchedule:
+    """Compiles the schedule of all text tokens of `pattern`; cached.
+
+    Raises:
+        ValueError: the schedule is too large for int32.
+    """
+    text = pattern.text_len
+    return _compile(_blocks(pattern, 0, text), 0, text, np.arange(text))
+
+
+def _compile(blocks, text, slots, slot):
+    """The schedule of the queries in `blocks`: their first `text` keys are text, the others have the slots `slot`."""
     steps, runs, known = [], [], {}
 
     def add(places):
@@ -100,17 +118,18 @@ def compile_schedule(pattern: AttentionPattern) -> DecodeSchedule:
             runs.extend(pairs)
         return first, len(pairs)
 
-    for rows in _blocks(pattern):
+    for rows in blocks:
         for row in rows:
             image = np.sort(slot[np.flatnonzero(row[text:])])
             steps.append((slot[len(steps)], *add(image), *add(np.flatnonzero(row[:text]))))
-    return _pack(text, slots, np.array(steps, np.int32), np.array(runs, np.int32).reshape(-1, 2))
+    tables = (np.array(rows, np.int32).reshape(-1, width) for rows, width in ((steps, STEP_WORDS), (runs, 2)))
+    return _pack(text, slots, *tables)
 
 
-def _blocks(pattern):
-    """The rows of the image queries, in blocks: bool [queries, tokens up to the last of these queries]."""
-    for begin in range(pattern.text_len, pattern.seq_len, _BLOCK):
-        end = min(begin + _BLOCK, pattern.seq_len)
+def _blocks(pattern, first, stop):
+    """The rows of the queries [first, stop), in blocks: bool [queries, tokens up to the last of these queries]."""
+    for begin in range(first, stop, _BLOCK):
+        end = min(begin + _BLOCK, stop)
         yield pattern.allowed(np.arange(begin, end, dtype=np.int32)[:, None], np.arange(end, dtype=np.int32)[None, :])
 
 
@@ -118,7 +137,7 @@ def _last_use(pattern):
     """The last step that reads each image key: int64 [steps]."""
     last = np.zeros(pattern.seq_len - pattern.text_len, np.int64)
     step = 0
-    for rows in _blocks(pattern):
+    for rows in _blocks(pattern, pattern.text_len, pattern.seq_len):
         image = rows[:, pattern.text_len :]
         latest = step + len(image) - 1 - image[::-1].argmax(0)
         np.copyto(last[: image.shape[1]], latest, where=image.any(0))

@@ -37,15 +37,24 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: DecodeCache | None = None, layer: int = 0) -> torch.Tensor:
         """Self-attention: x [B, N, dim] with N <= pattern.seq_len -> [B, N, dim]. If a cache is given, the keys and
-        values of x become the prefix of its `layer` (B prompts, N = text_len + start).
+        values of x become the prefix of its `layer` (B prompts, N = text_len + start), or the first N tokens of it, if
+        `step` decodes the rest of the text.
+
+        Raises:
+            ValueError: the cache already holds the first part of a prefix, to which x alone does not attend.
         """
         q, k, v = self._heads(x)
         if cache is not None:
+            if first := cache.next_position(layer):
+                raise ValueError(
+                    f"forward attends to x alone, but layer {layer} already holds {first} tokens of the prefix; pass "
+                    "the whole prefix at once, or decode the rest of the text with step"
+                )
             cache.prefill(layer, k, v)
         return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
 
     def step(self, x: torch.Tensor, cache: DecodeCache, layer: int = 0) -> torch.Tensor:
-        """Attention of one new image token per sequence over `layer` of the cache: x [P * C, dim] -> [P * C, dim]. The
+        """Attention of one new token per sequence over `layer` of the cache: x [P * C, dim] -> [P * C, dim]. The
         cache stays at its step until `cache.advance()`.
         """
         q, k, v = (t[:, :, 0] for t in self._heads(x[:, None]))

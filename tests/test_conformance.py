@@ -104,12 +104,14 @@ def test_sparse_attention_of_any_shape(batch, heads, dim, text_len, grid, name, 
     data=st.data(),
 )
 def test_decode_attention_of_any_shape(prompts, candidates, dim, text_len, grid, name, dtype, data):
-    start = data.draw(st.integers(0, grid[0] * grid[1] - 1), label="start")
+    start, given = data.draw(st.integers(0, grid[0] * grid[1] - 1), label="start"), None
+    if candidates == 1 and data.draw(st.booleans(), label="text"):
+        start, given = 0, data.draw(st.integers(0, text_len), label="given")
     torch.manual_seed(data.draw(SEED, label="seed"))
     pattern = every_pattern(text_len, grid)[name]
     numbers = prompts * candidates * dim * (grid[0] * grid[1] - start)
     lengths = data.draw(st.none() | st.lists(st.integers(0, text_len), min_size=prompts, max_size=prompts))
-    sizes = dict(prompts=prompts, candidates=candidates, dim=dim, start=start, lengths=lengths)
+    sizes = dict(prompts=prompts, candidates=candidates, dim=dim, start=start, lengths=lengths, given=given)
     sizes["heads"] = -(-300 // numbers)  # the largest error over a few elements is a matter of chance
     mostly(lambda: decode_attention.accuracy(FIRST, pattern, dtype, **sizes))
 

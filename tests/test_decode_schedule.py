@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import dalle_kernels as dk
 from dalle_kernels.backends.plans import schedule_tensor
-from dalle_kernels.decode_schedule import compile_schedule
+from dalle_kernels.decode_schedule import compile_schedule, compile_text_schedule
 from patterns_for_tests import NAMES, every_pattern
 
 P = dk.AttentionPattern
@@ -62,6 +62,16 @@ def test_schedule_reads_the_row_from_the_fewest_slots(text_len, grid, name, seed
     for step in range(grid[0] * grid[1]):
         row = pattern.dense(text_len + step, text_len + step + 1)[0, :text_len]
         assert schedule.text_keys(step).tolist() == row.nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_tokens_are_their_own_slots(name, seed):
+    pattern = every_pattern(9, (3, 4))[name]
+    schedule = compile_text_schedule(pattern)
+    assert schedule.slots == 9 and schedule.steps[:, 0].tolist() == list(range(9))
+    for step, row in enumerate(pattern.dense(0, 9)):
+        assert schedule.image_slots(step).tolist() == row.nonzero().flatten().tolist()
+        assert not len(schedule.text_keys(step))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ..compile import plain_tensors
-from ..decode_schedule import compile_schedule
+from ..decode_schedule import DecodeSchedule, compile_schedule
 from ..patterns import AttentionPattern
 from ..plan import PlanHeader, Side, TileShape, compile_plan
 
@@ -63,7 +64,11 @@ def plan_tensors(
 
 
 @functools.lru_cache(maxsize=256)
-def schedule_tensor(pattern: AttentionPattern, device: torch.device) -> torch.Tensor:
-    """The packed decode schedule of the pattern, int32 on `device`."""
+def schedule_tensor(
+    pattern: AttentionPattern,
+    device: torch.device,
+    compiler: Callable[[AttentionPattern], DecodeSchedule] = compile_schedule,
+) -> torch.Tensor:
+    """The packed decode schedule of the pattern, or with `compile_text_schedule` of its text, int32 on `device`."""
     with plain_tensors():
-        return torch.from_numpy(compile_schedule(pattern).packed).to(device)
+        return torch.from_numpy(compiler(pattern).packed).to(device)

@@ -1,5 +1,5 @@
 """decode_attention, step by step: the error bound against full attention; batch invariance, strides, masked and absent
-text, and repeated steps.
+text, decoded text, and repeated steps.
 """
 
 from __future__ import annotations
@@ -43,10 +43,15 @@ def cases(target: Target) -> list[Case]:
             add(f"scale {scale} {dtype}", accuracy, pattern, dtype, start=12, scale=scale, rare=True)
         add(f"many image keys {dtype}", accuracy, P.causal(3, (13, 10)), dtype, dim=64, start=128)
         add(f"many keys {dtype}", accuracy, P.causal(1100, (33, 32)), dtype, dim=64, start=33 * 32 - 1, rare=True)
+        for given in (0, 3):
+            options = dict(prompts=2, candidates=1, given=given, rare=given > 0)
+            add(f"text from {given} {dtype}", accuracy, P.row(9, (2, 3)), dtype, **options)
         if target.backend in ("cpu", "reference"):
             for candidates in (1, 17):
                 options = dict(prompts=3, candidates=candidates, lengths=[70, 0, 13])
                 add(f"text lengths, {candidates} candidates {dtype}", accuracy, P.row(70, (2, 6)), dtype, **options)
+            options = dict(prompts=3, candidates=1, lengths=[9, 0, 4], given=2)
+            add(f"decoded text lengths {dtype}", accuracy, P.row(9, (2, 3)), dtype, **options)
         if target.kernels:
             add(f"bits {dtype}", bits, dtype)
             add(f"graph {dtype}", graph, dtype, rare=True)
@@ -74,17 +79,17 @@ def make(target, pattern, prompts, candidates, heads, dim, dtype, start=0, facto
     return [x.flatten(0, 1) for x in (q * factor, k, v)]
 
 
-def new_cache(pattern, k, v, prompts, start=0, layers=1, lengths=None):
-    """A prefilled cache with NaN in all other slots."""
+def new_cache(pattern, k, v, prompts, start=0, layers=1, lengths=None, given=None):
+    """A cache with the first `given` tokens, by default the whole prefix, and NaN in all other slots."""
     sequences, heads, _, dim = k.shape
-    candidates, given = sequences // prompts, pattern.text_len + start
+    candidates, given = sequences // prompts, pattern.text_len + start if given is None else given
     sizes = dict(prompts=prompts, candidates=candidates, heads=heads, head_dim=dim, dtype=k.dtype, device=k.device)
     if lengths is not None:
         lengths = torch.tensor(lengths, device=k.device)
     cache = dk.DecodeCache([pattern] * layers, **sizes, start=start, text_lengths=lengths)
     for layer in range(layers):
-        for storage in (cache.layer(layer).image_k, cache.layer(layer).image_v):
-            storage.fill_(torch.nan)
+        for name in ("prefix_k", "prefix_v", "image_k", "image_v"):
+            getattr(cache.layer(layer), name).fill_(torch.nan)
         cache.prefill(layer, k[::candidates, :, :given], v[::candidates, :, :given])
     return cache
 
@@ -93,10 +98,12 @@ def step(target, new, cache, scale=None):
     return dk.decode_attention(*new, cache, 0, scale=scale, backend=target.backend)
 
 
-def decode(target, pattern, q, k, v, prompts, start=0, steps=None, scale=None, lengths=None):
-    """The outputs of `steps` image tokens from `start` on (None: all), one step at a time: [P * C, H, steps, D]."""
-    first = pattern.text_len + start
-    cache, out = new_cache(pattern, k, v, prompts, start, lengths=lengths), []
+def decode(target, pattern, q, k, v, prompts, start=0, steps=None, scale=None, lengths=None, given=None):
+    """The outputs of `steps` tokens after the prefix (None: all), one step at a time: [P * C, H, steps, D]. `given`:
+    number of prefilled tokens, if the rest of the text is decoded.
+    """
+    first = pattern.text_len + start if given is None else given
+    cache, out = new_cache(pattern, k, v, prompts, start, lengths=lengths, given=given), []
     for token in range(first, pattern.seq_len if steps is None else first + steps):
         out.append(step(target, (x[:, :, token] for x in (q, k, v)), cache, scale))
         cache.advance()
@@ -123,10 +130,13 @@ def accuracy(
     factor=1.0,
     scale=None,
     lengths=None,
+    given=None,
 ):
-    """`lengths`: how many text tokens of each prompt exist; the others are NaN in the cache."""
+    """`lengths`: how many text tokens of each prompt exist; the others are NaN in the cache, and give 0. `given`: see
+    `decode`.
+    """
     tensors = make(target, pattern, prompts, candidates, heads, dim, DTYPES[dtype], start, factor)
-    rows = slice(pattern.text_len + start, None)
+    rows = slice(pattern.text_len + start if given is None else given, None)
     mask, used = pattern.dense(rows.start).to(target.device), dim**-0.5 if scale is None else scale
     if lengths is not None:
         absent = absent_text(pattern, lengths, candidates).to(target.device)
@@ -135,9 +145,11 @@ def accuracy(
         plain_attention(q[:, :, rows], k, v, mask, used) for q, k, v in ([x.double() for x in tensors], tensors)
     )
     if lengths is not None:
+        for x in (exact, plain):
+            x.transpose(1, 2)[absent[:, rows]] = 0
         for x in tensors[1:]:
             x.transpose(1, 2)[absent] = torch.nan
-    ours = decode(target, pattern, *tensors, prompts, start, scale=scale, lengths=lengths)
+    ours = decode(target, pattern, *tensors, prompts, start, scale=scale, lengths=lengths, given=given)
     assert_accurate(ours, exact, plain, what(target, "decode", "out", dtype))
 
 
