@@ -12,6 +12,7 @@ from .backends.base import rows_contiguous
 from .backends.options import NO_OPTIONS, AttentionOptions
 from .patterns import AttentionPattern
 from .philox import seeds_of
+from .sharding import attend_locally, is_sharded
 
 
 @overload
@@ -68,7 +69,8 @@ def sparse_attention(
             of scaled_dot_product_attention.
         k, v: [B, K, N, D] with N <= pattern.seq_len, in q's dtype and on its device. K divides H: H / K consecutive
             heads of q share one of k and v (grouped queries). M <= N: the queries are the last M of the N tokens, as
-            when a sequence continues from cached keys.
+            when a sequence continues from cached keys. q, k and v may be DTensors that are sharded over B or the heads,
+            or replicated: every rank computes what it holds, and the results are DTensors placed as q.
         pattern: which query attends to which key; its first N tokens are used.
         scale: factor of the scores; None: D ** -0.5.
         return_lse: also return the log-sum-exp of each query's scores.
@@ -93,6 +95,11 @@ def sparse_attention(
         NotImplementedError: the backend cannot run the problem, or (except on "reference") double backward or a
             forward-mode derivative.
     """
+    if is_sharded(q, k, v):
+        shared = dict(scale=scale, return_lse=return_lse, backend=backend)
+        return attend_locally(
+            sparse_attention, q, k, v, pattern, text_lengths, dropout_p, seed, head_offset, **shared
+        )
     q, k, v = _checked(q, k, v, pattern)
     options = NO_OPTIONS
     if text_lengths is not None or dropout_p:

@@ -24,6 +24,7 @@ from dalle.models.checkpoint import load_parts, made_with, save_part
 from dalle.models.clip import CLIP
 from dalle.models.hub import model_directory
 from dalle.models.prior import Prior
+from dalle.models.sharded import with_whole_weights
 from dalle.models.vqgan import ImageTokenizer
 from dalle.runtime import choose_device, free_memory
 from dalle.tokenizer import Tokenizer
@@ -389,12 +390,12 @@ class Pipeline(ModelHubMixin, library_name="dalle-kernels", model_card_template=
         how = {name: getattr(options, name) for name in SAMPLING}
         avoided = [] if options.negative is None else self.tokenizer.encode(options.negative)
         avoided = self.prior.pack_text([avoided], options.truncate)
-        results = []
+        prior, results = with_whole_weights(self.prior), []
         for rows, row_seeds in zip(text.split(prompts_per_batch), seeds.split(prompts_per_batch), strict=True):
             row_codes = []
             for batch in row_seeds.split(batch_size, dim=1):
                 codes = generate_codes(
-                    self.prior,
+                    prior,
                     rows,
                     candidates=batch.shape[1],
                     seeds=batch.flatten().to(self.device),

@@ -9,6 +9,7 @@ from torch import Tensor
 import dalle_kernels as dk
 from dalle.errors import UserError
 from dalle.models.prior import Prior
+from dalle.models.sharded import with_whole_weights
 from dalle_kernels.decode_schedule import compile_schedule
 
 LOGIT_COPIES = 6  # float32 copies of a step's logits that sampling may hold at once: sorted, indices, cumulative sums
@@ -37,7 +38,7 @@ def generate_codes(
     replace the sampled ones, so the codes after them are conditioned on them.
 
     Args:
-        prior: the model.
+        prior: the model. If its weights are sharded (FSDP2), all ranks must call this function, which gathers them.
         text: prompts, int64 [P, text_len], from `Prior.pack_text`.
         candidates: images per prompt, C.
         seeds: int64 [P * C], one per image, in the order p * C + c; None takes random ones. An image depends on its
@@ -69,6 +70,7 @@ def generate_codes(
 
     codes = given.repeat_interleave(candidates, 0)
     sampled = torch.tensor(sampled, device=codes.device)
+    prior = with_whole_weights(prior)
     texts = [text] if guidance == 1 else [text, prior.pack_text([[]] * len(text)) if negative is None else negative]
     with torch.inference_mode():
         cache = _decode_cache(prior, len(texts) * len(text), candidates, start)
