@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import FrozenInstanceError
 
 import pytest
@@ -67,3 +68,36 @@ def test_patterns_are_values(name):
     assert pattern != other
     with pytest.raises(FrozenInstanceError):
         pattern.text_len = 7
+
+
+def compiled(pattern, fullgraph):
+    """Self-attention in torch.compile, and the list of its graphs."""
+    graphs = []
+
+    def backend(module, inputs):
+        graphs.append(module)
+        return module.forward
+
+    torch._dynamo.reset()
+    attend = torch.compile(lambda x: dk.sparse_attention(x, x, x, pattern), backend=backend, fullgraph=fullgraph)
+    return attend, graphs
+
+
+@pytest.mark.parametrize(("limit", "fullgraph", "count"), [(8, False, 8), (8, True, 8), (12, True, 12)])
+def test_every_length_is_compiled_once(limit, fullgraph, count, seed):
+    pattern = dk.AttentionPattern.row(5, (3, 4))
+    attend, graphs = compiled(pattern, fullgraph)
+    fails = fullgraph and limit < 12  # otherwise further lengths run eagerly
+    error = pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit) if fails else nullcontext()
+    with torch._dynamo.config.patch(recompile_limit=limit), error:
+        for n in [*range(1, 13), *range(1, 13)]:
+            x = torch.randn(2, 1, n, 8)
+            assert torch.equal(attend(x), dk.sparse_attention(x, x, x, pattern))
+    assert len(graphs) == count
+
+
+def test_two_graphs_serve_every_batch_size(seed):
+    attend, graphs = compiled(dk.AttentionPattern.row(5, (3, 4)), fullgraph=True)
+    for batch in range(2, 14):
+        attend(torch.randn(batch, 2, 17, 8))
+    assert len(graphs) == 2
