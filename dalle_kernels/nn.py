@@ -37,20 +37,22 @@ class SparseAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, cache: DecodeCache | None = None, layer: int = 0) -> torch.Tensor:
         """Self-attention: x [B, N, dim] with N <= pattern.seq_len -> [B, N, dim]. If a cache is given, the keys and
-        values of x become the prefix of its `layer` (B prompts, N = text_len + start), or the first N tokens of it, if
-        `step` decodes the rest of the text.
+        values of x become the next N tokens of the prefix of its `layer` (B prompts, text_len + start tokens).
 
         Raises:
-            ValueError: the cache already holds the first part of a prefix, to which x alone does not attend.
+            ValueError: the cache holds some of the given image tokens, and so no longer all tokens before x.
         """
         q, k, v = self._heads(x)
         if cache is not None:
-            if first := cache.next_position(layer):
+            first, stored = cache.next_position(layer), cache.layer(layer)
+            if first > cache.text_len:
                 raise ValueError(
-                    f"forward attends to x alone, but layer {layer} already holds {first} tokens of the prefix; pass "
-                    "the whole prefix at once, or decode the rest of the text with step"
+                    f"x must hold all {cache.start} given image tokens, as the cache does not keep all of them; layer "
+                    f"{layer} already holds {first - cache.text_len}"
                 )
             cache.prefill(layer, k, v)
+            if first:
+                k, v = (torch.cat([old[:, :, :first], x], 2) for old, x in ((stored.prefix_k, k), (stored.prefix_v, v)))
         return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
 
     def step(self, x: torch.Tensor, cache: DecodeCache, layer: int = 0) -> torch.Tensor:

@@ -119,13 +119,23 @@ def test_a_caption_is_completed_by_a_module(seed):
     attention, x = dk.nn.SparseAttention(16, 2, pattern), torch.randn(2, 12, 16)
     with torch.inference_mode():
         expected, cache = attention(x), a_cache(pattern)
-        outputs = [attention(x[:, :4], cache)]
-        with pytest.raises(ValueError, match=r"forward attends to x alone, but layer 0 already holds 4 tokens"):
-            attention(x[:, 4:6], cache)
+        outputs = [attention(x[:, :3], cache), attention(x[:, 3:4], cache)]
         for token in range(4, 12):
             outputs.append(attention.step(x[:, token], cache)[:, None])
             cache.advance()
     torch.testing.assert_close(torch.cat(outputs, 1), expected, rtol=0, atol=1e-6)
+
+
+def test_a_module_takes_the_given_tokens_at_once(seed):
+    pattern = P.row(4, (2, 3))
+    attention, x = dk.nn.SparseAttention(16, 2, pattern), torch.randn(2, 7, 16)
+    with torch.inference_mode():
+        cache = a_cache(pattern, candidates=2, start=3)
+        parts = [attention(part, cache) for part in (x[:, :3], x[:, 3:])]
+        torch.testing.assert_close(torch.cat(parts, 1), attention(x), rtol=0, atol=1e-6)
+        attention(x[:, :6], cache)
+        with pytest.raises(ValueError, match=r"all 3 given image tokens, .* layer 0 already holds 2"):
+            attention(x[:, 6:], cache)
 
 
 # -- errors
