@@ -14,6 +14,7 @@ from .backends.plans import schedule_tensor
 from .compile import intercepted, lifted
 from .decode_schedule import compile_schedule, compile_text_schedule
 from .patterns import AttentionPattern
+from .sharding import is_sharded
 
 
 @torch.library.custom_op("dalle_kernels::decode_advance", mutates_args=("step",))
@@ -296,6 +297,8 @@ class DecodeCache:
             raise ValueError(_full(self._steps))
 
     def _check_tensors(self, shape, meaning, **tensors):
+        if is_sharded(*tensors.values()):
+            raise TypeError(f"{' and '.join(tensors)} must be plain tensors, as the cache's are; pass x.to_local()")
         for name, x in tensors.items():
             if x.shape != shape:
                 raise ValueError(f"{name} must be {meaning} = {list(shape)}; got {list(x.shape)}")

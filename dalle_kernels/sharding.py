@@ -12,10 +12,9 @@ from .patterns import AttentionPattern
 from .philox import seeds_of
 
 
-def is_sharded(q: Any, k: Any, v: Any) -> bool:
+def is_sharded(*tensors: Any) -> bool:
     """Whether one of them is a DTensor. Does not import torch.distributed.tensor, which takes a second."""
-    plain = type(q) is type(k) is type(v) is torch.Tensor  # the usual case, in a fraction of a microsecond
-    return not plain and any(hasattr(x, "device_mesh") for x in (q, k, v))
+    return any(type(x) is not torch.Tensor and hasattr(x, "device_mesh") for x in tensors)
 
 
 def attend_locally(

@@ -97,9 +97,7 @@ def sparse_attention(
     """
     if is_sharded(q, k, v):
         shared = dict(scale=scale, return_lse=return_lse, backend=backend)
-        return attend_locally(
-            sparse_attention, q, k, v, pattern, text_lengths, dropout_p, seed, head_offset, **shared
-        )
+        return attend_locally(sparse_attention, q, k, v, pattern, text_lengths, dropout_p, seed, head_offset, **shared)
     q, k, v = _checked(q, k, v, pattern)
     options = NO_OPTIONS
     if text_lengths is not None or dropout_p:

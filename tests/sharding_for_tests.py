@@ -41,8 +41,19 @@ def attention(mesh):
         found = torch.autograd.grad(out, sharded, distribute_tensor(grad, mesh, [placement]))
         for a, b in zip(found, gradients, strict=True):
             assert a.placements == (placement,) and torch.equal(a.full_tensor(), b)
-    out = dk.sparse_attention(*sharded, PATTERN)
-    assert isinstance(out, DTensor)
+    assert isinstance(dk.sparse_attention(*sharded, PATTERN), DTensor)
+
+
+def options(mesh):
+    """Text lengths, dropout and grouped queries are those of the whole, however it is split."""
+    q, (k, v) = torch.randn(3, 4, PATTERN.seq_len, 8), torch.randn(2, 3, 2, PATTERN.seq_len, 8)
+    lengths = torch.tensor([3, 0, 2])
+    for seed in (7, torch.tensor([1, 2, 3])):
+        shared = dict(text_lengths=lengths, dropout_p=0.4, seed=seed, head_offset=5)
+        expected = dk.sparse_attention(q, k, v, PATTERN, **shared)
+        for placement in (Shard(0), Shard(1), Replicate()):
+            sharded = [distribute_tensor(x, mesh, [placement]) for x in (q, k, v)]
+            assert torch.equal(dk.sparse_attention(*sharded, PATTERN, **shared).full_tensor(), expected)
 
 
 def refused(mesh):
@@ -50,12 +61,25 @@ def refused(mesh):
     x = torch.randn(2, 2, PATTERN.seq_len, 8)
     batch, heads, tokens = (distribute_tensor(x, mesh, [Shard(dim)]) for dim in range(3))
     partial = DTensor.from_local(x, mesh, [Partial()])
+    q, k = (distribute_tensor(torch.randn(2, count, PATTERN.seq_len, 8), mesh, [Shard(1)]) for count in (6, 3))
     messages = []
-    for arguments in ((batch, x, batch), (batch, heads, batch), (tokens,) * 3, (partial,) * 3):
+    for arguments, p in (
+        ((batch, x, batch), 0),
+        ((batch, heads, batch), 0),
+        ((tokens,) * 3, 0),
+        ((partial,) * 3, 0),
+        ((q, k, k), 0),
+        ((batch,) * 3, 0.1),
+    ):
         try:
-            dk.sparse_attention(*arguments, PATTERN)
+            dk.sparse_attention(*arguments, PATTERN, dropout_p=p)
         except (TypeError, ValueError) as error:
             messages.append(f"{type(error).__name__}: {error}")
+    cache = dk.DecodeCache([PATTERN], prompts=2, candidates=1, heads=2, head_dim=8, dtype=torch.float32)
+    try:
+        cache.prefill(0, batch[:, :, :3], batch[:, :, :3])
+    except TypeError as error:
+        messages.append(str(error))
     return messages
 
 

@@ -28,18 +28,21 @@ def on_ranks(processes, check, folder):
     return [call.result() for call in calls]
 
 
-@pytest.mark.parametrize("check", ["attention", "generation"])
+@pytest.mark.parametrize("check", ["attention", "options", "generation"])
 def test_sharded_equals_whole(check, processes, tmp_path):
     on_ranks(processes, check, tmp_path)
 
 
 def test_what_cannot_be_sharded(processes, tmp_path):
     for messages in on_ranks(processes, "refused", tmp_path):
-        mixed, different, tokens, partial = messages
+        mixed, different, tokens, partial, grouped, unseeded, cached = messages
         assert mixed == "TypeError: q, k and v must all be DTensors if one is; got DTensor, Tensor and DTensor"
         assert different.startswith("ValueError: q, k and v must share one mesh and placements; got (Shard(dim=0),)")
         may_be = "ValueError: q, k and v may be sharded over the batch, Shard(0), or heads, Shard(1); got "
         assert tokens.startswith(may_be + "(Shard(dim=2),)") and partial.startswith(may_be + "(Partial(sum),)")
+        assert cached == "k and v must be plain tensors, as the cache's are; pass x.to_local()"
+        assert "must be divisible by their 2 shards; got 3" in grouped
+        assert unseeded.endswith("dropout on DTensors needs a seed, since every rank would take another one")
 
 
 def test_import_leaves_dtensors_alone():
