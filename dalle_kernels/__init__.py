@@ -7,6 +7,7 @@ from .backends import use_backend
 from .decode_attention import decode_attention
 from .decode_cache import DecodeCache
 from .gumbel_softmax import gumbel_softmax
+from .patch import Patch, patch
 from .patterns import AttentionPattern
 from .prepare import prepare
 from .sample_tokens import sample_tokens
@@ -16,9 +17,11 @@ from .version import __version__ as __version__
 __all__ = [
     "AttentionPattern",
     "DecodeCache",
+    "Patch",
     "decode_attention",
     "gumbel_softmax",
     "nn",
+    "patch",
     "prepare",
     "sample_tokens",
     "sparse_attention",

@@ -42,8 +42,8 @@ ROOMS = (
             *(
                 f"dalle_kernels.{name}"
                 for name in (
-                    "decode_attention", "decode_cache", "gumbel_softmax", "info", "nn", "prepare", "sample_tokens",
-                    "sparse_attention", "tune",
+                    "decode_attention", "decode_cache", "gumbel_softmax", "info", "nn", "patch*", "prepare",
+                    "sample_tokens", "sparse_attention", "tune",
                 )
             ),
         ),

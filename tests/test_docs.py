@@ -14,7 +14,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "csrc/README.md")),
     *sorted(ROOT.glob("docs/**/*.md")),
 ]
-FOLDERS = "benchmarks|csrc|dalle|dalle_kernels|docs|recipes|tests"
+FOLDERS = "benchmarks|csrc|dalle|dalle_kernels|docs|examples|recipes|tests"
 DESIGN = (ROOT / "docs/design.md").read_text(encoding="utf-8")
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

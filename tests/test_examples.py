@@ -30,7 +30,9 @@ NOT_RUN = {
     r"python -m twine|git tag": "publishes a release",
     r"TRITON_INTERPRET=1 python -m pytest": "takes minutes; `make test-slow` runs these tests in the interpreter",
     r"python setup.py|cmake --build": "builds; test_the_build_runs does in a copy",
+    r"dalle convert|dalle \w+ .*--model (malevich|openai)\b": "needs the published weights of other projects",
 }
+SCRIPTS = {path.read_text(encoding="utf-8"): path.name for path in ROOT.glob("examples/*.py")}
 # Python that quotes the sources, and what compares it with them.
 QUOTED = {"docs/triton.md": "quotes the sources; test_docs.py compares them"}
 SHORTER = (
@@ -108,6 +110,8 @@ def test_python_runs(block, tmp_path, monkeypatch):
     first = next(other for other in of["python"] if other.page == block.page)
     if block.page in QUOTED and block is not first:
         pytest.skip(QUOTED[block.page])
+    if block.code in SCRIPTS and re.search(r"^(from|import) (?!torch|dalle_kernels)", block.code, re.MULTILINE):
+        pytest.skip(f"needs a package of others; test_example_scripts.py runs it, examples/{SCRIPTS[block.code]}")
     patches = [diff for diff in of["diff"] if diff.page == block.page]
     if patches:
         env = environment(tmp_path) | {"PYTHONPATH": str(patched_copy(tmp_path, patches))}
