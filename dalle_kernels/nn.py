@@ -44,15 +44,9 @@ class SparseAttention(nn.Module):
         """
         q, k, v = self._heads(x)
         if cache is not None:
-            first, stored = cache.next_position(layer), cache.layer(layer)
-            if first > cache.text_len:
-                raise ValueError(
-                    f"x must hold all {cache.start} given image tokens, as the cache does not keep all of them; layer "
-                    f"{layer} already holds {first - cache.text_len}"
-                )
+            prefix = _prefix(cache, layer, k, v)
             cache.prefill(layer, k, v)
-            if first:
-                k, v = (torch.cat([old[:, :, :first], x], 2) for old, x in ((stored.prefix_k, k), (stored.prefix_v, v)))
+            k, v = prefix
         return self.out(sparse_attention(q, k, v, self.pattern).transpose(1, 2).flatten(2))
 
     def step(self, x: torch.Tensor, cache: DecodeCache, layer: int = 0) -> torch.Tensor:
@@ -70,3 +64,19 @@ class SparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, pattern={self.pattern!r}"
+
+
+def _prefix(
+    cache: DecodeCache, layer: int, k: torch.Tensor, v: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys and values of a layer's prefix, up to and with the new tokens' k and v."""
+    first = cache.next_position(layer)
+    if first == 0:
+        return k, v
+    if first > cache.text_len:
+        raise ValueError(
+            f"x must hold all {cache.start} given image tokens, as the cache does not keep all of them; layer {layer} "
+            f"already holds {first - cache.text_len}"
+        )
+    stored = cache.layer(layer)
+    return torch.cat([stored.prefix_k[:, :, :first], k], 2), torch.cat([stored.prefix_v[:, :, :first], v], 2)

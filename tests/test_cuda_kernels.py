@@ -13,6 +13,7 @@ import dalle_kernels as dk
 from conformance import Target, decode_attention, gumbel_softmax
 from conformance.target import same
 from dalle_kernels.backends import BACKENDS
+from dalle_kernels.backends.options import NO_OPTIONS
 from patterns_for_tests import every_pattern
 
 P = dk.AttentionPattern
@@ -55,7 +56,7 @@ def test_plans_and_sizes_must_belong_together():
     plan, backward_plan, sizes = emulated.plans(EVERY_PATTERN["row"], N)
     for wrong, message in ((sizes[:6], "six sizes of each of two plans"), ((sizes[0] + 1, *sizes[1:]), "words")):
         with pytest.raises(RuntimeError, match=message):
-            emulated.run("sparse_attention", x, x, x, plan, backward_plan, wrong, 1.0)
+            emulated.run("sparse_attention", x, x, x, plan, backward_plan, wrong, 1.0, *NO_OPTIONS)
 
 
 # Several chunks of classes: a cluster from capability 90 on, before that one block that reads twice.

@@ -401,9 +401,9 @@ def test_dry_run_of_the_other_stages():
 
 
 def test_the_suite(monkeypatch, capfd):
-    monkeypatch.setattr(suite, "FILES", ("test_ph*.py", "test_info.py"))
+    monkeypatch.setattr(suite, "FILES", ("test_ph*.py", "test_statistics.py"))
     monkeypatch.setattr(suite, "PROCESSES", 2)
-    assert suite.suite(TINY) == [{"files": ["tests/test_philox.py", "tests/test_info.py"]}]
+    assert suite.suite(TINY) == [{"files": ["tests/test_philox.py", "tests/test_statistics.py"]}]
     assert " passed" in capfd.readouterr().out
 
 

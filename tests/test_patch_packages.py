@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from patch_for_tests import assert_same_results, results
 from packages_for_tests import peer
+from patch_for_tests import assert_same_results, results
 
 import dalle_kernels as dk
 

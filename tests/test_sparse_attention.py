@@ -24,7 +24,7 @@ def test_split_tiles(threads, name, dtype, threads_again, seed):
     pattern = every_pattern(19, (9, 11))[name]
     torch.set_num_threads(threads)
     with CPU.split_after(2):
-        *_, sizes = plan_tensors(pattern, pattern.seq_len, torch.device("cpu"), TILES["cpu"])
+        *_, sizes = plan_tensors(pattern, pattern.seq_len, torch.device("cpu"), TILES["cpu"], 0)
         sizes = PlanSizes(*sizes[:6])
         assert sizes.partials > sizes.split_tiles > 0
         *tensors, grad = torch.randn(4, 6, 3, pattern.seq_len, 64, dtype=DTYPES[dtype])
@@ -116,7 +116,7 @@ def test_a_slice_of_a_projection_is_not_copied():
 def test_opcheck(layout, seed):
     pattern = dk.AttentionPattern.column(5, (3, 4))
     q, k, v = (x.requires_grad_() for x in sparse_attention.make(CPU, layout, 2, 2, 17, 32, torch.float32))
-    plans = plan_tensors(pattern, 17, torch.device("cpu"), TILES["cpu"])
+    plans = plan_tensors(pattern, 17, torch.device("cpu"), TILES["cpu"], 0)
     torch.library.opcheck(torch.ops.dalle_kernels.sparse_attention.default, (q, k, v, *plans, 0.2, None, None, 0.0, 0))
 
 

@@ -95,7 +95,7 @@ def test_what_is_run(operation, monkeypatch):
     monkeypatch.setattr(launch, "lookup", lambda kernel, *arguments: used.add(kernel) or lookup(kernel, *arguments))
     monkeypatch.setattr(launch, "start", lambda *arguments, **constants: None)
     assert BACKENDS["triton"].problem is None
-    monkeypatch.setattr(type(BACKENDS["triton"]), "reasons", lambda self, operation, tensor: ())
+    monkeypatch.setattr(type(BACKENDS["triton"]), "reasons", lambda self, operation, tensor, uses: ())
     monkeypatch.setattr(tune, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(torch, "randn", torch.empty)  # large, and never read
     with tune.use_backend("triton"):

@@ -22,6 +22,9 @@ class PaddedCache:
         shape = 2, len(patterns), prompts * candidates, heads, patterns[0].seq_len, head_dim
         self.keys, self.values = torch.zeros(shape, dtype=dtype, device=device)
 
+    def next_position(self, layer):
+        return 0
+
     def prefill(self, layer, k, v):
         for storage, x in ((self.keys, k), (self.values, v)):
             storage[layer][:, :, : x.shape[2]] = x.repeat_interleave(self.candidates, 0)

@@ -72,7 +72,7 @@ class Backend:
         """
         tiles = self.tiles(tensor.device, tensor.shape[-1], tensor.dtype)
         if tiles is not None:
-            plan_tensors(pattern, n, tensor.device, tiles)
+            plan_tensors(pattern, n, tensor.device, tiles, 0)  # the arguments of a call: they are the cache's key
 
     def load(self) -> None:
         """Imports the operations."""

@@ -55,7 +55,7 @@ def plan_tensor(
 def plan_tensors(
     pattern: AttentionPattern, n: int, device: torch.device, tiles: Tiles, first: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """The plan and the backward plan on `device`, and their PlanSizes, concatenated."""
+    """The plan and the backward plan of the queries from `first` on, on `device`; their PlanSizes, concatenated."""
     plan, sizes = plan_tensor(pattern, n, device, tiles.query, "query", first)
     if tiles.key is None:
         return plan, plan, sizes + sizes
