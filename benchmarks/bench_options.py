@@ -1,4 +1,6 @@
-"""The options of sparse_attention: what each costs, and against SDPA with the same option. Row attention, float32."""
+"""The options of sparse_attention and of the decode cache: what each costs, and against SDPA with the same option. Row
+attention, float32.
+"""
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import dalle_kernels as dk
 
 BATCH, HEADS, DIM = (1, 2, 32) if SETTING.tiny else (2, 8, 64)
 TEXT, GRID = (8, (4, 4)) if SETTING.tiny else (256, (32, 32))
+LEAST = 0.0 if SETTING.tiny else 2e-3  # seconds of a sample
 P = dk.AttentionPattern
 
 
@@ -74,3 +77,41 @@ def test_option(versus, direction, option):
     calls["ours without it"] = (lambda q, k, v: dk.sparse_attention(q, k, v, without), tensors)
     functions = {name: passes(*call, direction != "forward") for name, call in calls.items()}
     versus(functions.pop("ours"), functions)
+
+
+def cache_of(**options):
+    return dk.DecodeCache(
+        [P.row(TEXT, GRID)], prompts=BATCH, heads=HEADS, head_dim=DIM, dtype=torch.float32, device="cpu", **options
+    )
+
+
+@pytest.mark.parametrize("candidates", [1, 16])
+def test_decode_with_text_lengths(versus, candidates):
+    """One decode step; half of the text exists, on average."""
+    lengths = torch.linspace(0, TEXT, BATCH + 2)[1:-1].long()
+    new = torch.randn(3, candidates * BATCH, HEADS, DIM)
+    caches = {
+        "ours": cache_of(candidates=candidates, text_lengths=lengths),
+        "ours without it": cache_of(candidates=candidates),
+    }
+    for cache in caches.values():
+        cache.prefill(0, *torch.randn(2, BATCH, HEADS, TEXT, DIM))
+
+    def step(cache):
+        return lambda: dk.decode_attention(*new, cache, 0)
+
+    functions = {name: step(cache) for name, cache in caches.items()}
+    with torch.inference_mode():
+        versus(functions.pop("ours"), functions, least=LEAST, unit="µs")
+
+
+@pytest.mark.parametrize("position", [TEXT - 1])
+def test_decode_text(versus, position):
+    """One text token of one candidate: from the cache, and as the last query over its keys."""
+    cache, pattern = cache_of(candidates=1), P.row(TEXT, GRID)
+    q, k, v = torch.randn(3, BATCH, HEADS, position + 1, DIM)
+    cache.prefill(0, k[:, :, :position], v[:, :, :position])
+    new = [x[:, :, -1] for x in (q, k, v)]
+    with torch.inference_mode():
+        functions = {"as a last query": lambda: dk.sparse_attention(q[:, :, -1:], k, v, pattern)}
+        versus(lambda: dk.decode_attention(*new, cache, 0), functions, least=LEAST, unit="µs")

@@ -18,7 +18,7 @@ BUILD = ROOT / "build" / "sanitized"
 BEST = [isa for isa, supported in build_info.cpu_isas().items() if supported][-1]
 ON_TOP = {"avx512_bf16": ["avx512"], "amx": ["avx512"]}  # instruction sets whose kernels complete other tables
 BUILT = list(dict.fromkeys(["portable", *ON_TOP.get(BEST, []), BEST]))
-ISAS = [BEST, *([pytest.param("portable", marks=pytest.mark.full)] if BEST != "portable" else [])]
+ISAS = list(dict.fromkeys([BEST, "portable"]))
 TESTS = {
     "test_conformance.py": "any_shape or cpu and (hidden or broken or bits or unseen or offset or unaligned)",
     "test_sparse_attention.py": "depend and (conv or causal-bfloat16)",
@@ -33,6 +33,7 @@ TOOLS = [shutil.which(tool, path=PATH) for tool in ("cmake", "ninja")]
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.full,
     pytest.mark.skipif(None in LIBRARIES, reason="g++ has no libasan.so or libubsan.so"),
     pytest.mark.skipif(None in TOOLS, reason="cmake or ninja is missing"),
 ]

@@ -20,7 +20,9 @@ REGISTERS = 65536  # per multiprocessor, on all of these architectures
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("nvcc") is None, reason="there is no nvcc"),
-    pytest.mark.parametrize("architecture", ARCHITECTURES),
+    pytest.mark.parametrize(
+        "architecture", [pytest.param(each, marks=[pytest.mark.full] * (each != "90a")) for each in ARCHITECTURES]
+    ),
     pytest.mark.parametrize("source", KERNELS, ids=lambda source: source.stem),
 ]
 

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import dalle_kernels as dk
 from dalle_kernels import backends
 from dalle_kernels.backends.native import CudaBackend
+from dalle_kernels.backends.options import NO_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 OPERATIONS = [
@@ -109,10 +110,10 @@ def test_sparse_attention(cuda, dtype):
     with FakeTensorMode():
         q, k, v = fake(2, 29, 3, 7, 48, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
         plans = fake(99, dtype=torch.int32), fake(99, dtype=torch.int32), [99, 64, 64, 1, 0, 0, 99, 64, 32, 1, 0, 0]
-        out, lse = ops.sparse_attention(q, k, v, *plans, 0.1)
+        out, lse = ops.sparse_attention(q, k, v, *plans, 0.1, *NO_OPTIONS)
         assert is_like(out, q.shape, dtype, torch.empty_like(q).stride())
         assert is_like(lse, q.shape[:3], torch.float32)
-        gradients = ops.sparse_attention_backward(torch.empty_like(out), q, k, v, out, lse, *plans, 0.1)
+        gradients = ops.sparse_attention_backward(torch.empty_like(out), q, k, v, out, lse, *plans, 0.1, *NO_OPTIONS)
         assert all(is_like(g, x.shape, dtype) for g, x in zip(gradients, (q, k, v)))
 
 

@@ -10,11 +10,12 @@ import pytest
 from dalle_kernels import build_info
 
 HERE = Path(__file__).parent
+FULL = pytest.mark.full
 SELECTED = [
     ("test_conformance.py", "(cpu and attention or sparse_attention_of_any_shape) and not compile"),
     ("test_conformance.py", "(cpu and decode or decode_attention_of_any_shape) and not compile"),
-    ("test_conformance.py", "(cpu and gumbel or gumbel_softmax_of_any_shape) and not compile"),
-    ("test_conformance.py", "(cpu and sample or sample_tokens_of_any_shape) and not compile"),
+    pytest.param("test_conformance.py", "(cpu and gumbel or gumbel_softmax_of_any_shape) and not compile", marks=FULL),
+    pytest.param("test_conformance.py", "(cpu and sample or sample_tokens_of_any_shape) and not compile", marks=FULL),
     ("test_sparse_attention.py", "depend or split"),
     ("test_attention_options.py", "cpu"),
     ("test_decode_attention.py", "depend"),

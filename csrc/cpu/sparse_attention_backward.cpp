@@ -17,7 +17,7 @@ template <int DP> struct QueriesSpace {
   QueriesSpace(float* base, int64_t most_keys) {
     Arena arena{base};
     qt = arena.take(DP * ROWS), gt = arena.take(DP * ROWS), dqt = arena.take(DP * ROWS);
-    keys = reinterpret_cast<const float**>(arena.take(most_keys * (sizeof(float*) / sizeof(float))));
+    keys = reinterpret_cast<const float**>(arena.take(most_keys * static_cast<int64_t>(sizeof(float*)) / 4));
     kept = reinterpret_cast<uint32_t*>(arena.take(most_keys));
     floats = arena.used;
   }
