@@ -65,7 +65,8 @@ test-full: test test-slow   ## all: more sizes and instruction sets, and what is
 # the CUDA library, minutes of compiling, is left out unless DALLE_CUDA says otherwise.
 OTHER := build/torch-$(TORCH)
 KERNEL_TESTS := $(addprefix tests/test_,$(addsuffix .py,compile conformance cuda_backend decode_attention \
-	decode_schedule gumbel_softmax info nn patch patterns philox plan sample_tokens sparse_attention transforms triton_backend))
+	decode_schedule gumbel_softmax info nn patch patterns philox plan sample_tokens sparse_attention transforms \
+	triton_backend))
 
 test-torch:   ## the tests of the kernels with another PyTorch: TORCH=2.12
 	@test -n "$(TORCH)" || { echo "name the version of PyTorch: make test-torch TORCH=2.12"; exit 2; }
